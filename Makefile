@@ -1,0 +1,61 @@
+# make demo | test | test-all | check | format | bench | clean — everything lives in .venv
+PYTHON ?= python3
+# The release that CI runs; any torch that pyproject.toml allows works: make test TORCH='torch==2.14.1'
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN ?= runs/quickstart
+
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt $(wildcard kernels/native/* kernels/simmim_kernels/*/*.cpp)
+INSTALLED := $(VENV)/.installed
+SHELL := /bin/bash
+
+.PHONY: demo test test-all check format bench native-test clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python examples/skimage_photos.py $(RUN)-photos
+	$(BIN)/simmim pretrain quickstart --data.path=$(RUN)-photos --output=$(RUN)
+	@echo
+	@echo "Pictures (original | masked | reconstruction): $(RUN)/pictures/"
+	@echo "Your own photos: $(BIN)/simmim pretrain quickstart --data.path=FOLDER --output=runs/mine"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+	@$(MAKE) --no-print-directory native-test
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory native-test
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench/ops.py --benchmark-enable --benchmark-only --benchmark-group-by=group
+
+native-test: $(INSTALLED)
+	@$(BIN)/cmake -S . -B build/native-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSIMMIM_BUILD_TESTS=ON > build/native-test.log 2>&1 || { cat build/native-test.log; exit 1; }
+	@$(BIN)/cmake --build build/native-test >> build/native-test.log 2>&1 || { cat build/native-test.log; exit 1; }
+	@$(BIN)/ctest --test-dir build/native-test --output-on-failure
+
+# One environment for everything. The package is installed editable: Python edits need nothing,
+# changed C++ or packaging reinstalls it.
+$(INSTALLED): pyproject.toml Makefile $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "simmim needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) (torch is the large part) …"
+	@$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[quickstart,test,check,bench]' cmake ninja
+	@$(BIN)/python -c 'from simmim_kernels.native import missing_reason as m; print(f"note: {m}") if m else None'
+	@touch $@
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

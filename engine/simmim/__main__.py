@@ -1,0 +1,7 @@
+"""`python -m simmim`, which torchrun starts."""
+
+import sys
+
+from simmim.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Encoders: image and mask in, feature map out. They know nothing of methods, data or steps."""

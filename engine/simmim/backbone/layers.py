@@ -1,0 +1,71 @@
+"""Layers that several backbones share."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def check_image(image: Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Raise ValueError unless `image` is [B, channels, *size]."""
+    if image.dim() != 4 or tuple(image.shape[1:]) != (channels, *size):
+        raise ValueError(
+            f"expected images [B, {channels}, {size[0]}, {size[1]}], got {tuple(image.shape)}; "
+            "load_model(..., image_size=...) builds the model for another size"
+        )
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch per image with probability `rate`; scales the rest by 1/(1-rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
+        return x * x.new_empty(shape).bernoulli_(1.0 - self.rate).div_(1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4f}"
+
+
+def drop_path_rates(rate: float, num_blocks: int) -> list[float]:
+    """The rate of every block: from 0 to `rate`, evenly spaced, both ends included."""
+    return [rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
+
+
+def run_block(block: Callable[..., Tensor], recompute: bool, *inputs: Tensor | None) -> Tensor:
+    """Run a block; with `recompute` its activations are computed again in the backward."""
+    if not recompute:
+        return block(*inputs)
+    # the step seeds the generator from its number, so that restoring it here costs nothing else
+    out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return out
+
+
+def init_linear(module: nn.Module, bound: float = 2.0) -> None:
+    """As published: linear weights normal(0, 0.02) cut at ±bound, biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-bound, b=bound)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

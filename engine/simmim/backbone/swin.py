@@ -1,0 +1,297 @@
+"""Swin Transformer as an encoder of masked images, under the published parameter names.
+
+B batch, H W token rows and columns of a stage, C width, N heads.
+Source: microsoft/SimMIM models/swin_transformer.py and models/simmim.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simmim.backbone.attention import relative_position_bias, shift_mask, window_attention
+from simmim.backbone.layers import (
+    DropPath,
+    Mlp,
+    check_image,
+    drop_path_rates,
+    init_linear,
+    run_block,
+)
+from simmim_kernels import substitute_mask_tokens
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class SwinSpec:
+    """Everything that defines a Swin encoder; what a checkpoint stores to rebuild it.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        channels: image channels.
+        embed_dim: width of the first stage; each merging doubles it.
+        depths: blocks per stage.
+        num_heads: heads per stage.
+        window_size: side of a window in tokens; a smaller feature map is one window.
+        mlp_ratio: hidden width of the MLP over its width.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of q·k; None is 1/√(head width).
+        absolute_position: learned position added to the patch tokens.
+        patch_norm: LayerNorm after the patch embedding.
+        drop_path: stochastic-depth rate of the last block; grows linearly from 0.
+    """
+
+    image_size: tuple[int, int] = (192, 192)
+    patch_size: int = 4
+    channels: int = 3
+    embed_dim: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int = 6
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    absolute_position: bool = False
+    patch_norm: bool = True
+    drop_path: float = 0.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch tokens along height and width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of an output cell."""
+        return self.patch_size << (len(self.depths) - 1)
+
+    def resolution(self, stage: int) -> tuple[int, int]:
+        """Tokens along height and width in a stage."""
+        return self.grid[0] >> stage, self.grid[1] >> stage
+
+    def window(self, stage: int) -> int:
+        """Window side in a stage: clamped to the feature map where that is smaller."""
+        return min(self.window_size, *self.resolution(stage))
+
+    def shift(self, stage: int, block: int) -> int:
+        """Shift of a block: half a window in odd blocks, none where one window covers a side."""
+        if block % 2 == 0 or min(self.resolution(stage)) <= self.window_size:
+            return 0
+        return self.window_size // 2
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, message) for all that does not fit together; empty when it can be built."""
+        found = []
+        if len(self.num_heads) != len(self.depths):
+            found.append(
+                ("num_heads", f"{len(self.num_heads)} values for {len(self.depths)} stages")
+            )
+        for stage, heads in enumerate(self.num_heads[: len(self.depths)]):
+            width = self.embed_dim << stage
+            if heads < 1 or width % heads:
+                found.append(
+                    ("num_heads", f"{heads} does not divide the width {width} of stage {stage}")
+                )
+        if any(side % self.stride for side in self.image_size):
+            near = tuple(
+                max(1, round(side / self.stride)) * self.stride for side in self.image_size
+            )
+            found.append(
+                (
+                    "image_size",
+                    f"{_by(self.image_size)} px is no multiple of the encoder stride "
+                    f"{self.stride} px; nearest is {_by(near)}",
+                )
+            )
+            return found
+        for stage in range(len(self.depths)):
+            resolution, window = self.resolution(stage), self.window(stage)
+            if any(side % window for side in resolution):
+                found.append(("window_size", self._window_message(stage)))
+                break
+        return found
+
+    def _window_message(self, stage: int) -> str:
+        resolutions = [self.resolution(i) for i in range(len(self.depths))]
+
+        def fits(window: int) -> bool:
+            return all(side % min(window, *res) == 0 for res in resolutions for side in res)
+
+        fitting = [w for w in range(1, max(resolutions[0]) + 1) if fits(w)]
+        near = min(fitting, key=lambda w: abs(w - self.window_size))
+        return (
+            f"a window of {self.window_size} tokens does not fit the {_by(self.resolution(stage))} "
+            f"tokens of stage {stage} at {_by(self.image_size)} px; nearest that fits is {near}"
+        )
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "×".join(str(side) for side in size)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches → tokens [B, H, W, C]."""
+
+    def __init__(self, spec: SwinSpec) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(spec.channels, spec.embed_dim, spec.patch_size, spec.patch_size)
+        self.norm = nn.LayerNorm(spec.embed_dim, NORM_EPS) if spec.patch_norm else nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.norm(self.proj(image).permute(0, 2, 3, 1))
+        return tokens
+
+
+class WindowAttention(nn.Module):
+    """Projections and position table around `window_attention`."""
+
+    shift_mask: Tensor | None
+
+    def __init__(self, spec: SwinSpec, stage: int, block: int) -> None:
+        super().__init__()
+        width = spec.embed_dim << stage
+        side, shift = spec.window(stage), spec.shift(stage, block)
+        self.num_heads = spec.num_heads[stage]
+        self.window, self.shift = (side, side), (shift, shift)
+        self.scale = spec.qk_scale or (width // self.num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * side - 1) ** 2, self.num_heads)
+        )
+        self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        mask = shift_mask(spec.resolution(stage), self.window, self.shift) if shift else None
+        self.register_buffer("shift_mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = window_attention(
+            self.qkv(x),
+            relative_position_bias(self.relative_position_bias_table, self.window),
+            self.shift_mask,
+            num_heads=self.num_heads,
+            window=self.window,
+            shift=self.shift,
+            scale=self.scale,
+        )
+        projected: Tensor = self.proj(out)
+        return projected
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each behind a LayerNorm and a residual."""
+
+    def __init__(self, spec: SwinSpec, stage: int, block: int, drop_path: float) -> None:
+        super().__init__()
+        width = spec.embed_dim << stage
+        self.norm1 = nn.LayerNorm(width, NORM_EPS)
+        self.attn = WindowAttention(spec, stage, block)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(width, NORM_EPS)
+        self.mlp = Mlp(width, int(width * spec.mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token of twice the width. [B, H, W, C] → [B, H/2, W/2, 2C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(4 * width, NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        # the published order of the neighbours is (0,0), (1,0), (0,1), (1,1): column, then row
+        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)
+        out: Tensor = self.reduction(self.norm(x.reshape(B, H // 2, W // 2, 4 * C)))
+        return out
+
+
+class SwinStage(nn.Module):
+    """The blocks of one resolution, then the merging to the next."""
+
+    def __init__(self, spec: SwinSpec, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinBlock(spec, stage, block, rate) for block, rate in enumerate(drop_paths)
+        )
+        last = stage == len(spec.depths) - 1
+        self.downsample = None if last else PatchMerging(spec.embed_dim << stage)
+
+    def forward(self, x: Tensor, recompute: bool) -> Tensor:
+        for block in self.blocks:
+            x = run_block(block, recompute, x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class Swin(nn.Module):
+    """Swin encoder with a mask token.
+
+    Args:
+        spec: the architecture.
+
+    Raises:
+        ValueError: the parts of `spec` do not fit together.
+    """
+
+    # as published; position tables are decided by the optimiser's settings
+    no_decay = frozenset({"absolute_pos_embed", "mask_token"})
+
+    def __init__(self, spec: SwinSpec) -> None:
+        super().__init__()
+        if problems := spec.problems():
+            raise ValueError("; ".join(f"{field}: {message}" for field, message in problems))
+        self.spec = spec
+        self.num_features = spec.embed_dim << (len(spec.depths) - 1)
+        self.activation_checkpointing = False
+        self.kernel_backend: str | None = None
+        self.patch_embed = PatchEmbed(spec)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        if spec.absolute_position:
+            length = spec.grid[0] * spec.grid[1]
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
+        rates = iter(drop_path_rates(spec.drop_path, sum(spec.depths)))
+        self.layers = nn.ModuleList(
+            SwinStage(spec, stage, [next(rates) for _ in range(depth)])
+            for stage, depth in enumerate(spec.depths)
+        )
+        self.norm = nn.LayerNorm(self.num_features, NORM_EPS)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        self.apply(init_linear)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("relative_position_bias_table", "absolute_pos_embed", "mask_token")):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of an image whose hidden tokens are replaced by the mask token.
+
+        Args:
+            image: [B, channels, height, width], normalised.
+            mask: bool [B, *grid], True marks a hidden token; None hides nothing.
+
+        Returns:
+            [B, num_features, height / stride, width / stride].
+        """
+        check_image(image, self.spec.channels, self.spec.image_size)
+        tokens = self.patch_embed(image)  # [B, H, W, C]
+        B, H, W, C = tokens.shape
+        if mask is not None:
+            tokens = substitute_mask_tokens(
+                tokens.view(B, H * W, C),
+                mask.reshape(B, H * W),
+                self.mask_token.view(C),
+                backend=self.kernel_backend,
+            ).view(B, H, W, C)
+        if self.spec.absolute_position:
+            tokens = tokens + self.absolute_pos_embed.view(1, H, W, C)
+        for stage in self.layers:
+            tokens = stage(tokens, self.activation_checkpointing and self.training)
+        features: Tensor = self.norm(tokens).permute(0, 3, 1, 2)
+        return features

@@ -1,0 +1,253 @@
+"""Vision Transformer as an encoder of masked images, under the published (BEiT-style) names.
+
+B batch, L patch tokens (+1 with the class token), C width, N heads.
+Source: microsoft/SimMIM models/vision_transformer.py and models/simmim.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.backbone.attention import global_attention, relative_position_bias_with_cls
+from simmim.backbone.layers import (
+    DropPath,
+    Mlp,
+    check_image,
+    drop_path_rates,
+    init_linear,
+    run_block,
+)
+from simmim_kernels import substitute_mask_tokens
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """Everything that defines a ViT encoder; what a checkpoint stores to rebuild it.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        channels: image channels.
+        embed_dim: width.
+        depth: number of blocks.
+        num_heads: heads of each block.
+        mlp_ratio: hidden width of the MLP over its width.
+        qkv_bias: whether q and v have a bias (k has none: it would cancel in the softmax).
+        qk_scale: factor of q·k; None is 1/√(head width).
+        absolute_position: learned position added to class and patch tokens.
+        shared_relative_position: one relative position table for all blocks, as published.
+        layer_relative_position: a relative position table in each block.
+        layer_scale: initial LayerScale gain; None has no LayerScale.
+        final_norm: LayerNorm after the last block.
+        norm_eps: epsilon of every LayerNorm.
+        drop_path: stochastic-depth rate of the last block; grows linearly from 0.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    channels: int = 3
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    qk_scale: float | None = None
+    absolute_position: bool = False
+    shared_relative_position: bool = True
+    layer_relative_position: bool = False
+    layer_scale: float | None = 0.1
+    final_norm: bool = True
+    norm_eps: float = 1e-6
+    drop_path: float = 0.0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch tokens along height and width."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of an output cell."""
+        return self.patch_size
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, message) for all that does not fit together; empty when it can be built."""
+        found = []
+        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            found.append(
+                ("num_heads", f"{self.num_heads} does not divide the width {self.embed_dim}")
+            )
+        if any(side % self.patch_size for side in self.image_size):
+            near = [max(1, round(s / self.patch_size)) * self.patch_size for s in self.image_size]
+            found.append(
+                (
+                    "image_size",
+                    f"{self.image_size[0]}×{self.image_size[1]} px is no multiple of the patch "
+                    f"size {self.patch_size} px; nearest is {near[0]}×{near[1]}",
+                )
+            )
+        return found
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches → tokens [B, L, C]."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(spec.channels, spec.embed_dim, spec.patch_size, spec.patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class RelativePositionBias(nn.Module):
+    """Relative position table that all blocks share."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.grid = spec.grid
+        self.relative_position_bias_table = nn.Parameter(position_table(spec))
+
+    def forward(self) -> Tensor:
+        return relative_position_bias_with_cls(self.relative_position_bias_table, self.grid)
+
+
+def position_table(spec: ViTSpec) -> Tensor:
+    """Zeros [(2h-1)·(2w-1) + 3, N]: one row per offset, three for the class token."""
+    h, w = spec.grid
+    return torch.zeros((2 * h - 1) * (2 * w - 1) + 3, spec.num_heads)
+
+
+class Attention(nn.Module):
+    """Projections around `global_attention`."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        width = spec.embed_dim
+        self.num_heads, self.grid = spec.num_heads, spec.grid
+        self.scale = spec.qk_scale or (width // spec.num_heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
+        self.relative_position_bias_table = (
+            nn.Parameter(position_table(spec)) if spec.layer_relative_position else None
+        )
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+        qkv_bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        bias = shared_bias
+        if self.relative_position_bias_table is not None:
+            own = relative_position_bias_with_cls(self.relative_position_bias_table, self.grid)
+            bias = own if bias is None else own + bias
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        out: Tensor = self.proj(
+            global_attention(qkv, bias, num_heads=self.num_heads, scale=self.scale)
+        )
+        return out
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm, a LayerScale and a residual."""
+
+    def __init__(self, spec: ViTSpec, drop_path: float) -> None:
+        super().__init__()
+        width = spec.embed_dim
+        self.norm1 = nn.LayerNorm(width, spec.norm_eps)
+        self.attn = Attention(spec)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(width, spec.norm_eps)
+        self.mlp = Mlp(width, int(width * spec.mlp_ratio))
+        scaled = spec.layer_scale is not None
+        gain = torch.full((width,), spec.layer_scale if spec.layer_scale is not None else 1.0)
+        self.gamma_1 = nn.Parameter(gain.clone()) if scaled else None
+        self.gamma_2 = nn.Parameter(gain.clone()) if scaled else None
+
+    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+        branch = self.attn(self.norm1(x), shared_bias)
+        x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
+        branch = self.mlp(self.norm2(x))
+        x = x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
+        return x
+
+
+class ViT(nn.Module):
+    """ViT encoder with a class token and a mask token.
+
+    Args:
+        spec: the architecture.
+
+    Raises:
+        ValueError: the parts of `spec` do not fit together.
+    """
+
+    # as published: the ViT's mask token is decayed, the Swin's is not
+    no_decay = frozenset({"pos_embed", "cls_token"})
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        if problems := spec.problems():
+            raise ValueError("; ".join(f"{field}: {message}" for field, message in problems))
+        self.spec = spec
+        self.num_features = spec.embed_dim
+        self.activation_checkpointing = False
+        self.kernel_backend: str | None = None
+        self.patch_embed = PatchEmbed(spec)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        if spec.absolute_position:
+            length = 1 + spec.grid[0] * spec.grid[1]
+            self.pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
+        self.rel_pos_bias = RelativePositionBias(spec) if spec.shared_relative_position else None
+        rates = drop_path_rates(spec.drop_path, spec.depth)
+        self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
+        self.norm = (
+            nn.LayerNorm(spec.embed_dim, spec.norm_eps) if spec.final_norm else nn.Identity()
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # published: normal(0, 0.02) cut at one standard deviation, and the output projections of
+        # block i divided by √(2i)
+        self.apply(lambda module: init_linear(module, bound=0.02))
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=0.02, a=-0.02, b=0.02)
+        assert self.patch_embed.proj.bias is not None
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name, parameter in self.named_parameters():
+            if name in ("cls_token", "mask_token", "pos_embed"):
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+            elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                number = int(name.split(".")[1]) + 1
+                parameter.data.div_(math.sqrt(2.0 * number))
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of an image whose hidden tokens are replaced by the mask token.
+
+        Args:
+            image: [B, channels, height, width], normalised.
+            mask: bool [B, *grid], True marks a hidden token; None hides nothing.
+
+        Returns:
+            [B, num_features, height / patch_size, width / patch_size], without the class token.
+        """
+        check_image(image, self.spec.channels, self.spec.image_size)
+        tokens = self.patch_embed(image)  # [B, L, C]
+        B = tokens.shape[0]
+        if mask is not None:
+            tokens = substitute_mask_tokens(
+                tokens, mask.flatten(1), self.mask_token.view(-1), backend=self.kernel_backend
+            )
+        tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(B, -1, -1), tokens), dim=1)
+        if self.spec.absolute_position:
+            tokens = tokens + self.pos_embed
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for block in self.blocks:
+            tokens = run_block(block, self.activation_checkpointing and self.training, tokens, bias)
+        features: Tensor = self.norm(tokens)[:, 1:].transpose(1, 2)
+        return features.reshape(B, self.num_features, *self.spec.grid)

@@ -1,0 +1,165 @@
+"""The `simmim` command: pretrain, reconstruct, doctor, recipes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import simmim
+
+USAGE = """\
+usage: simmim COMMAND …
+
+commands:
+  pretrain CONFIG [--section.key=value …]   pre-train an encoder on a folder of images
+  reconstruct CHECKPOINT IMAGE…             draw original | masked | reconstruction of photos
+  doctor                                    versions, devices, and the backend each op would use
+  recipes                                   the shipped configurations
+
+`simmim COMMAND --help` tells more.
+Several devices: torchrun --nproc-per-node N -m simmim pretrain …
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (0 done, 1 failed, 2 wrong usage, 75 interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {
+        "pretrain": _pretrain,
+        "reconstruct": _reconstruct,
+        "doctor": _doctor,
+        "recipes": _recipes,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"simmim {simmim.__version__}")
+        return 0
+    if arguments[0] not in commands:
+        return _fail(f"unknown command {arguments[0]}; known are {', '.join(commands)}", 2)
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        return 1
+
+
+def _fail(message: str, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    where = f" (process {rank})" if rank != "0" else ""
+    print(f"simmim: error{where}: {message}", file=sys.stderr)
+    return code
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from simmim.config import ConfigError, load
+
+    try:
+        config = load(arguments)
+    except ConfigError as error:
+        # every process finds the same fault; one of them says it
+        return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
+    from simmim.errors import RunError
+    from simmim.pretrain import pretrain
+
+    try:
+        return pretrain(config)
+    except ConfigError as error:
+        return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
+    except RunError as error:
+        return _fail(str(error), 1)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            return _fail(
+                f"out of memory ({str(error).splitlines()[0]}); try a larger "
+                "--train.accumulation_steps, or --train.activation_checkpointing=true",
+                1,
+            )
+        raise
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+
+
+def _reconstruct(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="simmim reconstruct",
+        description="Draw original | masked | reconstruction of photos.",
+    )
+    parser.add_argument("checkpoint", help="weights file, checkpoint folder or run folder")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photos")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("reconstruction.png"),
+        help="PNG to write (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    parser.add_argument(
+        "--mask-unit",
+        type=int,
+        default=32,
+        help="side of a mask unit in pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mask-ratio",
+        type=float,
+        default=0.6,
+        help="share of units hidden, 0 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the masks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=None, help="side in pixels (default: the checkpoint's)"
+    )
+    options = parser.parse_args(arguments)
+    if options.output.exists() and not options.overwrite:
+        return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
+    from simmim.load import load_model
+    from simmim.reconstruct import reconstruct_files, save_picture
+
+    try:
+        model = load_model(options.checkpoint, options.image_size)
+        picture = reconstruct_files(
+            model,
+            options.images,
+            mask_unit=options.mask_unit,
+            ratio=options.mask_ratio,
+            seed=options.seed,
+        )
+        save_picture(picture, options.output)
+    except ValueError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(f"{options.output}: could not be written: {error.strerror}", 1)
+    print(options.output)
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="simmim doctor",
+        description="Versions, devices, and the backend each op would use and why not another.",
+    ).parse_args(arguments)
+    from simmim.doctor import report
+
+    print(report())
+    return 0
+
+
+def _recipes(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="simmim recipes", description="The shipped configurations, by name."
+    ).parse_args(arguments)
+    from simmim.config import recipe_folders
+
+    for folder in recipe_folders()[:1]:
+        for path in sorted(folder.glob("*.toml")):
+            first = path.read_text(encoding="utf-8").splitlines()[0]
+            print(f"{path.stem:<24} {first.lstrip('# ')}")
+    return 0

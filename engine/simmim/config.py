@@ -1,0 +1,558 @@
+"""The configuration of a run: frozen dataclasses, filled from a TOML file and `--section.key=value`."""
+
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from simmim.backbone.build import PRESETS, Spec
+from simmim.backbone.swin import SwinSpec
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; one line that names the key and what would work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder. Unset fields come from the preset."""
+
+    name: str = "swin_base"
+    """Preset: swin_tiny, swin_small, swin_base, swin_large, vit_tiny, vit_small, vit_base, vit_large, vit_base_plain."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels."""
+    embed_dim: int | None = None
+    """Width of the (first stage's) tokens."""
+    depths: list[int] | None = None
+    """Blocks per stage; one number for a ViT."""
+    num_heads: list[int] | None = None
+    """Heads per stage; one number for a ViT."""
+    window_size: int | None = None
+    """Swin: side of an attention window, in tokens."""
+    mlp_ratio: float | None = None
+    """Hidden width of the MLP over its width."""
+    qk_scale: float | None = None
+    """Factor of q·k; unset is 1/sqrt(head width)."""
+    absolute_position: bool | None = None
+    """Add a learned absolute position to the tokens."""
+    shared_relative_position: bool | None = None
+    """ViT: one relative position table shared by all blocks, as published."""
+    layer_scale: float | None = None
+    """ViT: initial LayerScale gain; 0 has no LayerScale."""
+    drop_path: float = 0.0
+    """Stochastic-depth rate of the last block, 0 to 1; grows linearly from 0."""
+    norm_target: int = 0
+    """Window (odd, pixels) over which the target is normalised; 0 regresses the pixels; 47 as published for SwinV2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images and their augmentation."""
+
+    path: str = ""
+    """Folder of images (any layout), folder of .tar shards, or one .tar file."""
+    image_size: int | tuple[int, int] = 192
+    """Side, or [height, width], of the training crops, in pixels."""
+    channels: int = 3
+    """1 reads images as grey, 3 as RGB, 4 as RGBA."""
+    mean: list[float] | None = None
+    """Mean per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.5."""
+    std: list[float] | None = None
+    """Standard deviation per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.25."""
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    """Smallest and largest share of the image's area that a random crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width/height of a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    workers: int = -1
+    """Decoding processes per device; 0 decodes in the training process; -1 chooses from the CPU count."""
+    prefetch: int = 4
+    """Batches that each worker holds ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What is hidden."""
+
+    unit: int = 32
+    """Side of a mask unit, in pixels; a multiple of the patch size that divides the image."""
+    ratio: float = 0.6
+    """Share of the units that is hidden; rounded up to whole units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and arithmetic of the run."""
+
+    epochs: float = 100
+    """Passes over the data."""
+    steps: int = 0
+    """Optimiser steps; 0 takes them from epochs."""
+    batch_size: int = 2048
+    """Images per optimiser step, over all devices and accumulation steps."""
+    accumulation_steps: int = 1
+    """Backward passes per optimiser step; the update is that of the whole batch."""
+    precision: Literal["float32", "bf16", "fp16"] = "bf16"
+    """Compute type of autocast; weights and optimiser state stay float32; fp16 scales the loss."""
+    clip_norm: float = 5.0
+    """Largest global gradient norm; 0 does not clip."""
+    channels_last: bool | None = None
+    """Keep images and convolutions in channels-last memory format; unset does so on CUDA."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, much less memory."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and parameter groups."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+    lr: float = 2e-4
+    """Peak learning rate for a batch of lr_batch images; scaled by batch_size / lr_batch."""
+    lr_batch: int = 512
+    """Batch size that lr, warmup_lr and min_lr are meant for, in images; 0 does not scale them."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the decayed parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    decay_position_tables: bool = True
+    """Decay relative position tables: the published pre-training does (a keyword rule there never matches); false exempts them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate per step: linear warm-up, then the named schedule."""
+
+    name: Literal["cosine", "multistep", "linear", "step", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_epochs: float = 10
+    """Length of the warm-up, in epochs."""
+    warmup_steps: int = 0
+    """Length of the warm-up, in steps; 0 takes it from warmup_epochs."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step, before batch scaling."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine, before batch scaling."""
+    milestones: list[float] = field(default_factory=lambda: [700.0])
+    """multistep: epochs at which the rate drops."""
+    step_epochs: float = 30
+    """step: epochs between drops."""
+    gamma: float = 0.1
+    """multistep and step: factor of each drop."""
+    warmup_prefix: bool = False
+    """Start the cosine at its peak after the warm-up (microsoft/Swin-Transformer) instead of where it would stand by then (microsoft/SimMIM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0 saves at the end of every epoch."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 keeps none so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown, and when."""
+
+    every_steps: int = 10
+    """Steps between progress lines; metrics.jsonl has a row for every step all the same."""
+    picture_every_steps: int = 0
+    """Steps between reconstruction pictures; 0 draws one with every checkpoint; -1 none."""
+    pictures: int = 6
+    """Images in a reconstruction picture."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra `tensorboard`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Backends of the fused ops."""
+
+    backend: Literal["triton", "native", "reference"] | None = None
+    """Backend every op must use; unset takes the first that can run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run."""
+
+    seed: int = 0
+    """Seed of initialisation, sample order, augmentation, masks and stochastic depth."""
+    output: str = ""
+    """Run folder; a run that is there is resumed. Unset is runs/NAME-OF-THE-CONFIG."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes CUDA when a device is there."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+
+    def channels_last_on(self, device_type: str) -> bool:
+        """Whether images and convolutions are channels-last on a type of device."""
+        chosen = self.train.channels_last
+        return device_type == "cuda" if chosen is None else chosen
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the training crops, in pixels."""
+        size = self.data.image_size
+        return (size, size) if isinstance(size, int) else size
+
+
+def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Every key ("train.steps") and its type."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            found |= leaf_types(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = hints[f.name]
+    return found
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """Every key ("train.steps") and its value."""
+    return dict(_flatten(asdict(config)))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?`, or a list of what there is when nothing is near."""
+    by_tail = {k.rsplit(".", 1)[-1]: k for k in known}
+    if match := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"did you mean {match[0]}?"
+    if match := difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_tail), n=1, cutoff=0.7):
+        return f"did you mean {by_tail[match[0]]}?"
+    return f"known are {', '.join(known)}"
+
+
+def find_recipe(name: str) -> Path:
+    """The TOML file that a path or the name of a shipped recipe means.
+
+    Raises:
+        ConfigError: there is no such file or recipe.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipes = {p.stem: p for folder in recipe_folders() for p in sorted(folder.glob("*.toml"))}
+    if name in recipes:
+        return recipes[name]
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        if path.stem in recipes and not path.parent.exists():
+            return recipes[path.stem]
+        raise ConfigError(f"{name}: no such config file")
+    raise ConfigError(f"{name}: no such config file or recipe; {nearest(name, sorted(recipes))}")
+
+
+def recipe_folders() -> list[Path]:
+    """Where shipped recipes lie: inside the installed package, or in the source tree."""
+    here = Path(__file__).resolve()
+    return [
+        folder
+        for folder in (here.parents[2] / "configs", here.parent / "configs")
+        if folder.is_dir()
+    ]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file whose keys are all known.
+
+    Raises:
+        ConfigError: unreadable, not TOML, or an unknown key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    known = leaf_types()
+    for key, _ in _flatten(values):
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key}; {nearest(key, list(known))}")
+    return values
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration, every key, as TOML; unset keys are left out."""
+    top, sections = [], []
+    for key, value in asdict(config).items():
+        if isinstance(value, dict):
+            lines = [f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None]
+            sections.append("\n".join([f"[{key}]", *lines]))
+        elif value is not None:
+            top.append(f"{key} = {json.dumps(value)}")
+    return "\n\n".join(["\n".join(top), *sections]) + "\n"
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A configuration from nested plain values (as `dataclasses.asdict` gives them)."""
+
+    def build(cls: type, inner: dict[str, Any]) -> Any:
+        hints = typing.get_type_hints(cls)
+        arguments = {}
+        for name, value in inner.items():
+            if is_dataclass(hints[name]):
+                value = build(typing.cast(type, hints[name]), value)
+            elif isinstance(value, list) and "tuple" in str(hints[name]):
+                value = tuple(value)
+            arguments[name] = value
+        return cls(**arguments)
+
+    config: Config = build(Config, values)
+    return config
+
+
+def make_parser(program: str) -> Any:
+    """The command line of `simmim pretrain`: one typed flag per key, documented from this file."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} CONFIG [--section.key=value …]",
+        description="Pre-train an encoder. CONFIG is a TOML file or the name of a shipped recipe.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_class_arguments(Config, None, fail_untyped=True)
+    return parser
+
+
+def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
+    """The configuration that a command line asks for, checked.
+
+    Args:
+        arguments: a TOML file or the name of a recipe, then `--section.key=value`.
+        program: name for messages.
+
+    Raises:
+        ConfigError: anything that cannot run; one line.
+        SystemExit: `--help` was asked for.
+    """
+    import argparse
+
+    parser = make_parser(program)
+    if "--help" in arguments or "-h" in arguments:
+        parser.parse_args(["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        names = sorted({p.stem for folder in recipe_folders() for p in folder.glob("*.toml")})
+        raise ConfigError(f"CONFIG is missing: a TOML file, or a recipe ({', '.join(names)})")
+    recipe, flags = find_recipe(arguments[0]), list(arguments[1:])
+    types = leaf_types()
+    for flag in flags:
+        name = flag.removeprefix("--").split("=", 1)[0]
+        if flag.startswith("--") and name not in types:
+            raise ConfigError(f"unknown flag --{name}; {nearest(name, list(types))}")
+    try:
+        namespace = parser.parse_object(read_toml(recipe))
+        namespace = parser.parse_args(flags, namespace=namespace)
+        config: Config = from_dict(
+            namespace.as_dict() if hasattr(namespace, "as_dict") else namespace
+        )
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(_readable(str(error), types)) from None
+    if not config.output:
+        config = replace(config, output=str(Path("runs") / recipe.stem))
+    check(config)
+    return config
+
+
+def _readable(message: str, types: dict[str, Any]) -> str:
+    """The CLI library's type error as one line: key, expected type, value."""
+    match = re.search(r'[Pp]arser key "([\w.]+)"', message)
+    got = re.search(r"Got value: (.*)", message)
+    if match and match[1] in types:
+        expected = str(types[match[1]])
+        expected = re.sub(r"typing\.|<class '(\w+)'>", lambda m: m[1] or "", expected)
+        value = f", got {got[1].strip()!r}" if got else ""
+        return f"{match[1]}: expected {expected}{value}"
+    return " ".join(message.split())
+
+
+def resolve_spec(config: Config) -> Spec:
+    """The encoder's architecture: the preset with the configured fields in place.
+
+    Raises:
+        ConfigError: unknown preset, a field of the other family, or parts that do not fit.
+    """
+    model = config.model
+    if model.name not in PRESETS:
+        raise ConfigError(
+            f"model.name={model.name} is unknown; {nearest(model.name, list(PRESETS))}"
+        )
+    preset = PRESETS[model.name]
+    swin = isinstance(preset, SwinSpec)
+    changes: dict[str, Any] = {
+        "image_size": config.image_size,
+        "channels": config.data.channels,
+        "drop_path": model.drop_path,
+    }
+    for name in ("patch_size", "embed_dim", "mlp_ratio", "qk_scale", "absolute_position"):
+        changes[name] = getattr(model, name)
+    only_swin, only_vit = ("window_size",), ("shared_relative_position", "layer_scale")
+    for name in only_vit if swin else only_swin:
+        if getattr(model, name) is not None:
+            raise ConfigError(f"model.{name} has no meaning for {model.name}; leave it out")
+    for name in only_swin if swin else only_vit:
+        changes[name] = getattr(model, name)
+    if swin:
+        changes["depths"] = None if model.depths is None else tuple(model.depths)
+        changes["num_heads"] = None if model.num_heads is None else tuple(model.num_heads)
+    else:
+        for ours, name in (("depths", "depth"), ("num_heads", "num_heads")):
+            values = getattr(model, ours)
+            if values is not None and len(values) != 1:
+                raise ConfigError(f"model.{ours}={values}: a ViT takes one number, such as [12]")
+            changes[name] = None if values is None else values[0]
+    spec: Spec = replace(preset, **{k: v for k, v in changes.items() if v is not None})
+    if not isinstance(spec, SwinSpec) and spec.layer_scale == 0:
+        spec = replace(spec, layer_scale=None)
+    for name in ("patch_size", "embed_dim"):
+        if getattr(spec, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(spec, name)} must be at least 1")
+    for field_name, message in spec.problems():
+        section = "data" if field_name == "image_size" else "model"
+        raise ConfigError(f"{section}.{field_name}: {message}")
+    return spec
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for anything that cannot run, before any data is read."""
+    data, train, schedule = config.data, config.train, config.schedule
+    ranges: list[tuple[str, float, float, float]] = [
+        ("data.channels", data.channels, 1, math.inf),
+        ("data.flip", data.flip, 0, 1),
+        ("data.workers", data.workers, -1, math.inf),
+        ("data.prefetch", data.prefetch, 1, math.inf),
+        ("mask.unit", config.mask.unit, 1, math.inf),
+        ("train.steps", train.steps, 0, math.inf),
+        ("train.batch_size", train.batch_size, 1, math.inf),
+        ("train.accumulation_steps", train.accumulation_steps, 1, math.inf),
+        ("train.clip_norm", train.clip_norm, 0, math.inf),
+        ("train.max_bad_steps", train.max_bad_steps, 1, math.inf),
+        ("model.drop_path", config.model.drop_path, 0, 0.999),
+        ("optim.lr_batch", config.optim.lr_batch, 0, math.inf),
+        ("optim.weight_decay", config.optim.weight_decay, 0, math.inf),
+        ("schedule.warmup_epochs", schedule.warmup_epochs, 0, math.inf),
+        ("schedule.warmup_steps", schedule.warmup_steps, 0, math.inf),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 0, math.inf),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1, math.inf),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0, math.inf),
+        ("log.every_steps", config.log.every_steps, 1, math.inf),
+        ("log.picture_every_steps", config.log.picture_every_steps, -1, math.inf),
+        ("log.pictures", config.log.pictures, 1, 64),
+    ]
+    for key, value, low, high in ranges:
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{key}={value} must be {bound}")
+    if any(side < 1 for side in config.image_size):
+        raise ConfigError(f"data.image_size={data.image_size} must be positive")
+    if not 0 < config.mask.ratio <= 1:
+        raise ConfigError(f"mask.ratio={config.mask.ratio} must be above 0 and at most 1")
+    if train.steps == 0 and train.epochs <= 0:
+        raise ConfigError(f"train.epochs={train.epochs} must be above 0")
+    if config.optim.lr <= 0:
+        raise ConfigError(f"optim.lr={config.optim.lr} must be above 0")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise ConfigError(f"data.crop_scale={list(data.crop_scale)} must rise within 0 … 1")
+    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        raise ConfigError(f"data.crop_ratio={list(data.crop_ratio)} must rise and be above 0")
+    if data.channels not in (1, 3, 4):
+        raise ConfigError(
+            f"data.channels={data.channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA)"
+        )
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != data.channels:
+            raise ConfigError(f"data.{key} has {len(values)} values for {data.channels} channels")
+    if data.std is not None and min(data.std) <= 0:
+        raise ConfigError(f"data.std={data.std} must be above 0")
+    if config.model.norm_target and (
+        config.model.norm_target < 3 or config.model.norm_target % 2 == 0
+    ):
+        raise ConfigError(
+            f"model.norm_target={config.model.norm_target} must be odd and at least 3, or 0"
+        )
+    if (
+        schedule.name == "multistep"
+        and min(schedule.milestones, default=0) < schedule.warmup_epochs
+    ):
+        raise ConfigError(
+            f"schedule.milestones={schedule.milestones} begin before the warm-up ends "
+            f"(schedule.warmup_epochs={schedule.warmup_epochs:g})"
+        )
+    _check_mask(config, resolve_spec(config))
+    micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if not data.path:
+        raise ConfigError("data.path is not set: the folder of your images, --data.path=DIR")
+
+
+def _check_mask(config: Config, spec: Spec) -> None:
+    unit = config.mask.unit
+    divides = all(side % unit == 0 for side in config.image_size)
+    if divides and unit % spec.patch_size == 0:
+        return
+    common = math.gcd(*config.image_size)
+    fitting = [u for u in range(spec.patch_size, common + 1, spec.patch_size) if common % u == 0]
+    near = min(fitting, key=lambda u: (abs(u - unit), u))
+    size = "×".join(str(side) for side in config.image_size)
+    what = (
+        f"is no multiple of the patch size {spec.patch_size} px"
+        if divides
+        else f"does not divide images of {size} px"
+    )
+    raise ConfigError(f"mask.unit={unit} px {what}; nearest that fits is {near}")
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Images per device and backward pass.
+
+    Raises:
+        ConfigError: the batch cannot be split evenly.
+    """
+    parts = world_size * config.train.accumulation_steps
+    size, rest = divmod(config.train.batch_size, parts)
+    if rest or size < 1:
+        near = max(1, round(config.train.batch_size / parts)) * parts
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} cannot be split evenly over {world_size} "
+            f"processes × {config.train.accumulation_steps} accumulation steps; nearest is {near}"
+        )
+    return size

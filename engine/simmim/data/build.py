@@ -1,0 +1,27 @@
+"""The loader that a configuration asks for."""
+
+from collections.abc import Callable
+
+from simmim.config import Config, micro_batch
+from simmim.data.augment import Augmentation
+from simmim.data.loader import Loader
+from simmim.data.source import Source
+from simmim.distributed import World
+
+
+def make_loader(
+    config: Config, source: Source, world: World, on_unreadable: Callable[[str, str], None]
+) -> Loader:
+    """A loader over `source` for this process; see `simmim.data.loader.Loader`."""
+    data = config.data
+    return Loader(
+        source,
+        Augmentation(config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels),
+        seed=config.seed,
+        micro_batch=micro_batch(config, world.size),
+        accumulation_steps=config.train.accumulation_steps,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        world=world,
+        on_unreadable=on_unreadable,
+    )

@@ -1,0 +1,219 @@
+"""Decodes and augments in worker processes, skips what cannot be read, and times the wait."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from simmim.data.augment import Augmentation, augment, sample_key
+from simmim.data.decode import UnreadableImage, decode
+from simmim.data.order import MicroBatches, SampleOrder
+from simmim.data.source import DataError, Source
+from simmim.distributed import World
+
+# So many unreadable images in a row mean that the disk is gone, not that a file is broken.
+MAX_UNREADABLE_IN_A_ROW = 1000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one backward pass, on the device.
+
+    Attributes:
+        image: uint8 [B, H, W, C]; zeros in empty slots.
+        ids: int64 [B]; -1 in empty slots (unreadable images).
+        epochs: int64 [B].
+        num_valid: slots that hold an image; known on the host.
+    """
+
+    image: Tensor
+    ids: Tensor
+    epochs: Tensor
+    num_valid: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One slot of a batch: the pixels, or why there are none."""
+
+    sample: int
+    epoch: int
+    pixels: np.ndarray | None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A micro-batch on the host; `problems` lists (sample, reason) of the empty slots."""
+
+    image: Tensor
+    ids: Tensor
+    epochs: Tensor
+    problems: list[tuple[int, str]]
+
+    def pin_memory(self) -> "HostBatch":
+        """The same in page-locked memory (called by DataLoader)."""
+        return HostBatch(
+            self.image.pin_memory(), self.ids.pin_memory(), self.epochs.pin_memory(), self.problems
+        )
+
+
+class AugmentedImages(Dataset[Sample]):
+    """Map of (epoch, sample) to an augmented image; every draw is keyed, nothing is remembered."""
+
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int) -> None:
+        self.source, self.augmentation, self.seed = source, augmentation, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        epoch, sample = place
+        try:
+            image = decode(self.source.read(sample), self.augmentation.channels)
+        except (UnreadableImage, OSError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            return Sample(sample, epoch, None, reason)
+        key = sample_key(self.seed, epoch, sample)
+        return Sample(sample, epoch, augment(image, key, self.augmentation))
+
+    def collate(self, samples: list[Sample]) -> HostBatch:
+        """Stack samples; an unreadable one leaves a slot of zeros with id -1."""
+        shape = (len(samples), *self.augmentation.size, self.augmentation.channels)
+        pixels = np.zeros(shape, dtype=np.uint8)
+        for slot, sample in enumerate(samples):
+            if sample.pixels is not None:
+                pixels[slot] = sample.pixels
+        ids = [-1 if s.pixels is None else s.sample for s in samples]
+        return HostBatch(
+            torch.from_numpy(pixels),
+            torch.tensor(ids),
+            torch.tensor([s.epoch for s in samples]),
+            [(s.sample, s.problem) for s in samples if s.pixels is None],
+        )
+
+
+def default_workers(world: World) -> int:
+    """Decoding processes when data.workers is -1: the cores shared among processes."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) // local_processes
+    if world.device.type == "cuda":
+        return max(1, min(cores - 1, 16))
+    # on the CPU the model wants the cores; one worker hides the decoding behind the step
+    return 1 if cores > 1 else 0
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides when workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterates over steps; each item is the list of micro-batches of one optimiser step.
+
+    Args:
+        source: images.
+        augmentation: what is drawn per sample.
+        seed: the run's seed.
+        micro_batch: images per process and backward pass.
+        accumulation_steps: backward passes per step.
+        workers: decoding processes; 0 decodes here; -1 chooses.
+        prefetch: batches ready per worker.
+        world: this process.
+        on_unreadable: called with (name, reason) the first time an image cannot be read.
+
+    Attributes:
+        wait_s: seconds spent waiting for data so far.
+        unreadable: samples that could not be read so far.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        micro_batch: int,
+        accumulation_steps: int,
+        workers: int,
+        prefetch: int,
+        world: World,
+        on_unreadable: Callable[[str, str], None],
+    ) -> None:
+        self.source, self.world = source, world
+        self.dataset = AugmentedImages(source, augmentation, seed)
+        self.order = SampleOrder(len(source.names), seed)
+        self.micro_batch, self.accumulation_steps = micro_batch, accumulation_steps
+        self.workers = default_workers(world) if workers < 0 else workers
+        self.prefetch = prefetch
+        self.on_unreadable = on_unreadable
+        self.wait_s = 0.0
+        self.unreadable: set[int] = set()
+        self._unreadable_in_a_row = 0
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """The micro-batches of steps `first` … `last` - 1, on the device."""
+        positions = MicroBatches(
+            self.order,
+            self.micro_batch,
+            self.accumulation_steps,
+            self.world.rank,
+            self.world.size,
+            first,
+            last,
+        )
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=positions,
+            num_workers=self.workers,
+            collate_fn=self.dataset.collate,
+            prefetch_factor=self.prefetch if self.workers else None,
+            worker_init_fn=_ignore_interrupts,
+            pin_memory=self.world.device.type == "cuda",
+            # its generator would otherwise draw from torch's global one
+            generator=torch.Generator().manual_seed(0),
+        )
+        host_batches = iter(loader)
+        for _ in range(first, last):
+            started = time.perf_counter()
+            try:
+                fetched = [next(host_batches) for _ in range(self.accumulation_steps)]
+            except RuntimeError as error:
+                if "DataLoader worker" in str(error):
+                    raise DataError(
+                        f"a data worker died ({error}); out of memory? Try fewer --data.workers"
+                    ) from None
+                raise
+            self.wait_s += time.perf_counter() - started
+            yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
+
+    def _to_device(self, batch: HostBatch) -> Batch:
+        self._note_problems(batch)
+        device = self.world.device
+        return Batch(
+            batch.image.to(device, non_blocking=True),
+            batch.ids.to(device, non_blocking=True),
+            batch.epochs.to(device, non_blocking=True),
+            len(batch.ids) - len(batch.problems),
+        )
+
+    def _note_problems(self, batch: HostBatch) -> None:
+        for sample, reason in batch.problems:
+            if sample not in self.unreadable:
+                self.unreadable.add(sample)
+                self.on_unreadable(self.source.names[sample], reason)
+        if len(batch.problems) < len(batch.ids):
+            self._unreadable_in_a_row = 0
+            return
+        self._unreadable_in_a_row += len(batch.problems)
+        limit = min(len(self.source.names), MAX_UNREADABLE_IN_A_ROW)
+        if self._unreadable_in_a_row >= limit:
+            name = self.source.names[batch.problems[0][0]]
+            raise DataError(
+                f"the last {self._unreadable_in_a_row} images could all not be read "
+                f"({name}: {batch.problems[0][1]}); is the disk still there?"
+            )

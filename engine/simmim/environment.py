@@ -1,0 +1,66 @@
+"""What this run ran on: versions, devices, git commit. Recorded beside every run."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import simmim
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "xformers", "nvidia-dali-cuda130")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of every package that can change a run; None where absent."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "simmim": simmim.__version__,
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this runs from, "-dirty" if changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Everything worth keeping beside a run's results."""
+    return {
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "device": str(device),
+        "device_name": device_name(device),
+        "processes": world_size,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+    }

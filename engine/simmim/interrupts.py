@@ -1,0 +1,47 @@
+"""SIGTERM and SIGINT as a request to save and stop between two steps."""
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+
+from simmim.distributed import World, all_reduce_sum
+
+# "Temporary failure, try again" of sysexits.h: tells a scheduler to requeue the job, apart from a
+# crash (1) and a wrong command line (2).
+EXIT_INTERRUPTED = 75
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupts:
+    """While active, the first signal is remembered; a second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "Interrupts":
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def agreed(self, world: World) -> bool:
+        """Whether any process was asked to stop; all processes get the same answer."""
+        asked = self.received is not None
+        if world.size == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=world.device)
+        return bool(all_reduce_sum(flag, world).item() > 0)

@@ -1,0 +1,160 @@
+"""What a run shows and records: progress line, log.txt, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from simmim.errors import RunError
+from simmim.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 4:05 below an hour."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def progress_text(row: dict[str, Any], total_steps: int) -> str:
+    """The progress line of a metrics row."""
+    parts = [
+        f"epoch {row['epoch']:.2f}",
+        f"step {row['step']}/{total_steps}",
+        f"loss {_number(row['loss'])}",
+        f"lr {row['lr']:.2e}",
+        f"grad {_number(row['grad_norm'])}",
+        f"{row['images_per_s']:.1f} img/s",
+        f"data-wait {row['data_wait']:.0%}",
+        f"mem {row['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"eta {duration(row['eta_s'])}",
+    ]
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']}")
+    if row["unreadable"]:
+        parts.append(f"unreadable {row['unreadable']}")
+    return "  ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "non-finite" if value is None else f"{value:.4f}"
+
+
+class RunLog:
+    """Progress and records of one run; silent in all processes but the main one.
+
+    Args:
+        folder: the run folder.
+        total_steps: steps of the run.
+        is_main: whether this process shows and writes anything but warnings.
+        tensorboard: whether to write TensorBoard events too.
+
+    Raises:
+        RunError: TensorBoard was asked for and is not installed.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, *, is_main: bool, tensorboard: bool) -> None:
+        self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
+        self._console = Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._events = _open_events(folder) if tensorboard and is_main else None
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._text = (folder / LOG_FILE).open("a", encoding="utf-8")
+
+    def start(self, step: int) -> None:
+        """Begin to show progress, from `step` on."""
+        if self.is_main and self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=16), TextColumn("{task.description}"), console=self._console
+            )
+            self._task = self._progress.add_task("starting", total=self.total_steps, completed=step)
+            self._progress.start()
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps beyond `step`, which a resumed run makes again."""
+        path = self.folder / METRICS_FILE
+        if not self.is_main or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # the line a killed process was writing
+        write_text(path, "".join(kept))
+
+    def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Record rows (one a step), and show the last one."""
+        if not self.is_main:
+            return
+        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        line = progress_text(rows[-1], self.total_steps)
+        if self._progress is None:
+            self.info(line)
+        else:
+            self._progress.update(self._task, completed=rows[-1]["step"], description=line)
+            self._write(line)
+        if self._events is not None:
+            for row in rows:
+                for key in ("loss", "lr", "grad_norm", "images_per_s", "data_wait"):
+                    if row[key] is not None:
+                        self._events.add_scalar(f"train/{key}", row[key], row["step"])
+
+    def picture(self, pixels: Any, step: int) -> None:
+        """Hand a picture, uint8 [H, W, 3], to TensorBoard."""
+        if self._events is not None:
+            self._events.add_image("reconstruction", pixels, step, dataformats="HWC")
+
+    def info(self, message: str) -> None:
+        """A line for the terminal and log.txt."""
+        if self.is_main:
+            self._console.print(Text(message), soft_wrap=True)
+            self._write(message)
+
+    def warn(self, message: str) -> None:
+        """A warning; shown by every process, recorded by the main one."""
+        self._console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+        if self.is_main:
+            self._write(f"warning: {message}")
+
+    def _write(self, message: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._text.write(f"{stamp} {message}\n")
+        self._text.flush()
+
+    def close(self) -> None:
+        """End the progress line and close the files."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._events is not None:
+            self._events.close()
+        if self.is_main:
+            self._text.close()
+        sys.stderr.flush()
+
+
+def _open_events(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RunError(
+            "log.tensorboard is on, but tensorboard is not installed: "
+            "pip install 'simmim[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(folder / "tensorboard"))

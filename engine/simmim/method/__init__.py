@@ -1,0 +1,1 @@
+"""Methods of pre-training: each supplies the views of a sample, its module and its loss."""

@@ -1,0 +1,49 @@
+"""Compute types: autocast, and the loss scale of fp16, kept on the device."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+GROWTH_INTERVAL = 2000
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Autocast to a named compute type; nothing for float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+class LossScale:
+    """The factor of the loss that keeps fp16 gradients in range; 1 and constant otherwise.
+
+    Halves after a step with non-finite gradients, doubles after 2000 steps without one (the rule
+    of torch.amp.GradScaler), without reading anything back to the host.
+    """
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self.dynamic = precision == "fp16"
+        self.scale = torch.tensor(2.0**16 if self.dynamic else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, finite: Tensor) -> None:
+        """Adapt to a step whose gradients were finite (bool scalar) or not."""
+        if not self.dynamic:
+            return
+        self.good_steps = torch.where(finite, self.good_steps + 1, 0.0)
+        grow = self.good_steps >= GROWTH_INTERVAL
+        self.scale = self.scale * torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+
+    def state(self) -> dict[str, float]:
+        """Plain values for a checkpoint."""
+        return {"scale": float(self.scale), "good_steps": float(self.good_steps)}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Continue from `state`; a float32 or bf16 run keeps its scale of 1."""
+        if self.dynamic:
+            self.scale.fill_(state["scale"])
+            self.good_steps.fill_(state["good_steps"])

@@ -1,0 +1,427 @@
+"""One pre-training run, from a configuration to weights; readable top to bottom."""
+
+import fcntl
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simmim import checkpoint, distributed, environment, files, load, precision
+from simmim.backbone.build import build_encoder
+from simmim.checkpoint import Loaded
+from simmim.config import Config, ConfigError, from_dict, leaves, resolve_spec, to_toml
+from simmim.data.augment import centre_view
+from simmim.data.build import make_loader
+from simmim.data.decode import UnreadableImage, decode
+from simmim.data.loader import Loader
+from simmim.data.source import Source, open_source
+from simmim.distributed import World
+from simmim.errors import RunError
+from simmim.interrupts import EXIT_INTERRUPTED, Interrupts
+from simmim.log import RunLog
+from simmim.masking import sample_mask
+from simmim.method.simmim import SimMIM
+from simmim.optim import build_optimizer
+from simmim.reconstruct import draw_grid, reconstruction_panels, save_picture
+from simmim.schedule import resolve_schedule
+from simmim.step import Metrics, TrainState, prepare_image, train_step
+from simmim_kernels.splitmix import fold, permutation, signed
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.toml"
+
+
+class RunStopped(RunError):
+    """A run that cannot go on; the message says at which step, why, and what is saved."""
+
+
+def pretrain(config: Config) -> int:
+    """Pre-train as `config` says, resuming whatever its run folder holds.
+
+    Returns:
+        0 when the run is complete, 75 when a signal stopped it (run again to resume).
+
+    Raises:
+        ConfigError: the run folder cannot be used.
+        simmim.data.source.DataError: no data.
+        CheckpointError: a checkpoint could not be written or read.
+        RunStopped: too many steps in a row had non-finite gradients.
+    """
+    world = distributed.init(config.device)
+    try:
+        with Interrupts() as interrupts, run_folder(config, world) as folder:
+            return _run(config, world, folder, interrupts)
+    finally:
+        distributed.finish(world)
+
+
+def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> int:
+    source = open_source(config.data.path)
+    schedule = resolve_schedule(config, len(source.names))
+    model = build_model(config, world.device)
+    optimizer = build_optimizer(model, config.optim)
+    wrapped: nn.Module = distributed.wrap(model, world)
+    if config.train.compile:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    state = TrainState(model, wrapped, optimizer, config, schedule, world)
+    log = RunLog(
+        folder,
+        schedule.total_steps,
+        is_main=world.is_main,
+        tensorboard=config.log.tensorboard,
+    )
+    try:
+        fingerprint = {"images": len(source.names), "digest": source.names.digest()}
+        _resume(state, folder, fingerprint, log)
+        _describe_run(config, world, folder, state, len(source.names), log)
+        loader = make_loader(
+            config, source, world, lambda name, reason: log.warn(f"unreadable: {name}: {reason}")
+        )
+        return _Loop(state, loader, folder, fingerprint, log).run(interrupts)
+    finally:
+        log.close()
+
+
+class _Loop:
+    """The loop over steps, and what is due after each."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        loader: Loader,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        log: RunLog,
+    ) -> None:
+        self.state, self.loader, self.folder, self.log = state, loader, folder, log
+        self.fingerprint = fingerprint
+        self.config, self.world = state.config, state.world
+        self.total = state.schedule.total_steps
+        self.pending: list[Metrics] = []
+        self.saved_step = state.step if checkpoint.steps(self.checkpoints) else -1
+        self.sample_picture = _picture_maker(state, loader.source) if self.world.is_main else None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def run(self, interrupts: Interrupts) -> int:
+        state, config = self.state, self.config
+        self.log.start(state.step)
+        self._restart_clock()
+        for batches in self.loader.steps(state.step, self.total):
+            self.pending.append(train_step(state, batches))
+            last = state.step == self.total
+            # reading a device scalar waits for the device: on CUDA only where a line is due anyway
+            due = last or state.step % config.log.every_steps == 0
+            control = due or self.world.device.type == "cpu"
+            if control:
+                self._check_finite()
+            stopping = control and interrupts.agreed(self.world) and not last
+            if due or stopping:
+                self._log_metrics()
+            if last or stopping or self._checkpoint_due():
+                self._save()
+            if self._picture_due(last):
+                self._draw()
+            if stopping:
+                return self._interrupted(interrupts)
+        self._finish()
+        return 0
+
+    def _restart_clock(self) -> None:
+        self.started, self.waited = time.perf_counter(), self.loader.wait_s
+
+    def _log_metrics(self) -> None:
+        if not self.pending:
+            return
+        state, count = self.state, len(self.pending)
+        values = (
+            _read([v for m in self.pending for v in (m.loss, m.grad_norm)]).view(-1, 2).tolist()
+        )
+        elapsed = time.perf_counter() - self.started
+        batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
+        unreadable = distributed.all_reduce_sum(
+            torch.tensor(float(len(self.loader.unreadable)), device=self.world.device), self.world
+        )
+        shared = {
+            "images_per_s": batch_size * count / elapsed,
+            "data_wait": (self.loader.wait_s - self.waited) / elapsed,
+            "peak_memory_bytes": _peak_memory(self.world),
+            "eta_s": elapsed / count * (self.total - state.step),
+            "skipped": int(state.skipped),
+            "unreadable": int(unreadable),
+        }
+        first = state.step - count
+        rows = [
+            {
+                "step": first + i + 1,
+                "epoch": (first + i + 1) * batch_size / num_images,
+                "loss": _finite(loss),
+                "lr": metrics.lr,
+                "grad_norm": _finite(norm),
+                **shared,
+            }
+            for i, (metrics, (loss, norm)) in enumerate(zip(self.pending, values))
+        ]
+        self.log.metrics(rows)
+        self.pending.clear()
+        self._restart_clock()
+
+    def _check_finite(self) -> None:
+        bad = int(self.state.bad_in_a_row)
+        if bad == 0 or (bad < self.config.train.max_bad_steps):
+            if bad and self.world.device.type == "cpu":
+                self.log.warn(
+                    f"step {self.state.step}: non-finite loss or gradient, update skipped"
+                )
+            return
+        self._log_metrics()
+        kept = max(checkpoint.steps(self.checkpoints), default=None)
+        saved = (
+            "there is no checkpoint yet"
+            if kept is None
+            else f"the checkpoint of step {kept} is kept"
+        )
+        raise RunStopped(
+            f"step {self.state.step}: the last {bad} steps (from step {self.state.step - bad + 1}) "
+            f"had a non-finite loss or gradient and were skipped; {saved}. Try a lower --optim.lr, "
+            "or --train.precision=bf16 or float32 on the same run folder"
+        )
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.state.step, self.config.checkpoint.every_steps
+        if every:
+            return step % every == 0
+        batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
+        return step * batch_size // num_images > (step - 1) * batch_size // num_images
+
+    def _save(self) -> None:
+        state = self.state
+        # weights that only make non-finite steps must not push out the last good checkpoint
+        if state.step == self.saved_step or int(state.bad_in_a_row) > 0:
+            return
+        self._log_metrics()
+        if self.world.is_main:
+            extra = {"config": asdict(self.config), "data": self.fingerprint}
+            checkpoint.save(self.checkpoints, state, extra)
+            keep = self.config.checkpoint
+            checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_every_steps)
+        self.saved_step = state.step
+        distributed.barrier(self.world)
+        self._restart_clock()
+
+    def _picture_due(self, last: bool) -> bool:
+        every = self.config.log.picture_every_steps
+        if every < 0:
+            return False
+        if every == 0:
+            return self.state.step == self.saved_step
+        return last or self.state.step % every == 0
+
+    def _draw(self) -> None:
+        if self.sample_picture is None:
+            return
+        picture = self.sample_picture()
+        if picture is not None:
+            save_picture(picture, self.folder / "pictures" / f"step_{self.state.step:08d}.png")
+            self.log.picture(np.asarray(picture), self.state.step)
+        self._restart_clock()
+
+    def _interrupted(self, interrupts: Interrupts) -> int:
+        name = interrupts.received.name if interrupts.received else "a signal to another process"
+        saved = f"saved at step {self.saved_step}" if self.saved_step >= 0 else "nothing saved yet"
+        self.log.info(f"stopped by {name}: {saved}; the same command resumes")
+        return EXIT_INTERRUPTED
+
+    def _finish(self) -> None:
+        state = self.state
+        if self.world.is_main:
+            weights = self.folder / load.WEIGHTS_FILE
+            try:
+                files.write_atomic(weights, lambda path: checkpoint.save_weights(state.model, path))
+            except OSError as error:
+                raise checkpoint.CheckpointError(
+                    f"{weights}: could not be written: {error}"
+                ) from None
+            self.log.info(f"done: {state.step} steps; weights in {weights}")
+            if (self.folder / "pictures").is_dir():
+                self.log.info(f"pictures in {self.folder / 'pictures'}")
+
+
+def build_model(config: Config, device: torch.device) -> SimMIM:
+    """The configured model, initialised from the run's seed, on `device`."""
+    torch.manual_seed(signed(fold(config.seed)))
+    model = SimMIM(
+        build_encoder(resolve_spec(config)),
+        norm_target=config.model.norm_target or None,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    model.encoder.activation_checkpointing = config.train.activation_checkpointing
+    model.encoder.kernel_backend = config.kernels.backend
+    if config.channels_last_on(device.type):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device)
+
+
+@contextmanager
+def run_folder(config: Config, world: World) -> Iterator[Path]:
+    """The run folder, made if needed and locked against a second run.
+
+    Raises:
+        ConfigError: the folder holds something else, cannot be made, or is in use.
+    """
+    folder = Path(config.output).expanduser()
+    lock: IO[str] | None = None
+    problem: object = None
+    if world.is_main:
+        try:
+            lock = _claim(folder)
+        except ConfigError as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem, world)
+    if problem:
+        raise ConfigError(str(problem))
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _claim(folder: Path) -> IO[str]:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={folder}: is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".lock").exists():
+        raise ConfigError(
+            f"output={folder}: the folder is not empty and holds no simmim run; choose another one"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"output={folder}: another process is training in this folder") from None
+    except OSError as error:
+        raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None
+    return lock
+
+
+def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: RunLog) -> None:
+    root = folder / "checkpoints"
+    if state.world.is_main:
+        checkpoint.remove_leftovers(root)
+    distributed.barrier(state.world)
+    loaded = checkpoint.read_newest(root, log.warn)
+    log.forget_after(0 if loaded is None else int(loaded.state["step"]))
+    if loaded is None:
+        return
+    _tell_changes(state.config, fingerprint, loaded, log)
+    checkpoint.restore(state, loaded)
+    log.info(f"resumed from {loaded.folder} at step {state.step}")
+
+
+def _tell_changes(config: Config, fingerprint: dict[str, Any], loaded: Loaded, log: RunLog) -> None:
+    try:
+        before = leaves(from_dict(loaded.state["config"]))
+    except (TypeError, KeyError):
+        log.warn("the checkpoint's configuration is of another version; not compared")
+        before = {}
+    for key, value in leaves(config).items():
+        if key in before and before[key] != value and key != "output":
+            log.warn(f"changed since the checkpoint: {key} {before[key]} → {value}")
+    was = loaded.state["data"]
+    if was != fingerprint:
+        log.warn(
+            f"the data changed since the checkpoint ({was['images']} → {fingerprint['images']} "
+            "images, or other names): the order of samples is not that of the first run"
+        )
+
+
+def _describe_run(
+    config: Config, world: World, folder: Path, state: TrainState, num_images: int, log: RunLog
+) -> None:
+    log.info(
+        f"{config.model.name}, {sum(p.numel() for p in state.parameters()):,} parameters; "
+        f"{num_images:,} images; {state.schedule.total_steps} steps of {config.train.batch_size} "
+        f"images; {config.train.precision} on {environment.device_name(world.device)}"
+        + (f" × {world.size}" if world.size > 1 else "")
+    )
+    if not world.is_main:
+        return
+    files.write_text(folder / CONFIG_FILE, to_toml(config))
+    path = folder / RUN_FILE
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError):
+        starts = []
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = {"time": started, "step": state.step, **environment.describe(world.device, world.size)}
+    files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+
+
+def _picture_maker(state: TrainState, source: Source) -> Callable[[], Any]:
+    """A function that draws the same images under the same masks each time it is called."""
+    config, spec = state.config, state.model.encoder.spec
+    order = permutation(fold(config.seed), len(source.names))
+    ids: list[int] = []
+    views: list[np.ndarray] = []
+
+    def collect() -> None:
+        for sample in order[: 4 * config.log.pictures]:
+            if len(ids) == config.log.pictures:
+                return
+            try:
+                image = decode(source.read(int(sample)), spec.channels)
+            except (UnreadableImage, OSError):
+                continue
+            views.append(centre_view(image, spec.image_size))
+            ids.append(int(sample))
+
+    def draw() -> Any:
+        if not ids:
+            collect()
+        if not ids:
+            return None
+        device = state.world.device
+        image = prepare_image(
+            torch.from_numpy(np.stack(views)).to(device), config.channels_last_on(device.type)
+        )
+        mask = sample_mask(
+            torch.tensor(ids, device=device),
+            torch.zeros(len(ids), dtype=torch.int64, device=device),
+            spec.grid,
+            patch_size=spec.patch_size,
+            mask_unit=config.mask.unit,
+            ratio=config.mask.ratio,
+            seed=config.seed,
+        )
+        with precision.autocast(device, config.train.precision):
+            return draw_grid(reconstruction_panels(state.model, image, mask))
+
+    return draw
+
+
+def _read(values: list[Tensor]) -> Tensor:
+    """Device scalars → one host tensor, in one transfer."""
+    return torch.stack([value.detach().float().reshape(()) for value in values]).cpu()
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN
+    return value if np.isfinite(value) else None
+
+
+def _peak_memory(world: World) -> int:
+    if world.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(world.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,131 @@
+"""Pictures of what the model sees and makes: original | masked | reconstruction."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from simmim.data.augment import centre_view
+from simmim.data.decode import UnreadableImage, decode
+from simmim.files import write_atomic
+from simmim.masking import sample_mask
+from simmim.method.simmim import SimMIM
+
+COLUMNS = ("original", "masked", "reconstruction")
+HIDDEN_GREY = 128
+MARGIN = 6
+HEADER = 18
+
+
+@torch.no_grad()
+def reconstruction_panels(model: SimMIM, image: Tensor, mask: Tensor) -> NDArray[np.uint8]:
+    """Original, masked and reconstructed images.
+
+    The reconstruction shows the prediction where pixels were hidden, and the original elsewhere
+    (the loss never asked for the visible part).
+
+    Args:
+        model: put in evaluation mode for the moment.
+        image: uint8 [B, C, H, W], on the model's device.
+        mask: bool [B, gh, gw], True hides.
+
+    Returns:
+        uint8 [B, 3, H, W, C]; axis 1 is `COLUMNS`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        prediction = model.denormalise(_to_pixels(model, image, mask))
+    finally:
+        model.train(training)
+    hidden = model.token_mask(mask)
+    patch = model.encoder.spec.patch_size
+    hidden = hidden.repeat_interleave(patch, 1).repeat_interleave(patch, 2).unsqueeze(1)
+    masked = torch.where(hidden, HIDDEN_GREY, image)
+    panels = torch.stack([image, masked, torch.where(hidden, prediction, image)], 1)
+    return panels.permute(0, 1, 3, 4, 2).cpu().numpy()
+
+
+def _to_pixels(model: SimMIM, image: Tensor, mask: Tensor) -> Tensor:
+    prediction = model.reconstruct(image, mask).float()
+    if model.norm_target is None:
+        return prediction
+    # a normalised target is predicted up to its local mean and deviation: take the original's
+    from simmim_kernels.masked_l1_loss.reference import local_statistics
+
+    mean, deviation = local_statistics(model.normalise(image), model.norm_target)
+    return prediction * deviation + mean
+
+
+def draw_grid(panels: NDArray[np.uint8], captions: list[str] | None = None) -> Image.Image:
+    """Panels [B, 3, H, W, C] as one picture: a row an image, a titled column each."""
+    B, num_columns, H, W, C = panels.shape
+    if C == 1:
+        panels = np.repeat(panels, 3, axis=-1)
+    # small images are enlarged in whole steps, so that a picture of 32 px images can be seen
+    zoom = max(1, 160 // max(H, W))
+    panels = panels[..., :3].repeat(zoom, axis=2).repeat(zoom, axis=3)
+    H, W = H * zoom, W * zoom
+    caption_height = 14 if captions else 0
+    width = num_columns * (W + MARGIN) + MARGIN
+    height = HEADER + B * (H + MARGIN + caption_height) + MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, title in enumerate(COLUMNS):
+        left = MARGIN + column * (W + MARGIN)
+        draw.text((left, 3), title, fill="black")
+        for row in range(B):
+            top = HEADER + row * (H + MARGIN + caption_height)
+            canvas.paste(Image.fromarray(panels[row, column]), (left, top))
+            if captions and column == 0:
+                draw.text((left, top + H + 1), captions[row][: width // 6], fill="black")
+    return canvas
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def reconstruct_files(
+    model: SimMIM, files: list[Path], *, mask_unit: int, ratio: float, seed: int
+) -> Image.Image:
+    """Reconstruct photos: the largest central crop of each, masked at random.
+
+    Args:
+        model: where it lies is where it runs.
+        files: image files.
+        mask_unit: side of a mask unit, in pixels.
+        ratio: share of units that is hidden.
+        seed: of the masks; image i of the list gets the mask of sample i.
+
+    Raises:
+        ValueError: a file is no image; the message names it.
+    """
+    spec = model.encoder.spec
+    views = []
+    for file in files:
+        try:
+            views.append(centre_view(decode(file.read_bytes(), spec.channels), spec.image_size))
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror}") from None
+        except UnreadableImage as error:
+            raise ValueError(f"{file}: not a readable image ({error})") from None
+    device = model.mean.device
+    panels = []
+    for number, view in enumerate(views):  # one at a time: any number of photos fits in memory
+        image = torch.from_numpy(view)[None].permute(0, 3, 1, 2).to(device)
+        mask = sample_mask(
+            torch.tensor([number], device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            spec.grid,
+            patch_size=spec.patch_size,
+            mask_unit=mask_unit,
+            ratio=ratio,
+            seed=seed,
+        )
+        panels.append(reconstruction_panels(model, image, mask))
+    return draw_grid(np.concatenate(panels), [file.name for file in files])

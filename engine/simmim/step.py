@@ -1,0 +1,170 @@
+"""One optimisation step: accumulate, backward, clip once, check, update. Nothing is read back.
+
+The optimiser is fused: it takes `grad_scale` (it divides by it) and `found_inf` (it then leaves
+weights and state alone) as tensors, the protocol of torch.amp.GradScaler. Unscaling, clipping and
+skipping therefore cost no pass of their own and no synchronisation.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simmim import precision
+from simmim.config import Config
+from simmim.data.loader import Batch
+from simmim.distributed import World, all_reduce_sum
+from simmim.masking import sample_mask
+from simmim.method.simmim import SimMIM
+from simmim.precision import LossScale
+from simmim.schedule import Schedule
+from simmim_kernels.splitmix import fold, signed
+
+# Keeps the step's draws (stochastic depth) apart from those of other uses of the same seed.
+STREAM = 0x73746570  # "step"
+
+
+class TrainState:
+    """What a step changes: weights, optimiser, loss scale and the count of bad steps.
+
+    Args:
+        model: the module whose parameters train.
+        wrapped: the same, as it is called (DistributedDataParallel, torch.compile).
+        optimizer: from `simmim.optim.build_optimizer`.
+        config: the run's configuration.
+        schedule: learning rates.
+        world: this process.
+    """
+
+    def __init__(
+        self,
+        model: SimMIM,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        schedule: Schedule,
+        world: World,
+    ) -> None:
+        self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
+        self.config, self.schedule, self.world = config, schedule, world
+        self.loss_scale = LossScale(world.device, config.train.precision)
+        self.step = 0
+        # skipped steps so far, and how many of them the present unbroken run of bad steps has
+        self.skipped = torch.zeros((), device=world.device)
+        self.bad_in_a_row = torch.zeros((), device=world.device)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train."""
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a step tells, as device scalars: reading them is the only synchronisation.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: global norm before clipping.
+        finite: whether the update was made.
+        lr: learning rate of the step.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    finite: Tensor
+    lr: float
+
+
+def prepare_image(image: Tensor, channels_last: bool) -> Tensor:
+    """uint8 [B, H, W, C] as it travels → [B, C, H, W] in the memory format the model runs in."""
+    image = image.permute(0, 3, 1, 2)
+    return image if channels_last else image.contiguous()
+
+
+def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
+    """Make one optimiser step from the micro-batches of this process.
+
+    The update is that of the whole batch over all processes and micro-batches. Empty slots carry
+    no weight: gradients are divided by the images that were really there.
+
+    Args:
+        state: changed in place.
+        batches: `accumulation_steps` micro-batches of equal size.
+
+    Returns:
+        The step's metrics, equal in every process.
+    """
+    config, world = state.config, state.world
+    _seed(config.seed, state.step, world)
+    lr = state.schedule.lr_at(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    channels_last = config.channels_last_on(world.device.type)
+    size = len(batches[0].ids)
+    share = torch.zeros(2, device=world.device)  # Σ loss·weight, Σ weight; 1 = a full micro-batch
+    for number, batch in enumerate(batches):
+        weight = batch.num_valid / size
+        with _gradient_sync(state.wrapped, last=number == len(batches) - 1):
+            with precision.autocast(world.device, config.train.precision):
+                loss = state.wrapped(
+                    prepare_image(batch.image, channels_last), draw_mask(state, batch)
+                )
+            (loss * (state.loss_scale.scale * (weight / len(batches)))).backward()
+        share += torch.stack([loss.detach() * weight, loss.new_tensor(weight)])
+    share = all_reduce_sum(share, world)
+    present = share[1] / (len(batches) * world.size)  # exactly 1 when every slot held an image
+    return _update(state, share[0] / share[1], present, lr)
+
+
+def draw_mask(state: TrainState, batch: Batch) -> Tensor:
+    """The batch's token mask, from (seed, epoch, sample)."""
+    spec = state.model.encoder.spec
+    return sample_mask(
+        batch.ids,
+        batch.epochs,
+        spec.grid,
+        patch_size=spec.patch_size,
+        mask_unit=state.config.mask.unit,
+        ratio=state.config.mask.ratio,
+        seed=state.config.seed,
+    )
+
+
+def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metrics:
+    optimizer: Any = state.optimizer
+    gradients = [p.grad for p in state.parameters() if p.grad is not None]
+    # gradients still carry the loss scale, and count empty slots as images
+    divisor = state.loss_scale.scale * present
+    grad_norm = torch.nn.utils.get_total_norm(gradients) / divisor
+    finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+    if state.config.train.clip_norm:
+        # as torch.nn.utils.clip_grad_norm_, its 1e-6 included
+        divisor = divisor * ((grad_norm + 1e-6) / state.config.train.clip_norm).clamp(min=1.0)
+    optimizer.grad_scale = divisor
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    state.loss_scale.update(finite)
+    bad = (~finite).float()
+    state.skipped = state.skipped + bad
+    state.bad_in_a_row = (state.bad_in_a_row + 1) * bad
+    state.step += 1
+    return Metrics(loss, grad_norm, finite, lr)
+
+
+def _seed(seed: int, step: int, world: World) -> None:
+    # Randomness is a function of (seed, step, rank), so a resumed run needs no generator state.
+    torch.manual_seed(signed(fold(STREAM, seed, step, world.rank)))
+
+
+def _gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """DDP averages gradients in the last backward of a step only."""
+    inner = getattr(model, "_orig_mod", model)
+    if not last and isinstance(inner, DistributedDataParallel):
+        return inner.no_sync()
+    return nullcontext()

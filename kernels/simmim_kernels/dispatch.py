@@ -1,0 +1,63 @@
+"""Chooses which backend of an op runs: each lists its reasons against, none means it can."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "SIMMIM_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op.
+
+    Attributes:
+        name: "triton", "native" or "reference".
+        reasons_against: takes the op's tensors and lists why this backend cannot run on them.
+    """
+
+    name: str
+    reasons_against: Callable[..., list[str]]
+
+
+def never(*tensors: Tensor | None) -> list[str]:
+    """No reason against: the reference runs everywhere."""
+    return []
+
+
+def choose(
+    op: str, backends: Sequence[Backend], inputs: Sequence[Tensor | None], requested: str | None
+) -> str:
+    """Name of the first backend that can run, or of the one that was asked for.
+
+    Args:
+        op: name of the op, for messages.
+        backends: in order of preference.
+        inputs: the op's tensors.
+        requested: a backend's name; None takes SIMMIM_BACKEND from the environment, and where that
+            is unset the first backend that can run.
+
+    Raises:
+        ValueError: `requested` is no backend of this op.
+        RuntimeError: the requested backend (or every backend) cannot run; lists all the reasons.
+    """
+    source = "backend"
+    if requested is None and (requested := os.environ.get(ENVIRONMENT_VARIABLE) or None):
+        source = ENVIRONMENT_VARIABLE
+    if requested is not None:
+        named = [b for b in backends if b.name == requested]
+        if not named:
+            names = ", ".join(b.name for b in backends)
+            raise ValueError(f"{op}: {source}={requested!r} is unknown here; it has {names}")
+        if reasons := named[0].reasons_against(*inputs):
+            raise RuntimeError(f"{op}: {source}={requested!r} cannot run: {'; '.join(reasons)}")
+        return requested
+    rejected: list[str] = []
+    for backend in backends:
+        reasons = backend.reasons_against(*inputs)
+        if not reasons:
+            return backend.name
+        rejected.append(f"{backend.name}: {'; '.join(reasons)}")
+    raise RuntimeError(f"{op}: no backend can run. {' | '.join(rejected)}")

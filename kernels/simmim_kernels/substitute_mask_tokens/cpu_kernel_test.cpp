@@ -1,0 +1,67 @@
+// Runs without Python: forward, backward and thread-count independence on odd sizes.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "substitute_mask_tokens.h"
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const char* what) {
+    if (!ok) {
+        std::fprintf(stderr, "FAILED: %s\n", what);
+        ++failures;
+    }
+}
+
+}  // namespace
+
+int main() {
+    const int64_t batch = 3, tokens_per_image = 317, width = 7;
+    const int64_t rows = batch * tokens_per_image, size = rows * width;
+    std::vector<float> tokens(size), grad(size), token(width), position(tokens_per_image * width);
+    std::vector<uint8_t> mask(rows);
+    std::srand(7);
+    const auto uniform = [] {
+        return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f;
+    };
+    for (auto& x : tokens) x = uniform();
+    for (auto& x : grad) x = uniform();
+    for (auto& x : token) x = uniform();
+    for (auto& x : position) x = uniform();
+    for (auto& x : mask) x = static_cast<uint8_t>(std::rand() & 1);
+
+    std::vector<float> out(size), grad_tokens(size), sum(width), sum_two(width);
+    simmim::substitute_mask_tokens_forward(tokens.data(), mask.data(), token.data(),
+                                           position.data(), out.data(), rows, tokens_per_image,
+                                           width, 2);
+    bool same = true;
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t d = 0; d < width; ++d) {
+            const float source = mask[row] ? token[d] : tokens[row * width + d];
+            same &= out[row * width + d] == source + position[row % tokens_per_image * width + d];
+        }
+    }
+    check(same, "forward picks the mask token in hidden rows and adds the position");
+
+    simmim::substitute_mask_tokens_backward(grad.data(), mask.data(), grad_tokens.data(),
+                                            sum.data(), rows, width, 1);
+    simmim::substitute_mask_tokens_backward(grad.data(), mask.data(), grad_tokens.data(),
+                                            sum_two.data(), rows, width, 2);
+    check(sum == sum_two, "the mask token's gradient does not depend on the number of threads");
+    std::vector<double> expected(width, 0.0);
+    same = true;
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t d = 0; d < width; ++d) {
+            same &= grad_tokens[row * width + d] == (mask[row] ? 0.0f : grad[row * width + d]);
+            if (mask[row]) expected[d] += grad[row * width + d];
+        }
+    }
+    check(same, "visible rows pass their gradient, hidden rows get 0");
+    for (int64_t d = 0; d < width; ++d) {
+        check(std::abs(expected[d] - sum[d]) < 1e-4, "the hidden rows are summed");
+    }
+    return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

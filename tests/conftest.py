@@ -1,0 +1,69 @@
+"""Fixtures: photos, a small model, and `torch.empty` that is never accidentally right."""
+
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+
+SHARED_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample_400.tar"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 real photos: ImageNet's if they are at hand, else those of scikit-image."""
+    folder = tmp_path_factory.mktemp("photos")
+    if SHARED_PHOTOS.is_file():
+        with tarfile.open(SHARED_PHOTOS) as archive:
+            for member in archive.getmembers()[:24]:
+                archive.extract(member, folder, filter="data")
+        return folder
+    import skimage
+
+    for path in sorted((Path(skimage.__file__).parent / "data").glob("*.png"))[:24]:
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture
+def write_image(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a smooth random image: write_image(name, mode="RGB", size=(w, h), **save options)."""
+
+    def write(
+        name: str, mode: str = "RGB", size: tuple[int, int] = (90, 70), **options: object
+    ) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = np.random.default_rng(len(name)).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+        image.convert(mode).save(path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and torch.empty_like give NaN: an output that nobody wrote cannot pass."""
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+
+        def poisoned(
+            *args: object, original: Callable[..., torch.Tensor] = original, **kwargs: object
+        ) -> torch.Tensor:
+            out = original(*args, **kwargs)
+            return out.fill_(float("nan")) if out.dtype.is_floating_point else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20211118)

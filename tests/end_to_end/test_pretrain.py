@@ -1,0 +1,359 @@
+"""Whole runs through the command: killed, stopped, damaged, in two processes, on broken data."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import simmim
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(
+        [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    ),
+    "OMP_NUM_THREADS": "1",
+}
+COMMAND = [sys.executable, "-m", "simmim"]
+
+
+def simmim_command(
+    *arguments: str, launcher: list[str] | None = None
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*(launcher or COMMAND), *arguments],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def flags(photos: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "pretrain",
+        "configs/smoke.toml",
+        f"--data.path={photos}",
+        f"--output={output}",
+        "--seed=11",
+        *more,
+    ]
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in metrics(output)]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    result = simmim_command(
+        *flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=24")
+    )
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_a_run_leaves_everything_behind(straight: Path, photos: Path) -> None:
+    names = {p.name for p in straight.iterdir()}
+    assert names >= {
+        "checkpoints", "pictures", "metrics.jsonl", "log.txt", "config.toml", "run.json",
+        "model.safetensors",
+    }  # fmt: skip
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == [
+        "step_00000014",
+        "step_00000021",
+        "step_00000024",
+    ]
+    rows = metrics(straight)
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert np.mean(losses(straight)[-5:]) < np.mean(losses(straight)[:5])
+    keys = {"loss", "lr", "grad_norm", "images_per_s", "data_wait", "peak_memory_bytes", "eta_s"}
+    assert all(keys <= row.keys() for row in rows)
+    log = (straight / "log.txt").read_text()
+    for word in ("epoch", "step 24/24", "loss", "lr", "grad", "img/s", "data-wait", "mem", "eta"):
+        assert word in log
+    with Image.open(straight / "pictures" / "step_00000024.png") as picture:
+        assert np.asarray(picture).std() > 20
+    start = json.loads((straight / "run.json").read_text())["starts"][0]
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["device"] == "cpu"
+    model = simmim.load_model(straight)
+    assert model.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 32, 8, 8)
+
+
+def test_killed_runs_end_bitwise_equal(straight: Path, photos: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, again and again, until a start gets through to the end."""
+    output = tmp_path / "killed"
+    arguments = flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=24")
+    generator = random.Random(3)
+    kills = 0
+    for attempt in range(12):
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            env=ENVIRONMENT,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        before = len(losses(output)) if (output / "metrics.jsonl").exists() else 0
+        if attempt < 4:
+            _wait_for_rows(output, before + generator.randint(1, 6), process)
+            time.sleep(generator.random() * 0.3)
+            kills += process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            continue
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        break
+    assert kills >= 2
+    assert same_weights(output, straight)
+    assert losses(output) == losses(straight)
+    assert [row["step"] for row in metrics(output)] == list(range(1, 25))
+
+
+def _wait_for_rows(output: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        path = output / "metrics.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_run_goes_on(
+    straight: Path, photos: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "stopped"
+    arguments = flags(
+        photos, output, "--checkpoint.every_steps=7", "--train.steps=24", "--log.every_steps=1"
+    )
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_rows(output, 3, process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert f"stopped by {number.name}: saved at step" in error
+    assert "Traceback" not in error
+    stopped = metrics(output)[-1]["step"]
+    assert 3 <= stopped < 24
+    assert (output / "checkpoints" / f"step_{stopped:08d}" / "state.json").is_file()
+    again = simmim_command(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert f"at step {stopped}" in again.stderr
+    assert same_weights(output, straight)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    straight: Path, photos: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "damaged"
+    first = simmim_command(*flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=14"))
+    assert first.returncode == 0, first.stderr
+    os.truncate(output / "checkpoints" / "step_00000014" / "optimizer.safetensors", 100)
+    result = simmim_command(
+        *flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=24")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "warning: checkpoint passed over" in result.stderr
+    assert "resumed from" in result.stderr
+    assert "at step 7" in result.stderr
+    # the schedule's length differs until step 14, so only the plan is compared, not the weights
+    assert [row["step"] for row in metrics(output)] == list(range(1, 25))
+
+
+def test_a_finished_run_is_left_alone(straight: Path, photos: Path) -> None:
+    before = (straight / "metrics.jsonl").read_text()
+    result = simmim_command(
+        *flags(photos, straight, "--checkpoint.every_steps=7", "--train.steps=24")
+    )
+    assert result.returncode == 0
+    assert (straight / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_are_one(
+    straight: Path, photos: Path, tmp_path: Path, accumulation: int
+) -> None:
+    """The same global batch over two gloo processes: the losses of one process, within 1e-5."""
+    output = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher += ["--master-port", str(20000 + os.getpid() % 20000), "-m", "simmim"]
+    result = simmim_command(
+        *flags(
+            photos,
+            output,
+            "--checkpoint.every_steps=7",
+            "--train.steps=24",
+            f"--train.accumulation_steps={accumulation}",
+        ),
+        launcher=launcher,
+    )
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(output), losses(straight), rtol=1e-5)
+    assert [row["lr"] for row in metrics(output)] == [row["lr"] for row in metrics(straight)]
+
+
+def test_broken_images_never_end_the_run(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for number, path in enumerate(sorted(photos.iterdir())[:12]):
+        data = path.read_bytes()
+        broken = {1: b"", 5: data[: len(data) // 3], 7: b"not an image"}.get(number, data)
+        (folder / f"{number:02d}{path.suffix}").write_bytes(broken)
+    result = simmim_command(*flags(folder, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for name in ("01", "05", "07"):
+        assert log.count(f"unreadable: {name}.") == 1
+    assert metrics(tmp_path / "run")[-1]["unreadable"] == 3
+    assert "unreadable 3" in log
+
+
+def test_non_finite_steps_stop_the_run(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = simmim_command(*flags(photos, output, "--train.steps=10"))
+    assert first.returncode == 0, first.stderr
+    result = simmim_command(
+        *flags(photos, output, "--optim.lr=1e30", "--train.clip_norm=0", "--train.max_bad_steps=4")
+    )
+    assert result.returncode == 1
+    assert "the last 4 steps (from step" in result.stderr
+    assert "the checkpoint of step" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert simmim.load_model(output / "checkpoints" / "step_00000010") is not None
+    assert any(row["loss"] is None for row in metrics(output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pretrain", "smoke", "--train.stps=3"], 2, "did you mean train.steps?"),
+        (["pretrain", "smoke", "--data.path=/nowhere"], 1, "/nowhere: no such file or folder"),
+        (["pretrain", "smoke"], 2, "data.path is not set"),
+        (["pretrain"], 2, "CONFIG is missing"),
+        (["pretrain", "smoke", "--data.path=.", "--output=configs"], 2, "holds no simmim run"),
+        (["pretrain", "smoke", "--data.path=.", "--device=cuda"], 1, "no CUDA device"),
+        (["train"], 2, "unknown command train"),
+        ([], 2, ""),
+        (["reconstruct", "nowhere.pth", "x.jpg"], 1, "nowhere.pth: no such file"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    if "pretrain" in arguments and not any("--output" in a for a in arguments):
+        arguments = [*arguments, *([f"--output={tmp_path / 'x'}"] if len(arguments) > 1 else [])]
+    result = simmim_command(*arguments)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert result.stderr.count("\n") <= 1
+    if "--device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+
+
+def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [*COMMAND, *flags(photos, output, "--train.steps=100000")],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for_rows(output, 1, process)
+        result = simmim_command(*flags(photos, output))
+        assert result.returncode == 2
+        assert "another process is training in this folder" in result.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_reconstruct_and_doctor_and_recipes(straight: Path, photos: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    photo = str(min(photos.iterdir()))
+    arguments = ["reconstruct", str(straight), photo, f"--output={picture}", "--mask-unit=16"]
+    result = simmim_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    with Image.open(picture) as image:
+        assert image.width > 3 * 64
+    refused = simmim_command(*arguments)
+    assert refused.returncode == 2
+    assert "exists" in refused.stderr
+    doctor = simmim_command("doctor")
+    assert doctor.returncode == 0
+    for word in ("torch", "substitute_mask_tokens", "cuda", "native CPU kernels"):
+        assert word in doctor.stdout
+    assert "swin_base_192_100ep" in simmim_command("recipes").stdout
+
+
+def test_tensorboard(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    result = simmim_command(*flags(photos, tmp_path / "run", "--log.tensorboard=true"))
+    assert result.returncode == 0, result.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 20
+    assert events.Tags()["images"] == ["reconstruction"]
+
+
+def test_precisions_and_options_train(photos: Path, tmp_path: Path) -> None:
+    for number, extra in enumerate(
+        (
+            ["--train.precision=bf16", "--train.activation_checkpointing=true"],
+            ["--train.precision=fp16", "--train.channels_last=true"],
+            ["--data.channels=1", "--model.drop_path=0.1", "--data.image_size=[64,128]"],
+            ["--model.name=vit_tiny", "--model.depths=[1]", "--model.num_heads=[2]"],
+        )
+    ):
+        arguments = flags(photos, tmp_path / str(number), "--train.steps=4", *extra)
+        if "--model.name=vit_tiny" in extra:
+            config = (ROOT / "configs" / "smoke.toml").read_text().replace("window_size = 4\n", "")
+            (tmp_path / "vit.toml").write_text(config)
+            arguments[1] = str(tmp_path / "vit.toml")
+        result = simmim_command(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert all(loss is not None for loss in losses(tmp_path / str(number)))
+
+
+@pytest.mark.slow
+def test_torch_compile_trains_the_same(straight: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = flags(
+        photos, tmp_path / "run", "--train.compile=true", "--train.steps=24",
+        "--checkpoint.every_steps=7",
+    )  # fmt: skip
+    result = simmim_command(*arguments)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight), rtol=1e-4)

@@ -1,0 +1,293 @@
+"""The data path: every kind of file, broken ones, tar shards, samples that follow their key."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim.data.augment import Augmentation, augment, centre_view, crop_box, sample_key
+from simmim.data.decode import UnreadableImage, decode
+from simmim.data.loader import Batch, Loader
+from simmim.data.order import MicroBatches, SampleOrder
+from simmim.data.source import DataError, PackedStrings, ShardSource, Source, open_source
+from simmim.distributed import World
+
+AUGMENTATION = Augmentation((32, 48), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
+BROKEN = {"zero.jpg": 0, "cut.jpg": 300}
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def loader(source: Source, warnings: list | None = None, **options: object) -> Loader:
+    settings: dict = {
+        "seed": 1,
+        "micro_batch": 4,
+        "accumulation_steps": 1,
+        "workers": 0,
+        "prefetch": 2,
+        "world": HERE,
+    } | options
+    found = [] if warnings is None else warnings
+    return Loader(source, AUGMENTATION, on_unreadable=lambda *w: found.append(w), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.jpg", "RGB", {}),
+        ("grey.jpeg", "L", {}),
+        ("cmyk.JPG", "CMYK", {}),
+        ("deep/er/b.png", "RGB", {}),
+        ("palette.png", "P", {}),
+        ("alpha.png", "RGBA", {}),
+        ("grey_alpha.png", "LA", {}),
+        ("bilevel.png", "1", {}),
+        ("c.webp", "RGB", {}),
+        ("d.bmp", "RGB", {}),
+        ("e.tiff", "RGB", {}),
+        ("f.gif", "P", {}),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_kind_of_file(
+    write_image: Callable[..., Path], name: str, mode: str, options: dict, channels: int
+) -> None:
+    path = write_image(name, mode, **options)
+    source = open_source(str(path.parents[len(Path(name).parts) - 1]))
+    assert list(source.names) == [name]
+    image = decode(source.read(0), channels)
+    assert image.size == (90, 70)
+    assert len(image.getbands()) == channels
+    assert np.asarray(image).dtype == np.uint8
+
+
+def test_exif_rotation(write_image: Callable[..., Path]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90°
+    path = write_image("turned.jpg", exif=exif)
+    assert decode(path.read_bytes(), 3).size == (70, 90)
+
+
+def test_sixteen_bit_png_keeps_its_range(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = np.asarray(decode((tmp_path / "deep.png").read_bytes(), 3))
+    assert pixels[0, 0, 0] == 0
+    assert pixels[-1, -1, 0] == 255
+    assert abs(int(pixels[32, 0, 0]) - 128) <= 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "header"])
+def test_broken_files_are_named(write_image: Callable[..., Path], damage: str) -> None:
+    data = write_image("x.jpg", size=(200, 200)).read_bytes()
+    broken = {
+        "empty": b"",
+        "truncated": data[: len(data) // 2],
+        "text": b"<html>not found</html>",
+        "header": data[:20] + bytes(len(data) - 20),
+    }[damage]
+    with pytest.raises(UnreadableImage):
+        decode(broken, 3)
+
+
+def test_broken_images_leave_empty_slots_and_one_warning_each(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = sorted(photos.iterdir())[:5]
+    for path in good:
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name, length in BROKEN.items():
+        (folder / name).write_bytes(good[0].read_bytes()[:length])
+    warnings: list[tuple[str, str]] = []
+    seen: list[int] = []
+    batches = [b for step in loader(open_source(str(folder)), warnings).steps(0, 7) for b in step]
+    for batch in batches:
+        empty = batch.ids < 0
+        assert batch.num_valid == int((~empty).sum())
+        assert (batch.image[empty] == 0).all()
+        assert all(image.float().std() > 0 for image in batch.image[~empty])
+        seen += batch.ids[~empty].tolist()
+    # 28 slots over 7 images: four epochs, every readable image once in each
+    broken = [i for i, name in enumerate(open_source(str(folder)).names) if name in BROKEN]
+    assert sorted(seen) == sorted(i for i in range(7) if i not in broken for _ in range(4))
+    assert {name for name, _ in warnings} == set(BROKEN)
+    assert len(warnings) == 2
+
+
+def test_all_broken_is_an_error(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="could all not be read"):
+        list(loader(open_source(str(tmp_path))).steps(0, 10))
+
+
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / ".hidden.jpg").write_text("x")
+    with pytest.raises(DataError, match=f"{tmp_path}: no image"):
+        open_source(str(tmp_path))
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_source(str(tmp_path / "missing"))
+
+
+@pytest.fixture
+def shards(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    files = sorted(photos.iterdir())
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for path in files[number::2]:
+                archive.add(path, f"./{path.name}")
+            archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
+    return folder
+
+
+def test_tar_shards_hold_the_same_bytes(photos: Path, shards: Path) -> None:
+    source = open_source(str(shards))
+    assert len(source.names) == len(list(photos.iterdir()))
+    for index, name in enumerate(source.names):
+        assert source.read(index) == (photos / name.split("/", 1)[1]).read_bytes()
+    again = open_source(str(shards))  # from the cached index
+    assert list(again.names) == list(source.names)
+    assert again.read(3) == source.read(3)
+
+
+def test_a_changed_shard_is_indexed_anew(photos: Path, shards: Path) -> None:
+    before = len(open_source(str(shards / "0.tar")).names)
+    with tarfile.open(shards / "0.tar", "a") as archive:
+        archive.add(min(photos.iterdir()), "extra.jpg")
+    assert len(open_source(str(shards / "0.tar")).names) == before + 1
+
+
+def test_wrong_shards(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar")
+    with pytest.raises(DataError, match=r"text\.tar: not a readable tar file"):
+        open_source(str(tmp_path / "text.tar"))
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(min(photos.iterdir()), "a.jpg")
+    with pytest.raises(DataError, match="compressed shards have no random access"):
+        open_source(str(tmp_path / "packed.tar"))
+
+
+def test_a_truncated_shard_is_an_unreadable_image(shards: Path) -> None:
+    source = ShardSource([shards / "0.tar"])
+    os.truncate(shards / "0.tar", (shards / "0.tar").stat().st_size // 2)
+    with pytest.raises(OSError, match="the shard ends inside this image"):
+        [source.read(index) for index in range(len(source.names))]
+
+
+def test_packed_strings() -> None:
+    names = ["a", "", "ü/ß.jpg", "\udcff.png"]
+    packed = PackedStrings(names)
+    assert list(packed) == names
+    assert packed.digest() != PackedStrings(["a", "ü/ß.jpg", "", "\udcff.png"]).digest()
+    assert PackedStrings([]).digest()
+
+
+def collect(batches: list[Batch]) -> dict[tuple[int, int], torch.Tensor]:
+    return {
+        (int(e), int(i)): image
+        for b in batches
+        for e, i, image in zip(b.epochs, b.ids, b.image, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("workers", "ranks", "accumulation"), [(2, 1, 1), (0, 2, 1), (1, 2, 2), (0, 4, 1)]
+)
+def test_same_samples_for_any_workers_and_ranks(
+    photos: Path, workers: int, ranks: int, accumulation: int
+) -> None:
+    source = open_source(str(photos))
+    steps, batch_size = 8, 8  # 64 samples of 24 photos: batches that span epochs
+    expected = list(loader(source, micro_batch=batch_size).steps(0, steps))
+    parts = [
+        list(
+            loader(
+                source,
+                micro_batch=batch_size // ranks // accumulation,
+                accumulation_steps=accumulation,
+                workers=workers,
+                world=World(rank, ranks, torch.device("cpu")),
+            ).steps(0, steps)
+        )
+        for rank in range(ranks)
+    ]
+    for step in range(steps):
+        whole = collect(expected[step])
+        found = collect([batch for part in parts for batch in part[step]])
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_starting_later_is_the_same_run(photos: Path) -> None:
+    source = open_source(str(photos))
+    whole = list(loader(source).steps(0, 9))
+    rest = list(loader(source).steps(5, 9))
+    for (a,), (b,) in zip(whole[5:], rest, strict=True):
+        assert torch.equal(a.image, b.image)
+        assert torch.equal(a.ids, b.ids)
+
+
+def test_order_visits_everything_once_an_epoch() -> None:
+    order = SampleOrder(10, seed=3)
+    places = [order.at(p) for p in range(30)]
+    epochs = [[sample for epoch, sample in places if epoch == e] for e in range(3)]
+    assert all(sorted(samples) == list(range(10)) for samples in epochs)
+    assert epochs[0] != epochs[1]
+    assert [SampleOrder(10, 3).at(p) for p in range(30)] == places
+    assert [SampleOrder(10, 4).at(p) for p in range(30)] != places
+    assert len(MicroBatches(order, 3, 2, 0, 1, 2, 5)) == 6
+
+
+def test_crop_boxes_follow_the_paper() -> None:
+    shares, ratios, corners = [], [], set()
+    for key in range(4000):
+        left, top, w, h = crop_box(sample_key(0, 0, key), 200, 200, (0.67, 1.0), (3 / 4, 4 / 3))
+        assert 0 <= left <= 200 - w
+        assert 0 <= top <= 200 - h
+        shares.append(w * h / 200**2)
+        ratios.append(w / h)
+        corners.add((left, top))
+    assert 0.66 < min(shares) < 0.68
+    assert 0.95 < max(shares) <= 1.0
+    assert min(ratios) > 0.66
+    assert max(ratios) < 1.51
+    assert abs(np.mean(np.log(ratios))) < 0.01
+    assert len(corners) > 500
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 300), (300, 3), (64, 64)])
+def test_crop_of_odd_images(size: tuple[int, int]) -> None:
+    left, top, w, h = crop_box(7, *size, (0.67, 1.0), (3 / 4, 4 / 3))
+    assert w >= 1
+    assert h >= 1
+    assert left + w <= size[0]
+    assert top + h <= size[1]
+    image = Image.new("RGB", size, (10, 20, 30))
+    assert augment(image, 7, AUGMENTATION).shape == (32, 48, 3)
+    assert centre_view(image, (32, 48)).shape == (32, 48, 3)
+
+
+def test_augmentation_is_crop_resize_flip(photos: Path) -> None:
+    """The same box through Pillow by hand gives the same pixels; half of the views are flipped."""
+    image = decode(min(photos.iterdir()).read_bytes(), 3)
+    flipped = 0
+    for sample in range(200):
+        key = sample_key(5, 0, sample)
+        left, top, w, h = crop_box(key, *image.size, (0.67, 1.0), (3 / 4, 4 / 3))
+        crop = image.crop((left, top, left + w, top + h))
+        plain = np.asarray(crop.resize((48, 32), Image.Resampling.BILINEAR))
+        view = augment(image, key, AUGMENTATION)
+        if np.array_equal(view, plain[:, ::-1]):
+            flipped += 1
+        else:
+            assert np.array_equal(view, plain)
+    assert 70 < flipped < 130

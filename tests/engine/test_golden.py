@@ -1,0 +1,244 @@
+"""The published models, number for number: features, losses, gradients, five optimiser steps."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from numerics import INDEX, assert_close_to, load_golden, load_golden_json, with_prefix
+from simmim import SimMIM, load_model
+from simmim.backbone.build import PRESETS, build_encoder
+from simmim.backbone.layers import drop_path_rates
+from simmim.config import OptimConfig
+from simmim.optim import build_optimizer, parameter_groups
+from simmim.schedule import Schedule
+
+MODELS = [n for n, f in INDEX.items() if f["kind"] in ("pretrain-swin", "pretrain-vit")]
+
+
+def load(name: str) -> tuple[dict, dict[str, Tensor], SimMIM]:
+    entry, tensors = load_golden(name)
+    target = entry["config"].get("norm_target", {})
+    model = load_model(
+        with_prefix(tensors, "weights/"),
+        norm_target=target["patch_size"] if target.get("enable") else None,
+    )
+    return entry, tensors, model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_architecture_is_inferred(name: str) -> None:
+    entry, _, model = load(name)
+    spec, config = model.encoder.spec, entry["config"]
+    assert spec.image_size == (config["img_size"],) * 2
+    assert spec.embed_dim == config["embed_dim"]
+    assert spec.mlp_ratio == config["mlp_ratio"]
+    assert spec.qkv_bias == config["qkv_bias"]
+    assert model.encoder_stride == config["encoder_stride"]
+    if config["arch"] == "swin":
+        assert list(spec.depths) == config["depths"]
+        assert list(spec.num_heads) == config["num_heads"]
+        assert spec.window_size == config["window_size"]
+        for stage in entry["stages"]:
+            number = stage["stage"]
+            assert spec.resolution(number)[0] == stage["resolution"]
+            assert spec.window(number) == stage["window"]
+            assert spec.shift(number, 1) == stage["shift_of_odd_blocks"]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_forward(name: str, backend: str | None) -> None:
+    entry, tensors, model = load(name)
+    model.encoder.kernel_backend = backend
+    tolerance, image = entry["tolerance"], tensors["input/image"]
+    seen: dict[str, Tensor] = {}
+    if entry["config"]["arch"] == "swin":
+        for number, stage in enumerate(model.encoder.layers):
+            stage.register_forward_hook(
+                lambda module, args, out, number=number: seen.update({f"layers.{number}": out})
+            )
+    with torch.no_grad():
+        features = model.encode(image, tensors["input/mask"])
+        reconstruction = model.reconstruct(image, tensors["input/mask"])
+    assert_close_to(features, tensors["expect/z"], tolerance["forward"], "features")
+    assert_close_to(
+        reconstruction, tensors["expect/reconstruction"], tolerance["forward"], "reconstruction"
+    )
+    for stage, out in seen.items():
+        expected = tensors[f"expect/act/{stage}"]
+        assert_close_to(out.flatten(1, 2), expected, tolerance["act"], stage)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses(name: str) -> None:
+    entry, tensors, model = load(name)
+    image, mask = tensors["input/image"], tensors["input/mask"]
+    masks = {"loss": mask, "loss_uneven": tensors["input/mask_uneven"]}
+    masks |= {"loss_zero_mask": torch.zeros_like(mask), "loss_full_mask": torch.ones_like(mask)}
+    with torch.no_grad():
+        for key, chosen in masks.items():
+            assert_close_to(
+                model(image, chosen), tensors[f"expect/{key}"], entry["tolerance"]["loss"], key
+            )
+
+
+def assert_gradients(model: SimMIM, expected: dict[str, Tensor], tolerance: dict) -> None:
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - expected[name]).abs().max()
+        if name.endswith("attn.qkv.bias"):  # its key part is rounding noise
+            allowed = tolerance["grad of attn.qkv.bias"]["atol"]
+        else:
+            grad = tolerance["grad"]
+            allowed = grad["of_tensor_max"] * expected[name].abs().max() + grad["atol"]
+        assert error <= allowed, (name, float(error), float(allowed))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name: str, recompute: bool) -> None:
+    entry, tensors, model = load(name)
+    model.train()
+    model.encoder.activation_checkpointing = recompute
+    model(tensors["input/image"], tensors["input/mask"]).backward()
+    assert_gradients(model, with_prefix(tensors, "grad/"), entry["tolerance"])
+
+
+@pytest.mark.parametrize("trajectory", ["A", "B", "C"])
+@pytest.mark.parametrize("name", MODELS)
+def test_optimiser_steps(name: str, trajectory: str) -> None:
+    entry, tensors, model = load(name)
+    plan, tolerance = entry["trajectories"][trajectory], entry["tolerance"][f"traj_{trajectory}"]
+    expect = with_prefix(tensors, f"expect/traj_{trajectory}/")
+    optimizer = build_optimizer(
+        model,
+        OptimConfig(
+            name=plan["optimizer"],
+            lr=plan["lr"],
+            weight_decay=plan["weight_decay"],
+            momentum=plan.get("momentum", 0.9),
+        ),
+    )
+    image, mask = tensors["input/image"], tensors["input/mask"]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses, norms = [], []
+    for step in range(plan["steps"]):
+        lr = _schedule(plan, entry["system"]).lr_at(step) if "schedule" in plan else plan["lr"]
+        if "lrs" in expect:
+            assert lr == pytest.approx(float(expect["lrs"][step]), rel=1e-6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = model(image, mask)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), plan["clip_grad"]))
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    losses.append(model(image, mask).detach())
+    assert_close_to(torch.stack(losses), expect["losses"], tolerance["losses"], "losses")
+    relative = {"atol": 1e-9, **tolerance["grad_norms"]}
+    assert_close_to(torch.stack(norms), expect["grad_norms"], relative, "gradient norms")
+    parameters = dict(model.named_parameters())
+    for key, norm in with_prefix(expect, "delta_norm/").items():
+        moved = (parameters[key].detach() - start[key]).norm()
+        relative = {"atol": 1e-9, **tolerance["delta_norm"]}
+        assert_close_to(moved, norm.reshape(()), relative, f"way of {key}")
+    for key, final in with_prefix(expect, "final/").items():
+        assert_close_to(parameters[key].detach(), final, tolerance["final"], f"end of {key}")
+
+
+def _schedule(plan: dict, system: str) -> Schedule:
+    schedule = plan["schedule"]
+    return Schedule(
+        name=schedule["name"],
+        total_steps=schedule["epochs"] * schedule["iters_per_epoch"],
+        warmup_steps=schedule["warmup_epochs"] * schedule["iters_per_epoch"],
+        lr=plan["lr"],
+        warmup_lr=schedule["warmup_lr"],
+        min_lr=schedule["min_lr"],
+        warmup_prefix=system == "microsoft/Swin-Transformer",
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("swin_base", 89_874_104), ("swin_large", 199_881_204)]
+)
+def test_parameter_counts(preset: str, count: int) -> None:
+    with torch.device("meta"):
+        model = SimMIM(build_encoder(PRESETS[preset]))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+GROUPS = [
+    case
+    for case in load_golden_json("param-groups")["microsoft/SimMIM"]
+    if case["stage"] == "pre-training"
+]
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=lambda c: c["name"])
+def test_parameter_groups(case: dict) -> None:
+    expected = case["parameters"]
+    with torch.device("meta"):
+        model = load_model_like(expected)
+    found = {
+        name: group["weight_decay"]
+        for group in parameter_groups(model, case["weight_decay"])
+        for name in group["names"]
+    }
+    assert found == {name: p["weight_decay"] for name, p in expected.items()}
+
+
+def load_model_like(parameters: dict[str, dict]) -> SimMIM:
+    return load_model({name: torch.zeros(p["shape"]) for name, p in parameters.items()})
+
+
+def test_position_tables_can_be_exempt() -> None:
+    with torch.device("meta"):
+        model = SimMIM(build_encoder(PRESETS["swin_tiny"]))
+    published = parameter_groups(model, 0.05)[1]["names"]
+    exempt = parameter_groups(model, 0.05, decay_position_tables=False)[1]["names"]
+    extra = set(exempt) - set(published)
+    assert len(extra) == 12
+    assert all(name.endswith("relative_position_bias_table") for name in extra)
+
+
+SCHEDULES = load_golden_json("lr-schedules")
+CASES = (
+    SCHEDULES["microsoft/SimMIM"]
+    + SCHEDULES["microsoft/Swin-Transformer (cosine with and without warmup_prefix)"]
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['name']}-{c['epochs']}")
+def test_learning_rates(case: dict) -> None:
+    epoch = case["iters_per_epoch"]
+    for group, scale in enumerate(case.get("group_scales", [1.0])):
+        schedule = Schedule(
+            name=case["name"],
+            total_steps=case["total_updates"],
+            warmup_steps=case["warmup_updates"],
+            lr=case["base_lr"] * scale,
+            warmup_lr=case["warmup_lr"],
+            min_lr=case["min_lr"],
+            milestones=tuple(m * epoch for m in case.get("multisteps", ())),
+            decay_steps=case.get("decay_epochs", 1) * epoch,
+            gamma=case.get("gamma", case.get("decay_rate", 0.1)),
+            warmup_prefix=case.get("warmup_prefix", False),
+        )
+        for update, values in enumerate(case["value_at_update"]):
+            expected = pytest.approx(values[group], rel=1e-9, abs=1e-15)
+            assert schedule.value_at(update) == expected, update
+        for step, values in enumerate(case["lr_used_by_iteration"]):
+            expected = pytest.approx(values[group], rel=1e-9, abs=1e-15)
+            assert schedule.lr_at(step) == expected, step
+
+
+@pytest.mark.parametrize(
+    "row", SCHEDULES["stochastic_depth"]["rows"], ids=lambda r: str(r["depths"])
+)
+def test_stochastic_depth_rates(row: dict) -> None:
+    depths = row["depths"] if isinstance(row["depths"], list) else [row["depths"]]
+    rates = drop_path_rates(row["drop_path_rate"], sum(depths))
+    assert rates == pytest.approx(row["per_block"], rel=1e-6)

@@ -1,0 +1,74 @@
+"""Pictures: what is visible stays as it was, what is hidden comes from the model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim import SimMIM
+from simmim.backbone.build import build_encoder
+from simmim.backbone.vit import ViTSpec
+from simmim.reconstruct import (
+    HIDDEN_GREY,
+    draw_grid,
+    reconstruct_files,
+    reconstruction_panels,
+    save_picture,
+)
+
+SPEC = ViTSpec(image_size=(32, 48), patch_size=8, embed_dim=16, depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize("norm_target", [None, 7])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_panels(channels: int, norm_target: int | None) -> None:
+    model = SimMIM(build_encoder(replace(SPEC, channels=channels)), norm_target=norm_target).train()
+    image = torch.randint(0, 256, (2, channels, 32, 48), dtype=torch.uint8)
+    mask = torch.rand(2, 4, 6) < 0.5
+    panels = reconstruction_panels(model, image, mask)
+    assert panels.shape == (2, 3, 32, 48, channels)
+    assert panels.dtype == np.uint8
+    assert model.training
+    pixels = mask.repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
+    original, masked, reconstruction = panels[:, 0], panels[:, 1], panels[:, 2]
+    assert np.array_equal(original, image.permute(0, 2, 3, 1).numpy())
+    assert (masked[pixels] == HIDDEN_GREY).all()
+    assert np.array_equal(masked[~pixels], original[~pixels])
+    assert np.array_equal(reconstruction[~pixels], original[~pixels])
+    assert not np.array_equal(reconstruction[pixels], original[pixels])
+
+
+def test_a_perfect_model_gives_back_the_picture() -> None:
+    model = SimMIM(build_encoder(SPEC))
+    image = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    model.reconstruct = lambda image, mask: model.normalise(image)  # type: ignore[method-assign]
+    panels = reconstruction_panels(model, image, torch.ones(1, 4, 6, dtype=torch.bool))
+    assert np.array_equal(panels[:, 2], panels[:, 0])
+
+
+def test_grid_and_files(photos: Path, tmp_path: Path) -> None:
+    model = SimMIM(build_encoder(SPEC)).eval()
+    files = sorted(photos.iterdir())[:3]
+    picture = reconstruct_files(model, files, mask_unit=16, ratio=0.6, seed=1)
+    again = reconstruct_files(model, files, mask_unit=16, ratio=0.6, seed=1)
+    assert np.array_equal(np.asarray(picture), np.asarray(again))
+    other = reconstruct_files(model, files, mask_unit=16, ratio=0.6, seed=2)
+    assert not np.array_equal(np.asarray(picture), np.asarray(other))
+    save_picture(picture, tmp_path / "new" / "grid.png")
+    with Image.open(tmp_path / "new" / "grid.png") as saved:
+        assert saved.size == picture.size
+    assert picture.width > 3 * 48 * 3  # small images are enlarged
+    grey = draw_grid(np.zeros((1, 3, 8, 8, 1), dtype=np.uint8))
+    assert grey.mode == "RGB"
+
+
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    model = SimMIM(build_encoder(SPEC)).eval()
+    (tmp_path / "x.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"x\.jpg: not a readable image"):
+        reconstruct_files(model, [tmp_path / "x.jpg"], mask_unit=16, ratio=0.6, seed=0)
+    with pytest.raises(ValueError, match=r"y\.jpg: No such file"):
+        reconstruct_files(model, [tmp_path / "y.jpg"], mask_unit=16, ratio=0.6, seed=0)

@@ -1,0 +1,48 @@
+"""Golden files and comparisons that several tests share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+INDEX: dict[str, dict[str, Any]] = {
+    f["name"]: f for f in json.loads((GOLDEN / "index.json").read_text())["fixtures"]
+}
+
+
+def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The index entry and the tensors of a golden file."""
+    return INDEX[name], load_file(GOLDEN / INDEX[name]["file"])
+
+
+def load_golden_json(name: str) -> Any:
+    """A golden JSON file."""
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, which is cut off."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def assert_close_to(
+    actual: Tensor, expected: Tensor, tolerance: dict[str, float], what: str
+) -> None:
+    """`actual` within the rtol and atol that the golden index states."""
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=tolerance["rtol"],
+        atol=tolerance["atol"],
+        msg=lambda m: f"{what}: {m}",
+    )
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """RMS error relative to the RMS of the exact value (both in float64)."""
+    difference = (actual.double() - exact.double()).square().mean().sqrt()
+    return float(difference / exact.double().square().mean().sqrt().clamp(min=1e-30))
