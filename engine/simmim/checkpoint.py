@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from simmim.config import MaskConfig
 from simmim.errors import RunError
 from simmim.files import sync
 from simmim.load import WEIGHTS_FILE, model_metadata
@@ -54,10 +55,11 @@ class Loaded:
     optimizer: dict[str, Tensor]
 
 
-def save_weights(model: SimMIM, path: Path) -> None:
-    """Write a model's weights, with what `load_model` needs to rebuild it."""
+def save_weights(model: SimMIM, path: Path, mask: MaskConfig | None = None) -> None:
+    """Write a model's weights, with what `load_model` needs to rebuild it and its mask."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    save_file(tensors, path, metadata=model_metadata(model))
+    values = None if mask is None else asdict(mask)
+    save_file(tensors, path, metadata=model_metadata(model, values))
 
 
 def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
@@ -79,7 +81,7 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
     temporary = root / f".{final.name}.tmp-{os.getpid()}"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        save_weights(state.model, temporary / WEIGHTS_FILE)
+        save_weights(state.model, temporary / WEIGHTS_FILE, state.config.mask)
         save_file(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
         files = {name: _fingerprint(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
         content = {

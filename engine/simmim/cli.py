@@ -90,46 +90,34 @@ def _reconstruct(arguments: list[str]) -> int:
         prog="simmim reconstruct",
         description="Draw original | masked | reconstruction of photos.",
     )
-    parser.add_argument("checkpoint", help="weights file, checkpoint folder or run folder")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photos")
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", help="weights file, checkpoint folder or run folder")
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="photos")
+    add(
         "--output",
         type=Path,
         default=Path("reconstruction.png"),
         help="PNG to write (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    parser.add_argument(
-        "--mask-unit",
-        type=int,
-        default=32,
-        help="side of a mask unit in pixels (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mask-ratio",
-        type=float,
-        default=0.6,
-        help="share of units hidden, 0 to 1 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the masks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=None, help="side in pixels (default: the checkpoint's)"
-    )
+    add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add("--mask-unit", type=int, help="side of a mask unit, pixels (default: as trained, or 32)")
+    add("--mask-ratio", type=float, help="share of units hidden (default: as trained, or 0.6)")
+    add("--seed", type=int, default=0, help="seed of the masks (default: %(default)s)")
+    add("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
     options = parser.parse_args(arguments)
     if options.output.exists() and not options.overwrite:
         return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
-    from simmim.load import load_model
+    from simmim.load import load_model, trained_mask
     from simmim.reconstruct import reconstruct_files, save_picture
 
     try:
         model = load_model(options.checkpoint, options.image_size)
+        trained = trained_mask(options.checkpoint)
         picture = reconstruct_files(
             model,
             options.images,
-            mask_unit=options.mask_unit,
-            ratio=options.mask_ratio,
+            mask_unit=options.mask_unit or trained["unit"],
+            ratio=trained["ratio"] if options.mask_ratio is None else options.mask_ratio,
             seed=options.seed,
         )
         save_picture(picture, options.output)

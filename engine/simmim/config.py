@@ -165,7 +165,7 @@ class CheckpointConfig:
     """What is saved, and when."""
 
     every_steps: int = 0
-    """Steps between checkpoints; 0 saves at the end of every epoch."""
+    """Steps between checkpoints; 0 saves once an epoch, or every 100 steps where epochs are shorter."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     keep_every_steps: int = 0

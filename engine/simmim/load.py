@@ -151,6 +151,17 @@ def load_model(
     return model.eval()
 
 
+def trained_mask(path: str | Path) -> dict[str, Any]:
+    """{"unit": pixels, "ratio": share} a checkpoint was trained with; the paper's if unsaid."""
+    published = {"unit": 32, "ratio": 0.6}
+    file = find_weights(Path(path))
+    if file.suffix != ".safetensors":
+        return published
+    with safe_open(file, framework="pt") as reader:
+        metadata = json.loads((reader.metadata() or {}).get(METADATA_KEY, "{}"))
+    return metadata.get("mask") or published
+
+
 def image_size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) from a side or a pair."""
     if isinstance(image_size, int):
@@ -177,9 +188,10 @@ def _load_state(model: SimMIM, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def model_metadata(model: SimMIM) -> dict[str, str]:
-    """What a weights file carries so that `load_model` can rebuild the model."""
+def model_metadata(model: SimMIM, mask: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a weights file carries: how to rebuild the model, and the mask it was trained with."""
     values = {
+        "mask": mask,
         "encoder": spec_to_dict(model.encoder.spec),
         "norm_target": model.norm_target,
         "mean": model.mean.tolist(),

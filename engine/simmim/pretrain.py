@@ -38,6 +38,9 @@ from simmim_kernels.splitmix import fold, permutation, signed
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
 
+# Steps between checkpoints where an epoch is shorter than that.
+SHORTEST_INTERVAL = 100
+
 
 class RunStopped(RunError):
     """A run that cannot go on; the message says at which step, why, and what is saved."""
@@ -198,11 +201,9 @@ class _Loop:
         )
 
     def _checkpoint_due(self) -> bool:
-        step, every = self.state.step, self.config.checkpoint.every_steps
-        if every:
-            return step % every == 0
-        batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
-        return step * batch_size // num_images > (step - 1) * batch_size // num_images
+        steps_per_epoch = len(self.loader.source.names) // self.config.train.batch_size
+        every = self.config.checkpoint.every_steps or max(steps_per_epoch, SHORTEST_INTERVAL)
+        return self.state.step % every == 0
 
     def _save(self) -> None:
         state = self.state
@@ -245,9 +246,11 @@ class _Loop:
     def _finish(self) -> None:
         state = self.state
         if self.world.is_main:
-            weights = self.folder / load.WEIGHTS_FILE
+            weights, mask = self.folder / load.WEIGHTS_FILE, self.config.mask
             try:
-                files.write_atomic(weights, lambda path: checkpoint.save_weights(state.model, path))
+                files.write_atomic(
+                    weights, lambda path: checkpoint.save_weights(state.model, path, mask)
+                )
             except OSError as error:
                 raise checkpoint.CheckpointError(
                     f"{weights}: could not be written: {error}"

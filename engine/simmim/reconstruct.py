@@ -106,6 +106,13 @@ def reconstruct_files(
         ValueError: a file is no image; the message names it.
     """
     spec = model.encoder.spec
+    if mask_unit % spec.patch_size or any(side % mask_unit for side in spec.image_size):
+        raise ValueError(
+            f"a mask unit of {mask_unit} px must be a multiple of the patch size {spec.patch_size} "
+            f"px and divide the image, {spec.image_size[0]}×{spec.image_size[1]} px"
+        )
+    if not 0 < ratio <= 1:
+        raise ValueError(f"a mask ratio of {ratio} must be above 0 and at most 1")
     views = []
     for file in files:
         try:

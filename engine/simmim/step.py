@@ -115,7 +115,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
                     prepare_image(batch.image, channels_last), draw_mask(state, batch)
                 )
             (loss * (state.loss_scale.scale * (weight / len(batches)))).backward()
-        share += torch.stack([loss.detach() * weight, loss.new_tensor(weight)])
+        share += torch.stack([loss.detach() * weight, loss.new_full((), weight)])
     share = all_reduce_sum(share, world)
     present = share[1] / (len(batches) * world.size)  # exactly 1 when every slot held an image
     return _update(state, share[0] / share[1], present, lr)

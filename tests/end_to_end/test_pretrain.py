@@ -302,7 +302,7 @@ def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
 def test_reconstruct_and_doctor_and_recipes(straight: Path, photos: Path, tmp_path: Path) -> None:
     picture = tmp_path / "out.png"
     photo = str(min(photos.iterdir()))
-    arguments = ["reconstruct", str(straight), photo, f"--output={picture}", "--mask-unit=16"]
+    arguments = ["reconstruct", str(straight), photo, f"--output={picture}"]
     result = simmim_command(*arguments)
     assert result.returncode == 0, result.stderr
     with Image.open(picture) as image:

@@ -65,6 +65,13 @@ def test_grid_and_files(photos: Path, tmp_path: Path) -> None:
     assert grey.mode == "RGB"
 
 
+@pytest.mark.parametrize(("unit", "ratio"), [(12, 0.6), (32, 0.6), (16, 0.0), (16, 1.5)])
+def test_masks_that_do_not_fit(photos: Path, unit: int, ratio: float) -> None:
+    model = SimMIM(build_encoder(SPEC)).eval()
+    with pytest.raises(ValueError, match=r"a mask (unit|ratio) of"):
+        reconstruct_files(model, [min(photos.iterdir())], mask_unit=unit, ratio=ratio, seed=0)
+
+
 def test_files_that_are_no_images(tmp_path: Path) -> None:
     model = SimMIM(build_encoder(SPEC)).eval()
     (tmp_path / "x.jpg").write_text("no image")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.data.loader import Batch
 from simmim.optim import build_optimizer
@@ -121,6 +122,33 @@ def test_non_finite_gradients_skip_the_update(precision: str) -> None:
     assert bool(metrics.finite)
     assert (int(state.skipped), int(state.bad_in_a_row), state.step) == (2, 0, 4)
     assert float(state.loss_scale.scale) == (2.0**14 if precision == "fp16" else 1.0)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes a host wait for a device: reading a scalar, or copying between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "equal", "nonzero", "lift_fresh", "unique_consecutive"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back() -> None:
+    """No scalar leaves the device and none is sent to it (torch.tensor would wait on CUDA)."""
+    state = make_state("--train.precision=fp16", "--train.accumulation_steps=2")
+    train_step(state, [make_batch(0, 4), make_batch(4, 4)])
+    with Syncs() as syncs:
+        train_step(state, [make_batch(0, 4, 1), make_batch(4, 4, 1)])
+        in_step = list(syncs.found)
+        torch.ones(()).item()
+        torch.tensor(1.0)
+    assert in_step == []
+    assert syncs.found[len(in_step) :] == ["_local_scalar_dense", "lift_fresh"]
 
 
 def test_fp16_is_near_float32() -> None:
