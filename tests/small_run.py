@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from simmim.config import load
+from simmim.command_line import load
 from simmim.data.loader import Batch
 from simmim.distributed import World
 from simmim.optim import build_optimizer

@@ -55,7 +55,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _pretrain(arguments: list[str]) -> int:
-    from simmim.config import ConfigError, load
+    from simmim.command_line import load
+    from simmim.config import ConfigError
 
     try:
         config = load(arguments)
@@ -144,7 +145,7 @@ def _recipes(arguments: list[str]) -> int:
     argparse.ArgumentParser(
         prog="simmim recipes", description="The shipped configurations, by name."
     ).parse_args(arguments)
-    from simmim.config import recipe_folders
+    from simmim.command_line import recipe_folders
 
     for folder in recipe_folders()[:1]:
         for path in sorted(folder.glob("*.toml")):

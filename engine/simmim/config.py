@@ -1,15 +1,12 @@
-"""The configuration of a run: frozen dataclasses, filled from a TOML file and `--section.key=value`."""
+"""The configuration of a run: frozen dataclasses, and the check that they fit together."""
 
 import difflib
 import json
 import math
 import os
-import re
-import tomllib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from simmim.backbone.build import PRESETS, Spec
@@ -240,13 +237,13 @@ def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 def leaves(config: Config) -> dict[str, Any]:
     """Every key ("train.steps") and its value."""
-    return dict(_flatten(asdict(config)))
+    return dict(flatten(asdict(config)))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -259,52 +256,6 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if match := difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_tail), n=1, cutoff=0.7):
         return f"did you mean {by_tail[match[0]]}?"
     return f"known are {', '.join(known)}"
-
-
-def find_recipe(name: str) -> Path:
-    """The TOML file that a path or the name of a shipped recipe means.
-
-    Raises:
-        ConfigError: there is no such file or recipe.
-    """
-    path = Path(name)
-    if path.is_file():
-        return path
-    recipes = {p.stem: p for folder in recipe_folders() for p in sorted(folder.glob("*.toml"))}
-    if name in recipes:
-        return recipes[name]
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        if path.stem in recipes and not path.parent.exists():
-            return recipes[path.stem]
-        raise ConfigError(f"{name}: no such config file")
-    raise ConfigError(f"{name}: no such config file or recipe; {nearest(name, sorted(recipes))}")
-
-
-def recipe_folders() -> list[Path]:
-    """Where shipped recipes lie: inside the installed package, or in the source tree."""
-    here = Path(__file__).resolve()
-    return [
-        folder
-        for folder in (here.parents[2] / "configs", here.parent / "configs")
-        if folder.is_dir()
-    ]
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file whose keys are all known.
-
-    Raises:
-        ConfigError: unreadable, not TOML, or an unknown key.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    known = leaf_types()
-    for key, _ in _flatten(values):
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key}; {nearest(key, list(known))}")
-    return values
 
 
 def to_toml(config: Config) -> str:
@@ -335,75 +286,6 @@ def from_dict(values: dict[str, Any]) -> Config:
 
     config: Config = build(Config, values)
     return config
-
-
-def make_parser(program: str) -> Any:
-    """The command line of `simmim pretrain`: one typed flag per key, documented from this file."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=program,
-        usage=f"{program} CONFIG [--section.key=value …]",
-        description="Pre-train an encoder. CONFIG is a TOML file or the name of a shipped recipe.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_class_arguments(Config, None, fail_untyped=True)
-    return parser
-
-
-def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
-    """The configuration that a command line asks for, checked.
-
-    Args:
-        arguments: a TOML file or the name of a recipe, then `--section.key=value`.
-        program: name for messages.
-
-    Raises:
-        ConfigError: anything that cannot run; one line.
-        SystemExit: `--help` was asked for.
-    """
-    import argparse
-
-    parser = make_parser(program)
-    if "--help" in arguments or "-h" in arguments:
-        parser.parse_args(["--help"])
-    if not arguments or arguments[0].startswith("-"):
-        names = sorted({p.stem for folder in recipe_folders() for p in folder.glob("*.toml")})
-        raise ConfigError(f"CONFIG is missing: a TOML file, or a recipe ({', '.join(names)})")
-    recipe, flags = find_recipe(arguments[0]), list(arguments[1:])
-    types = leaf_types()
-    for flag in flags:
-        name = flag.removeprefix("--").split("=", 1)[0]
-        if flag.startswith("--") and name not in types:
-            raise ConfigError(f"unknown flag --{name}; {nearest(name, list(types))}")
-    try:
-        namespace = parser.parse_object(read_toml(recipe))
-        namespace = parser.parse_args(flags, namespace=namespace)
-        config: Config = from_dict(
-            namespace.as_dict() if hasattr(namespace, "as_dict") else namespace
-        )
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(_readable(str(error), types)) from None
-    if not config.output:
-        config = replace(config, output=str(Path("runs") / recipe.stem))
-    check(config)
-    return config
-
-
-def _readable(message: str, types: dict[str, Any]) -> str:
-    """The CLI library's type error as one line: key, expected type, value."""
-    match = re.search(r'[Pp]arser key "([\w.]+)"', message)
-    got = re.search(r"Got value: (.*)", message)
-    if match and match[1] in types:
-        expected = str(types[match[1]])
-        expected = re.sub(r"typing\.|<class '(\w+)'>", lambda m: m[1] or "", expected)
-        value = f", got {got[1].strip()!r}" if got else ""
-        return f"{match[1]}: expected {expected}{value}"
-    return " ".join(message.split())
 
 
 def resolve_spec(config: Config) -> Spec:

@@ -1,14 +1,10 @@
 """One pre-training run, from a configuration to weights; readable top to bottom."""
 
-import fcntl
-import json
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +12,21 @@ from torch import Tensor, nn
 
 from simmim import checkpoint, distributed, environment, files, load, precision
 from simmim.backbone.build import build_encoder
-from simmim.checkpoint import Loaded
-from simmim.config import Config, ConfigError, from_dict, leaves, resolve_spec, to_toml
-from simmim.data.augment import centre_view
+from simmim.config import Config, resolve_spec
 from simmim.data.build import make_loader
-from simmim.data.decode import UnreadableImage, decode
 from simmim.data.loader import Loader
-from simmim.data.source import Source, open_source
+from simmim.data.source import open_source
 from simmim.distributed import World
 from simmim.errors import RunError
 from simmim.interrupts import EXIT_INTERRUPTED, Interrupts
 from simmim.log import RunLog
-from simmim.masking import sample_mask
 from simmim.method.simmim import SimMIM
 from simmim.optim import build_optimizer
-from simmim.reconstruct import draw_grid, reconstruction_panels, save_picture
+from simmim.reconstruct import FixedSamples, save_picture
+from simmim.run_folder import changes_since, record_start, run_folder
 from simmim.schedule import resolve_schedule
-from simmim.step import Metrics, TrainState, prepare_image, train_step
-from simmim_kernels.splitmix import fold, permutation, signed
-
-RUN_FILE = "run.json"
-CONFIG_FILE = "config.toml"
+from simmim.step import Metrics, TrainState, train_step
+from simmim_kernels.splitmix import fold, signed
 
 # Steps between checkpoints where an epoch is shorter than that.
 SHORTEST_INTERVAL = 100
@@ -84,7 +74,9 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
     try:
         fingerprint = {"images": len(source.names), "digest": source.names.digest()}
         _resume(state, folder, fingerprint, log)
-        _describe_run(config, world, folder, state, len(source.names), log)
+        log.info(_headline(state, len(source.names)))
+        if world.is_main:
+            record_start(folder, config, world, state.step)
         loader = make_loader(
             config, source, world, lambda name, reason: log.warn(f"unreadable: {name}: {reason}")
         )
@@ -110,7 +102,8 @@ class _Loop:
         self.total = state.schedule.total_steps
         self.pending: list[Metrics] = []
         self.saved_step = state.step if checkpoint.steps(self.checkpoints) else -1
-        self.sample_picture = _picture_maker(state, loader.source) if self.world.is_main else None
+        drawn = self.world.is_main and self.config.log.picture_every_steps >= 0
+        self.samples = FixedSamples(loader.source, self.config) if drawn else None
 
     @property
     def checkpoints(self) -> Path:
@@ -229,9 +222,10 @@ class _Loop:
         return last or self.state.step % every == 0
 
     def _draw(self) -> None:
-        if self.sample_picture is None:
+        if self.samples is None:
             return
-        picture = self.sample_picture()
+        with precision.autocast(self.world.device, self.config.train.precision):
+            picture = self.samples.draw(self.state.model)
         if picture is not None:
             save_picture(picture, self.folder / "pictures" / f"step_{self.state.step:08d}.png")
             self.log.picture(np.asarray(picture), self.state.step)
@@ -276,49 +270,6 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
     return model.to(device)
 
 
-@contextmanager
-def run_folder(config: Config, world: World) -> Iterator[Path]:
-    """The run folder, made if needed and locked against a second run.
-
-    Raises:
-        ConfigError: the folder holds something else, cannot be made, or is in use.
-    """
-    folder = Path(config.output).expanduser()
-    lock: IO[str] | None = None
-    problem: object = None
-    if world.is_main:
-        try:
-            lock = _claim(folder)
-        except ConfigError as error:
-            problem = str(error)
-    problem = distributed.broadcast_object(problem, world)
-    if problem:
-        raise ConfigError(str(problem))
-    try:
-        yield folder
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _claim(folder: Path) -> IO[str]:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output={folder}: is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ".lock").exists():
-        raise ConfigError(
-            f"output={folder}: the folder is not empty and holds no simmim run; choose another one"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"output={folder}: another process is training in this folder") from None
-    except OSError as error:
-        raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None
-    return lock
-
-
 def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: RunLog) -> None:
     root = folder / "checkpoints"
     if state.world.is_main:
@@ -328,90 +279,20 @@ def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: R
     log.forget_after(0 if loaded is None else int(loaded.state["step"]))
     if loaded is None:
         return
-    _tell_changes(state.config, fingerprint, loaded, log)
+    for change in changes_since(loaded, state.config, fingerprint):
+        log.warn(change)
     checkpoint.restore(state, loaded)
     log.info(f"resumed from {loaded.folder} at step {state.step}")
 
 
-def _tell_changes(config: Config, fingerprint: dict[str, Any], loaded: Loaded, log: RunLog) -> None:
-    try:
-        before = leaves(from_dict(loaded.state["config"]))
-    except (TypeError, KeyError):
-        log.warn("the checkpoint's configuration is of another version; not compared")
-        before = {}
-    for key, value in leaves(config).items():
-        if key in before and before[key] != value and key != "output":
-            log.warn(f"changed since the checkpoint: {key} {before[key]} → {value}")
-    was = loaded.state["data"]
-    if was != fingerprint:
-        log.warn(
-            f"the data changed since the checkpoint ({was['images']} → {fingerprint['images']} "
-            "images, or other names): the order of samples is not that of the first run"
-        )
-
-
-def _describe_run(
-    config: Config, world: World, folder: Path, state: TrainState, num_images: int, log: RunLog
-) -> None:
-    log.info(
+def _headline(state: TrainState, num_images: int) -> str:
+    config, world = state.config, state.world
+    processes = f" × {world.size}" if world.size > 1 else ""
+    return (
         f"{config.model.name}, {sum(p.numel() for p in state.parameters()):,} parameters; "
         f"{num_images:,} images; {state.schedule.total_steps} steps of {config.train.batch_size} "
-        f"images; {config.train.precision} on {environment.device_name(world.device)}"
-        + (f" × {world.size}" if world.size > 1 else "")
+        f"images; {config.train.precision} on {environment.device_name(world.device)}{processes}"
     )
-    if not world.is_main:
-        return
-    files.write_text(folder / CONFIG_FILE, to_toml(config))
-    path = folder / RUN_FILE
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
-        starts = []
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    start = {"time": started, "step": state.step, **environment.describe(world.device, world.size)}
-    files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
-
-
-def _picture_maker(state: TrainState, source: Source) -> Callable[[], Any]:
-    """A function that draws the same images under the same masks each time it is called."""
-    config, spec = state.config, state.model.encoder.spec
-    order = permutation(fold(config.seed), len(source.names))
-    ids: list[int] = []
-    views: list[np.ndarray] = []
-
-    def collect() -> None:
-        for sample in order[: 4 * config.log.pictures]:
-            if len(ids) == config.log.pictures:
-                return
-            try:
-                image = decode(source.read(int(sample)), spec.channels)
-            except (UnreadableImage, OSError):
-                continue
-            views.append(centre_view(image, spec.image_size))
-            ids.append(int(sample))
-
-    def draw() -> Any:
-        if not ids:
-            collect()
-        if not ids:
-            return None
-        device = state.world.device
-        image = prepare_image(
-            torch.from_numpy(np.stack(views)).to(device), config.channels_last_on(device.type)
-        )
-        mask = sample_mask(
-            torch.tensor(ids, device=device),
-            torch.zeros(len(ids), dtype=torch.int64, device=device),
-            spec.grid,
-            patch_size=spec.patch_size,
-            mask_unit=config.mask.unit,
-            ratio=config.mask.ratio,
-            seed=config.seed,
-        )
-        with precision.autocast(device, config.train.precision):
-            return draw_grid(reconstruction_panels(state.model, image, mask))
-
-    return draw
 
 
 def _read(values: list[Tensor]) -> Tensor:

@@ -8,11 +8,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from simmim.config import Config
 from simmim.data.augment import centre_view
 from simmim.data.decode import UnreadableImage, decode
+from simmim.data.source import Source
 from simmim.files import write_atomic
 from simmim.masking import sample_mask
 from simmim.method.simmim import SimMIM
+from simmim_kernels.masked_l1_loss.reference import local_statistics
+from simmim_kernels.splitmix import fold, permutation
 
 COLUMNS = ("original", "masked", "reconstruction")
 HIDDEN_GREY = 128
@@ -54,8 +58,6 @@ def _to_pixels(model: SimMIM, image: Tensor, mask: Tensor) -> Tensor:
     if model.norm_target is None:
         return prediction
     # a normalised target is predicted up to its local mean and deviation: take the original's
-    from simmim_kernels.masked_l1_loss.reference import local_statistics
-
     mean, deviation = local_statistics(model.normalise(image), model.norm_target)
     return prediction * deviation + mean
 
@@ -136,3 +138,44 @@ def reconstruct_files(
         )
         panels.append(reconstruction_panels(model, image, mask))
     return draw_grid(np.concatenate(panels), [file.name for file in files])
+
+
+class FixedSamples:
+    """The same images under the same masks, to see a run progress.
+
+    Args:
+        source: images; unreadable ones are passed over.
+        config: the run, whose seed picks the images and masks.
+    """
+
+    def __init__(self, source: Source, config: Config) -> None:
+        self.config = config
+        self.ids: list[int] = []
+        self.views: list[NDArray[np.uint8]] = []
+        wanted = config.log.pictures
+        for sample in permutation(fold(config.seed), len(source.names))[: 4 * wanted].tolist():
+            if len(self.ids) == wanted:
+                break
+            try:
+                image = decode(source.read(sample), config.data.channels)
+            except (UnreadableImage, OSError):
+                continue
+            self.ids.append(sample)
+            self.views.append(centre_view(image, config.image_size))
+
+    def draw(self, model: SimMIM) -> Image.Image | None:
+        """The picture of the model as it is; None when no image could be read."""
+        if not self.ids:
+            return None
+        device, spec = model.mean.device, model.encoder.spec
+        image = torch.from_numpy(np.stack(self.views)).permute(0, 3, 1, 2).contiguous().to(device)
+        mask = sample_mask(
+            torch.tensor(self.ids, device=device),
+            torch.zeros(len(self.ids), dtype=torch.int64, device=device),
+            spec.grid,
+            patch_size=spec.patch_size,
+            mask_unit=self.config.mask.unit,
+            ratio=self.config.mask.ratio,
+            seed=self.config.seed,
+        )
+        return draw_grid(reconstruction_panels(model, image, mask))

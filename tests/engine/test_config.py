@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 
 from simmim.backbone.build import spec_from_dict, spec_to_dict
+from simmim.command_line import find_recipe, load, recipe_folders
 from simmim.config import (
     Config,
     ConfigError,
-    find_recipe,
     from_dict,
     leaf_types,
     leaves,
-    load,
     micro_batch,
-    recipe_folders,
     resolve_spec,
     to_toml,
 )

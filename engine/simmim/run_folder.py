@@ -1,0 +1,94 @@
+"""The folder of a run: claimed by one process, described for whoever finds it later."""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from simmim import distributed, environment, files
+from simmim.checkpoint import Loaded
+from simmim.config import Config, ConfigError, from_dict, leaves, to_toml
+from simmim.distributed import World
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.toml"
+LOCK_FILE = ".lock"
+
+
+@contextmanager
+def run_folder(config: Config, world: World) -> Iterator[Path]:
+    """The run folder, made if needed and locked against a second run.
+
+    Raises:
+        ConfigError: the folder holds something else, cannot be made, or is in use.
+    """
+    folder = Path(config.output).expanduser()
+    lock: IO[str] | None = None
+    problem: object = None
+    if world.is_main:
+        try:
+            lock = _claim(folder)
+        except ConfigError as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem, world)
+    if problem:
+        raise ConfigError(str(problem))
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _claim(folder: Path) -> IO[str]:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={folder}: is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
+        raise ConfigError(
+            f"output={folder}: the folder is not empty and holds no simmim run; choose another one"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"output={folder}: another process is training in this folder") from None
+    except OSError as error:
+        raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None
+    return lock
+
+
+def record_start(folder: Path, config: Config, world: World, step: int) -> None:
+    """Write the resolved configuration, and add this start to the list in run.json."""
+    files.write_text(folder / CONFIG_FILE, to_toml(config))
+    path = folder / RUN_FILE
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError):
+        starts = []
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = {"time": started, "step": step, **environment.describe(world.device, world.size)}
+    files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+
+
+def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -> list[str]:
+    """What differs between a checkpoint's configuration and data and those of this start."""
+    found = []
+    try:
+        before = leaves(from_dict(loaded.state["config"]))
+    except (TypeError, KeyError):
+        found.append("the checkpoint's configuration is of another version; not compared")
+        before = {}
+    for key, value in leaves(config).items():
+        if key in before and before[key] != value and key != "output":
+            found.append(f"changed since the checkpoint: {key} {before[key]} → {value}")
+    was = loaded.state["data"]
+    if was != fingerprint:
+        found.append(
+            f"the data changed since the checkpoint ({was['images']} → {fingerprint['images']} "
+            "images, or other names): the order of samples is not that of the first run"
+        )
+    return found
