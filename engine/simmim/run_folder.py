@@ -53,8 +53,10 @@ def _claim(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # a record lock belongs to this process alone: data workers that outlive a killed run for a
+        # moment do not hold it
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise ConfigError(f"output={folder}: another process is training in this folder") from None
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None

@@ -147,19 +147,29 @@ def _wait_for_rows(output: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_the_run_goes_on(
-    straight: Path, photos: Path, tmp_path: Path, number: signal.Signals
+    straight: Path, photos: Path, tmp_path: Path, number: signal.Signals, group: bool
 ) -> None:
+    """To the process as `kill` sends it, to the group as a terminal and a scheduler do."""
     output = tmp_path / "stopped"
     arguments = flags(
         photos, output, "--checkpoint.every_steps=7", "--train.steps=24", "--log.every_steps=1"
     )
     process = subprocess.Popen(
-        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *arguments],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     _wait_for_rows(output, 3, process)
-    process.send_signal(number)
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 75, error
     assert f"stopped by {number.name}: saved at step" in error
@@ -279,6 +289,19 @@ def test_wrong_usage_is_one_line(
     assert result.stderr.count("\n") <= 1
     if "--device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
+
+
+def test_a_killed_run_leaves_its_folder_free(photos: Path, tmp_path: Path) -> None:
+    """Workers live on for seconds after a SIGKILL of their parent; the restart must not wait."""
+    arguments = flags(photos, tmp_path / "run", "--train.steps=100000", "--log.every_steps=1")
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    _wait_for_rows(tmp_path / "run", 1, process)
+    process.kill()
+    process.wait()
+    result = simmim_command(*flags(photos, tmp_path / "run", "--train.steps=2"))
+    assert result.returncode == 0, result.stderr
 
 
 def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:

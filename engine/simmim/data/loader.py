@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import cast
 
 import numpy as np
@@ -107,9 +108,14 @@ def default_workers(world: World) -> int:
     return 1 if cores > 1 else 0
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when workers end
+def _outlive_the_first_signal(worker: int) -> None:
+    # Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process needs its
+    # workers until it has saved. It ends them itself, with a second SIGTERM if need be.
+    def end_on_the_second(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_on_the_second)
 
 
 class Loader:
@@ -172,7 +178,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=self.dataset.collate,
             prefetch_factor=self.prefetch if self.workers else None,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_outlive_the_first_signal,
             pin_memory=self.world.device.type == "cuda",
             # its generator would otherwise draw from torch's global one
             generator=torch.Generator().manual_seed(0),
