@@ -33,11 +33,8 @@ def find_recipe(name: str) -> Path:
 def recipe_folders() -> list[Path]:
     """Where shipped recipes lie: inside the installed package, or in the source tree."""
     here = Path(__file__).resolve()
-    return [
-        folder
-        for folder in (here.parents[2] / "configs", here.parent / "configs")
-        if folder.is_dir()
-    ]
+    candidates = (here.parent / "configs", here.parents[2] / "configs")
+    return [folder for folder in candidates if folder.is_dir()]
 
 
 def read_toml(path: Path) -> dict[str, Any]:
