@@ -18,6 +18,8 @@ from simmim.files import write_text
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 
+WIDTH_FOR_A_BAR = 140
+
 
 def duration(seconds: float) -> str:
     """1:02:03, or 4:05 below an hour."""
@@ -29,22 +31,21 @@ def duration(seconds: float) -> str:
 
 
 def progress_text(row: dict[str, Any], total_steps: int) -> str:
-    """The progress line of a metrics row."""
+    """The progress line of a metrics row; a narrow terminal cuts its least important end."""
     parts = [
-        f"epoch {row['epoch']:.2f}",
         f"step {row['step']}/{total_steps}",
+        f"epoch {row['epoch']:.2f}",
         f"loss {_number(row['loss'])}",
-        f"lr {row['lr']:.2e}",
-        f"grad {_number(row['grad_norm'])}",
+        f"eta {duration(row['eta_s'])}",
         f"{row['images_per_s']:.1f} img/s",
         f"data-wait {row['data_wait']:.0%}",
+        f"lr {row['lr']:.2e}",
+        f"grad {_number(row['grad_norm'])}",
         f"mem {row['peak_memory_bytes'] / 2**30:.1f} GiB",
-        f"eta {duration(row['eta_s'])}",
     ]
-    if row["skipped"]:
-        parts.append(f"skipped {row['skipped']}")
-    if row["unreadable"]:
-        parts.append(f"unreadable {row['unreadable']}")
+    for trouble in ("skipped", "unreadable"):
+        if row[trouble]:
+            parts.insert(3, f"{trouble} {row[trouble]}")
     return "  ".join(parts)
 
 
@@ -77,9 +78,10 @@ class RunLog:
     def start(self, step: int) -> None:
         """Begin to show progress, from `step` on."""
         if self.is_main and self._console.is_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=16), TextColumn("{task.description}"), console=self._console
-            )
+            text = TextColumn("{task.description}")
+            wide = self._console.width >= WIDTH_FOR_A_BAR
+            columns = (BarColumn(bar_width=16), text) if wide else (text,)
+            self._progress = Progress(*columns, console=self._console)
             self._task = self._progress.add_task("starting", total=self.total_steps, completed=step)
             self._progress.start()
 

@@ -183,6 +183,30 @@ def test_a_truncated_shard_is_an_unreadable_image(shards: Path) -> None:
         [source.read(index) for index in range(len(source.names))]
 
 
+def test_a_shard_cut_off_before_it_was_indexed(shards: Path) -> None:
+    whole = len(open_source(str(shards / "0.tar")).names)
+    os.truncate(shards / "0.tar", (shards / "0.tar").stat().st_size // 2)
+    source = open_source(str(shards / "0.tar"))
+    assert 0 < len(source.names) < whole
+    assert source.read(0)
+    with pytest.raises(OSError, match="the shard ends inside this image"):
+        source.read(len(source.names) - 1)
+
+
+def test_links(photos: Path, tmp_path: Path) -> None:
+    """Linked files and folders are followed, circles are not, and a dead link is one bad image."""
+    folder = tmp_path / "links"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "circle").symlink_to(folder)
+    (folder / "elsewhere").symlink_to(photos)
+    (folder / "dead.jpg").symlink_to("nowhere.jpg")
+    (folder / "folder.jpg").mkdir()
+    source = open_source(str(folder))
+    assert len(source.names) == 1 + len(list(photos.iterdir()))
+    with pytest.raises(OSError):
+        source.read(list(source.names).index("dead.jpg"))
+
+
 def test_packed_strings() -> None:
     names = ["a", "", "ü/ß.jpg", "\udcff.png"]
     packed = PackedStrings(names)

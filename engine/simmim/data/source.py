@@ -66,7 +66,13 @@ class FolderSource:
     def __init__(self, root: Path) -> None:
         self.root = root
         found: list[str] = []
+        seen: set[tuple[int, int]] = set()  # links may lead in circles
         for folder, subfolders, files in os.walk(root, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             relative = os.path.relpath(folder, root)
             prefix = "" if relative == "." else relative + "/"
@@ -122,14 +128,16 @@ def tar_index(shard: Path) -> list[tuple[str, int, int]]:
             return [(name, offset, size) for name, offset, size in json.loads(cache.read_text())]
     except (OSError, ValueError):
         cache = None
+    entries: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(shard, "r:") as archive:
-            entries = [
-                (member.name.removeprefix("./"), member.offset_data, member.size)
-                for member in archive
-                if member.isreg() and is_image(member.name)
-            ]
+            for member in archive:
+                if member.isreg() and is_image(member.name):
+                    name = member.name.removeprefix("./")
+                    entries.append((name, member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError) as error:
+        if entries:
+            return entries  # cut off: what is there can be read, the last image says why it can't
         hint = (
             " (compressed shards have no random access: unpack them)" if _compressed(shard) else ""
         )
