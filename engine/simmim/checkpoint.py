@@ -59,7 +59,17 @@ def save_weights(model: SimMIM, path: Path, mask: MaskConfig | None = None) -> N
     """Write a model's weights, with what `load_model` needs to rebuild it and its mask."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     values = None if mask is None else asdict(mask)
-    save_file(tensors, path, metadata=model_metadata(model, values))
+    _save_tensors(tensors, path, model_metadata(model, values))
+
+
+def _save_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    save_file(tensors, path, metadata=metadata)
+    # safetensors makes files that only their owner can read; others may want the encoder
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
@@ -82,7 +92,7 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         save_weights(state.model, temporary / WEIGHTS_FILE, state.config.mask)
-        save_file(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
+        _save_tensors(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
         files = {name: _fingerprint(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
         content = {
             "format": FORMAT,
@@ -158,6 +168,9 @@ def read(folder: Path) -> Loaded:
 def read_newest(root: Path, warn: Callable[[str], None]) -> Loaded | None:
     """The newest checkpoint that is whole; None when there is none at all.
 
+    Damaged ones that are newer get the name damaged_step_…, so that they neither count as
+    checkpoints to keep nor are lost.
+
     Args:
         root: folder of all checkpoints of the run.
         warn: called with a message for every damaged checkpoint that is passed over.
@@ -166,11 +179,19 @@ def read_newest(root: Path, warn: Callable[[str], None]) -> Loaded | None:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
     folders = steps(root)
+    damaged: list[Path] = []
     for folder in reversed(folders.values()):
         try:
-            return read(folder)
+            loaded = read(folder)
         except CheckpointError as error:
             warn(f"checkpoint passed over: {error}")
+            damaged.append(folder)
+            continue
+        for other in damaged:
+            aside = other.with_name(f"damaged_{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(other, aside)
+        return loaded
     if folders:
         raise CheckpointError(
             f"{root}: all {len(folders)} checkpoints are damaged; move it away to start over"

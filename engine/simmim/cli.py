@@ -72,6 +72,9 @@ def _pretrain(arguments: list[str]) -> int:
         return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
     except RunError as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        where = error.filename or config.output
+        return _fail(f"{where}: {error.strerror or error}; the same command resumes the run", 1)
     except RuntimeError as error:
         if _is_out_of_memory(error):
             return _fail(
@@ -125,7 +128,7 @@ def _reconstruct(arguments: list[str]) -> int:
     except ValueError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        return _fail(f"{options.output}: could not be written: {error.strerror}", 1)
+        return _fail(f"{error.filename or options.output}: {error.strerror}", 1)
     print(options.output)
     return 0
 

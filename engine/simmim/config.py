@@ -187,8 +187,8 @@ class LogConfig:
 class KernelsConfig:
     """Backends of the fused ops."""
 
-    backend: Literal["triton", "native", "reference"] | None = None
-    """Backend every op must use; unset takes the first that can run."""
+    backend: Literal["native", "reference"] | None = None
+    """Backend that every op which has it must use; unset takes the first that can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +263,14 @@ def to_toml(config: Config) -> str:
     top, sections = [], []
     for key, value in asdict(config).items():
         if isinstance(value, dict):
-            lines = [f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None]
+            lines = [
+                f"{k} = {json.dumps(v, ensure_ascii=False)}"
+                for k, v in value.items()
+                if v is not None
+            ]
             sections.append("\n".join([f"[{key}]", *lines]))
         elif value is not None:
-            top.append(f"{key} = {json.dumps(value)}")
+            top.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     return "\n\n".join(["\n".join(top), *sections]) + "\n"
 
 
@@ -326,9 +330,13 @@ def resolve_spec(config: Config) -> Spec:
     spec: Spec = replace(preset, **{k: v for k, v in changes.items() if v is not None})
     if not isinstance(spec, SwinSpec) and spec.layer_scale == 0:
         spec = replace(spec, layer_scale=None)
-    for name in ("patch_size", "embed_dim"):
-        if getattr(spec, name) < 1:
-            raise ConfigError(f"model.{name}={getattr(spec, name)} must be at least 1")
+    for name in ("patch_size", "embed_dim", "depths", "depth", "num_heads", "window_size"):
+        value = getattr(spec, name, 1)
+        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            key = "depths" if name == "depth" else name
+            raise ConfigError(f"model.{key}={value} must be at least 1 everywhere")
+    if spec.mlp_ratio <= 0:
+        raise ConfigError(f"model.mlp_ratio={spec.mlp_ratio} must be above 0")
     for field_name, message in spec.problems():
         section = "data" if field_name == "image_size" else "model"
         raise ConfigError(f"{section}.{field_name}: {message}")
@@ -340,6 +348,14 @@ def check(config: Config) -> None:
     data, train, schedule = config.data, config.train, config.schedule
     ranges: list[tuple[str, float, float, float]] = [
         ("data.channels", data.channels, 1, math.inf),
+        ("optim.eps", config.optim.eps, 1e-30, math.inf),
+        ("optim.momentum", config.optim.momentum, 0, 0.9999999),
+        ("optim.betas", min(config.optim.betas), 0, 0.9999999),
+        ("optim.betas", max(config.optim.betas), 0, 0.9999999),
+        ("schedule.warmup_lr", schedule.warmup_lr, 0, math.inf),
+        ("schedule.min_lr", schedule.min_lr, 0, math.inf),
+        ("schedule.gamma", schedule.gamma, 0, 1),
+        ("schedule.step_epochs", schedule.step_epochs, 1e-9, math.inf),
         ("data.flip", data.flip, 0, 1),
         ("data.workers", data.workers, -1, math.inf),
         ("data.prefetch", data.prefetch, 1, math.inf),
@@ -394,6 +410,7 @@ def check(config: Config) -> None:
         )
     if (
         schedule.name == "multistep"
+        and not schedule.warmup_steps
         and min(schedule.milestones, default=0) < schedule.warmup_epochs
     ):
         raise ConfigError(

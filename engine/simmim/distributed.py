@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from simmim.errors import RunError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,6 @@ def finish(world: World) -> None:
         dist.destroy_process_group()
 
 
-def barrier(world: World) -> None:
-    """Wait for all processes."""
-    if world.size > 1:
-        dist.barrier()
-
-
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     """Sum of `tensor` over all processes, in place; stays on the device."""
     if world.size > 1:
@@ -90,6 +87,15 @@ def broadcast_object(value: object, world: World) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=world.device)
     return box[0]
+
+
+def gather_objects(value: T, world: World) -> list[T]:
+    """Every process's value, in every process, in order of rank."""
+    if world.size == 1:
+        return [value]
+    values: list[T | None] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def wrap(model: nn.Module, world: World) -> nn.Module:

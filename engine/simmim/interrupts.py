@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a request to save and stop between two steps."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
@@ -11,11 +12,17 @@ from simmim.distributed import World, all_reduce_sum
 # crash (1) and a wrong command line (2).
 EXIT_INTERRUPTED = 75
 
+# A Ctrl-C this long after the first signal means "now".
+SECOND_INTERRUPT_S = 2.0
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupts:
-    """While active, the first signal is remembered; a second one raises KeyboardInterrupt."""
+    """While active, signals are remembered; only a second, later Ctrl-C raises KeyboardInterrupt.
+
+    Schedulers and launchers often deliver the same SIGTERM twice: repeats must not cost the save.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -34,9 +41,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECOND_INTERRUPT_S:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
 
     def agreed(self, world: World) -> bool:
         """Whether any process was asked to stop; all processes get the same answer."""

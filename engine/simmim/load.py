@@ -40,7 +40,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(file, framework="pt") as reader:
             metadata = (reader.metadata() or {}).get(METADATA_KEY)
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-            return tensors, json.loads(metadata) if metadata else {}
+            return tensors, _plain_metadata(metadata)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
     except SafetensorError as error:
         if file.suffix == ".safetensors":
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
@@ -67,6 +69,14 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return unwrap(content), {}
 
 
+def _plain_metadata(text: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(text or "{}")
+    except ValueError:
+        return {}  # of another program: names and shapes still tell
+    return values if isinstance(values, dict) and isinstance(values.get("encoder"), dict) else {}
+
+
 def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict inside the wrappers that training programs save (`model`, `state_dict`)."""
     for key in ("model", "state_dict"):
@@ -86,10 +96,20 @@ def find_weights(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     newest_first = sorted((path / "checkpoints").glob("step_*"), reverse=True)
-    for folder in (*newest_first, path):
+    whole = [folder for folder in newest_first if _is_whole(folder)]
+    for folder in (*whole, path):
         if (folder / WEIGHTS_FILE).is_file():
             return folder / WEIGHTS_FILE
     raise ValueError(f"{path}: holds neither {WEIGHTS_FILE} nor a checkpoint")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the weights have the size that the checkpoint's state.json tells."""
+    try:
+        files = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
+        return bool((checkpoint / WEIGHTS_FILE).stat().st_size == files[WEIGHTS_FILE]["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_model(
@@ -148,6 +168,8 @@ def load_model(
         _load_state(model, official.parameters(state))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{source}: incomplete or inconsistent: {error!r}") from None
     return model.eval()
 
 
@@ -158,7 +180,7 @@ def trained_mask(path: str | Path) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return published
     with safe_open(file, framework="pt") as reader:
-        metadata = json.loads((reader.metadata() or {}).get(METADATA_KEY, "{}"))
+        metadata = _plain_metadata((reader.metadata() or {}).get(METADATA_KEY))
     return metadata.get("mask") or published
 
 

@@ -63,17 +63,18 @@ class RunLog:
         tensorboard: whether to write TensorBoard events too.
 
     Raises:
-        RunError: TensorBoard was asked for and is not installed.
+        RunError: TensorBoard was asked for and is not installed (from `start_after`).
     """
 
     def __init__(self, folder: Path, total_steps: int, *, is_main: bool, tensorboard: bool) -> None:
         self.folder, self.total_steps, self.is_main = folder, total_steps, is_main
         self._console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
-        self._events = _open_events(folder) if tensorboard and is_main else None
+        self._tensorboard = tensorboard and is_main
+        self._events: Any = None
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            self._text = (folder / LOG_FILE).open("a", encoding="utf-8")
+            self._text = (folder / LOG_FILE).open("a", encoding="utf-8", errors="backslashreplace")
 
     def start(self, step: int) -> None:
         """Begin to show progress, from `step` on."""
@@ -85,8 +86,10 @@ class RunLog:
             self._task = self._progress.add_task("starting", total=self.total_steps, completed=step)
             self._progress.start()
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps beyond `step`, which a resumed run makes again."""
+    def start_after(self, step: int) -> None:
+        """Open TensorBoard, and drop metrics of steps beyond `step`: a resumed run makes them."""
+        if self._tensorboard:
+            self._events = _open_events(self.folder, step)
         path = self.folder / METRICS_FILE
         if not self.is_main or not path.is_file():
             return
@@ -151,7 +154,7 @@ class RunLog:
         sys.stderr.flush()
 
 
-def _open_events(folder: Path) -> Any:
+def _open_events(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -159,4 +162,4 @@ def _open_events(folder: Path) -> Any:
             "log.tensorboard is on, but tensorboard is not installed: "
             "pip install 'simmim[tensorboard]'"
         ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

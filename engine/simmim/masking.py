@@ -1,7 +1,5 @@
 """Which tokens of each sample are hidden: a pure function of (seed, epoch, sample)."""
 
-import math
-
 from torch import Tensor
 
 from simmim_kernels import random_patch_mask
@@ -36,12 +34,3 @@ def sample_mask(
         len(ids), grid, ratio=ratio, unit=mask_unit // patch_size, seed=seed, ids=ids, epoch=epochs
     )
     return mask & (ids >= 0).view(-1, 1, 1)
-
-
-def masked_fraction(
-    grid: tuple[int, int], *, patch_size: int, mask_unit: int, ratio: float
-) -> float:
-    """Share of the pixels that is really hidden, 22 of 36 at 192 px: the ratio rounds up."""
-    unit = mask_unit // patch_size
-    num_units = (grid[0] // unit) * (grid[1] // unit)
-    return math.ceil(num_units * ratio) / num_units

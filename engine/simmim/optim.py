@@ -53,7 +53,13 @@ def build_optimizer(model: SimMIM, config: OptimConfig) -> torch.optim.Optimizer
         model, config.weight_decay, decay_position_tables=config.decay_position_tables
     )
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
+        nesterov = config.momentum > 0
+        sgd = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
         )
+        # torch leaves a fresh buffer unwritten when its first step is skipped; zero is what the
+        # first step starts from
+        for parameter in model.parameters() if nesterov else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

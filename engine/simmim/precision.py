@@ -39,11 +39,13 @@ class LossScale:
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state(self) -> dict[str, float]:
-        """Plain values for a checkpoint."""
+        """Plain values for a checkpoint; empty where the scale is constant."""
+        if not self.dynamic:
+            return {}
         return {"scale": float(self.scale), "good_steps": float(self.good_steps)}
 
     def load(self, state: dict[str, float]) -> None:
-        """Continue from `state`; a float32 or bf16 run keeps its scale of 1."""
-        if self.dynamic:
+        """Continue from `state`, where this run and that one both had a dynamic scale."""
+        if self.dynamic and state:
             self.scale.fill_(state["scale"])
             self.good_steps.fill_(state["good_steps"])

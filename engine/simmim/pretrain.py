@@ -2,9 +2,10 @@
 
 import resource
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from simmim import checkpoint, distributed, environment, files, load, precision
 from simmim.backbone.build import build_encoder
+from simmim.checkpoint import Loaded
 from simmim.config import Config, resolve_spec
 from simmim.data.build import make_loader
 from simmim.data.loader import Loader
-from simmim.data.source import open_source
+from simmim.data.source import DataError, Source, open_source
 from simmim.distributed import World
 from simmim.errors import RunError
 from simmim.interrupts import EXIT_INTERRUPTED, Interrupts
@@ -26,10 +28,14 @@ from simmim.reconstruct import FixedSamples, save_picture
 from simmim.run_folder import changes_since, record_start, run_folder
 from simmim.schedule import resolve_schedule
 from simmim.step import Metrics, TrainState, train_step
+from simmim_kernels import native
 from simmim_kernels.splitmix import fold, signed
 
 # Steps between checkpoints where an epoch is shorter than that.
 SHORTEST_INTERVAL = 100
+
+# Steps between looks at signals and bad steps where looking means waiting for the device.
+CONTROL_INTERVAL = 10
 
 
 class RunStopped(RunError):
@@ -49,11 +55,11 @@ def pretrain(config: Config) -> int:
         RunStopped: too many steps in a row had non-finite gradients.
     """
     world = distributed.init(config.device)
-    try:
-        with Interrupts() as interrupts, run_folder(config, world) as folder:
-            return _run(config, world, folder, interrupts)
-    finally:
-        distributed.finish(world)
+    with Interrupts() as interrupts, run_folder(config, world) as folder:
+        code = _run(config, world, folder, interrupts)
+    # not after an error: leaving the group waits for processes that may wait for this one
+    distributed.finish(world)
+    return code
 
 
 def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> int:
@@ -72,15 +78,13 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
         tensorboard=config.log.tensorboard,
     )
     try:
-        fingerprint = {"images": len(source.names), "digest": source.names.digest()}
-        _resume(state, folder, fingerprint, log)
+        fingerprint = _agreed_fingerprint(source, world)
+        unreadable = _resume(state, folder, fingerprint, log)
         log.info(_headline(state, len(source.names)))
         if world.is_main:
             record_start(folder, config, world, state.step)
-        loader = make_loader(
-            config, source, world, lambda name, reason: log.warn(f"unreadable: {name}: {reason}")
-        )
-        return _Loop(state, loader, folder, fingerprint, log).run(interrupts)
+        loader = make_loader(config, source, world)
+        return _Loop(state, loader, folder, fingerprint, unreadable, log).run(interrupts)
     finally:
         log.close()
 
@@ -94,8 +98,10 @@ class _Loop:
         loader: Loader,
         folder: Path,
         fingerprint: dict[str, Any],
+        unreadable: set[int],
         log: RunLog,
     ) -> None:
+        self.unreadable = unreadable
         self.state, self.loader, self.folder, self.log = state, loader, folder, log
         self.fingerprint = fingerprint
         self.config, self.world = state.config, state.world
@@ -113,23 +119,26 @@ class _Loop:
         state, config = self.state, self.config
         self.log.start(state.step)
         self._restart_clock()
-        for batches in self.loader.steps(state.step, self.total):
-            self.pending.append(train_step(state, batches))
-            last = state.step == self.total
-            # reading a device scalar waits for the device: on CUDA only where a line is due anyway
-            due = last or state.step % config.log.every_steps == 0
-            control = due or self.world.device.type == "cpu"
-            if control:
-                self._check_finite()
-            stopping = control and interrupts.agreed(self.world) and not last
-            if due or stopping:
-                self._log_metrics()
-            if last or stopping or self._checkpoint_due():
-                self._save()
-            if self._picture_due(last):
-                self._draw()
-            if stopping:
-                return self._interrupted(interrupts)
+        on_cpu, alone = self.world.device.type == "cpu", self.world.size == 1
+        # closed on every way out, so that no worker outlives the loop
+        with closing(self.loader.steps(state.step, self.total)) as steps:
+            for batches in steps:
+                self.pending.append(train_step(state, batches))
+                last = state.step == self.total
+                due = last or state.step % config.log.every_steps == 0
+                # reading a device scalar waits for the device: not at every step on CUDA
+                control = on_cpu or due or state.step % CONTROL_INTERVAL == 0
+                if control:
+                    self._check_finite()
+                stopping = (control or alone) and interrupts.agreed(self.world) and not last
+                if due or stopping:
+                    self._log_metrics()
+                if last or stopping or self._checkpoint_due():
+                    self._save()
+                if self._picture_due(last):
+                    self._draw()
+                if stopping:
+                    return self._interrupted(interrupts)
         self._finish()
         return 0
 
@@ -145,16 +154,14 @@ class _Loop:
         )
         elapsed = time.perf_counter() - self.started
         batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
-        unreadable = distributed.all_reduce_sum(
-            torch.tensor(float(len(self.loader.unreadable)), device=self.world.device), self.world
-        )
+        self._note_unreadable()
         shared = {
             "images_per_s": batch_size * count / elapsed,
             "data_wait": (self.loader.wait_s - self.waited) / elapsed,
             "peak_memory_bytes": _peak_memory(self.world),
             "eta_s": elapsed / count * (self.total - state.step),
             "skipped": int(state.skipped),
-            "unreadable": int(unreadable),
+            "unreadable": len(self.unreadable),
         }
         first = state.step - count
         rows = [
@@ -169,28 +176,34 @@ class _Loop:
             for i, (metrics, (loss, norm)) in enumerate(zip(self.pending, values))
         ]
         self.log.metrics(rows)
+        bad = [str(row["step"]) for row in rows if None in (row["loss"], row["grad_norm"])]
+        if bad:
+            self.log.warn(f"non-finite loss or gradient, update skipped: step {', '.join(bad)}")
         self.pending.clear()
         self._restart_clock()
 
+    def _note_unreadable(self) -> None:
+        """Name and count every unreadable image once, whichever process met it."""
+        found = distributed.gather_objects(self.loader.problems, self.world)
+        self.loader.problems = []
+        for sample, reason in (problem for problems in found for problem in problems):
+            if sample not in self.unreadable:
+                self.unreadable.add(sample)
+                self.log.warn(f"unreadable: {self.loader.source.names[sample]}: {reason}")
+
     def _check_finite(self) -> None:
-        bad = int(self.state.bad_in_a_row)
-        if bad == 0 or (bad < self.config.train.max_bad_steps):
-            if bad and self.world.device.type == "cpu":
-                self.log.warn(
-                    f"step {self.state.step}: non-finite loss or gradient, update skipped"
-                )
+        bad = int(self.state.longest_bad_run)
+        if bad < self.config.train.max_bad_steps:
             return
         self._log_metrics()
         kept = max(checkpoint.steps(self.checkpoints), default=None)
         saved = (
-            "there is no checkpoint yet"
-            if kept is None
-            else f"the checkpoint of step {kept} is kept"
+            "nothing was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
         )
         raise RunStopped(
-            f"step {self.state.step}: the last {bad} steps (from step {self.state.step - bad + 1}) "
-            f"had a non-finite loss or gradient and were skipped; {saved}. Try a lower --optim.lr, "
-            "or --train.precision=bf16 or float32 on the same run folder"
+            f"step {self.state.step}: {bad} steps in a row had a non-finite loss or gradient and "
+            f"were skipped; {saved}. Try a lower --optim.lr, or --train.precision=bf16 or float32, "
+            "on the same run folder"
         )
 
     def _checkpoint_due(self) -> bool:
@@ -200,18 +213,35 @@ class _Loop:
 
     def _save(self) -> None:
         state = self.state
-        # weights that only make non-finite steps must not push out the last good checkpoint
-        if state.step == self.saved_step or int(state.bad_in_a_row) > 0:
+        if state.step == self.saved_step:
             return
         self._log_metrics()
-        if self.world.is_main:
-            extra = {"config": asdict(self.config), "data": self.fingerprint}
-            checkpoint.save(self.checkpoints, state, extra)
-            keep = self.config.checkpoint
-            checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_every_steps)
+        # a skipped step leaves the weights alone, so saving is safe; but weights that only make
+        # such steps must not push out the last good checkpoint
+        healthy = int(state.bad_in_a_row) == 0
+        problem: object = self._write_checkpoint(healthy) if self.world.is_main else None
+        problem = distributed.broadcast_object(problem, self.world)
+        if problem:
+            raise checkpoint.CheckpointError(str(problem))
         self.saved_step = state.step
-        distributed.barrier(self.world)
         self._restart_clock()
+
+    def _write_checkpoint(self, prune: bool) -> str | None:
+        extra = {
+            "config": asdict(self.config),
+            "data": self.fingerprint,
+            "unreadable": sorted(self.unreadable),
+        }
+        keep = self.config.checkpoint
+        try:
+            checkpoint.save(self.checkpoints, self.state, extra)
+            if prune:
+                checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_every_steps)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.checkpoints}: {error.strerror}"
+        return None
 
     def _picture_due(self, last: bool) -> bool:
         every = self.config.log.picture_every_steps
@@ -227,7 +257,11 @@ class _Loop:
         with precision.autocast(self.world.device, self.config.train.precision):
             picture = self.samples.draw(self.state.model)
         if picture is not None:
-            save_picture(picture, self.folder / "pictures" / f"step_{self.state.step:08d}.png")
+            path = self.folder / "pictures" / f"step_{self.state.step:08d}.png"
+            try:
+                save_picture(picture, path)
+            except OSError as error:
+                self.log.warn(f"{path}: could not be written: {error.strerror}")
             self.log.picture(np.asarray(picture), self.state.step)
         self._restart_clock()
 
@@ -255,7 +289,14 @@ class _Loop:
 
 
 def build_model(config: Config, device: torch.device) -> SimMIM:
-    """The configured model, initialised from the run's seed, on `device`."""
+    """The configured model, initialised from the run's seed, on `device`.
+
+    Raises:
+        RunError: `kernels.backend` names what cannot run here.
+    """
+    reasons = native.reasons_against(torch.empty(0, device=device))
+    if config.kernels.backend == "native" and reasons:
+        raise RunError(f"kernels.backend=native cannot run: {'; '.join(reasons)}")
     torch.manual_seed(signed(fold(config.seed)))
     model = SimMIM(
         build_encoder(resolve_spec(config)),
@@ -264,25 +305,49 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
         std=config.data.std,
     )
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
-    model.encoder.kernel_backend = config.kernels.backend
+    model.use_backend(config.kernels.backend)
     if config.channels_last_on(device.type):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)
 
 
-def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: RunLog) -> None:
-    root = folder / "checkpoints"
-    if state.world.is_main:
+def _agreed_fingerprint(source: Source, world: World) -> dict[str, Any]:
+    """Number and names' digest of the images, the same in every process."""
+    own = {"images": len(source.names), "digest": source.names.digest()}
+    for rank, other in enumerate(distributed.gather_objects(own, world)):
+        if other != own:
+            raise DataError(
+                f"process {world.rank} sees {own['images']} images and process {rank} sees "
+                f"{other['images']}, or other names: every process needs the same data.path"
+            )
+    return own
+
+
+def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: RunLog) -> set[int]:
+    """Restore the newest whole checkpoint, if any; returns the images known to be unreadable."""
+    root, world = folder / "checkpoints", state.world
+    loaded: Loaded | None = None
+    problem: object = None
+    if world.is_main:  # one process decides, the others read what it chose
         checkpoint.remove_leftovers(root)
-    distributed.barrier(state.world)
-    loaded = checkpoint.read_newest(root, log.warn)
-    log.forget_after(0 if loaded is None else int(loaded.state["step"]))
-    if loaded is None:
-        return
+        try:
+            loaded = checkpoint.read_newest(root, log.warn)
+        except (checkpoint.CheckpointError, OSError) as error:
+            problem = str(error)
+    chosen = distributed.broadcast_object((problem, loaded and loaded.folder), world)
+    problem, path = cast(tuple[str | None, Path | None], chosen)
+    if problem:
+        raise checkpoint.CheckpointError(str(problem))
+    log.start_after(0 if path is None else int(path.name.rsplit("_", 1)[-1]))
+    if path is None:
+        return set()
+    loaded = loaded or checkpoint.read(path)
     for change in changes_since(loaded, state.config, fingerprint):
-        log.warn(change)
+        if world.is_main:
+            log.warn(change)
     checkpoint.restore(state, loaded)
     log.info(f"resumed from {loaded.folder} at step {state.step}")
+    return set(loaded.state.get("unreadable", []))
 
 
 def _headline(state: TrainState, num_images: int) -> str:

@@ -17,6 +17,9 @@ RUN_FILE = "run.json"
 CONFIG_FILE = "config.toml"
 LOCK_FILE = ".lock"
 
+# Step numbers and optimiser state mean something only under these.
+FIXED_KEYS = ("seed", "train.batch_size", "optim.name")
+
 
 @contextmanager
 def run_folder(config: Config, world: World) -> Iterator[Path]:
@@ -44,19 +47,19 @@ def run_folder(config: Config, world: World) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> IO[str]:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output={folder}: is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
-        raise ConfigError(
-            f"output={folder}: the folder is not empty and holds no simmim run; choose another one"
-        )
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"output={folder}: is a file; choose another folder")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
+            raise ConfigError(
+                f"output={folder}: not empty, and holds no simmim run; choose another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_FILE).open("w")
         # a record lock belongs to this process alone: data workers that outlive a killed run for a
         # moment do not hold it
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise ConfigError(f"output={folder}: another process is training in this folder") from None
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None
@@ -77,7 +80,11 @@ def record_start(folder: Path, config: Config, world: World, step: int) -> None:
 
 
 def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -> list[str]:
-    """What differs between a checkpoint's configuration and data and those of this start."""
+    """What differs between a checkpoint's configuration and data and those of this start.
+
+    Raises:
+        ConfigError: something differs on which the order of samples or the saved state depends.
+    """
     found = []
     try:
         before = leaves(from_dict(loaded.state["config"]))
@@ -85,8 +92,14 @@ def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -
         found.append("the checkpoint's configuration is of another version; not compared")
         before = {}
     for key, value in leaves(config).items():
-        if key in before and before[key] != value and key != "output":
-            found.append(f"changed since the checkpoint: {key} {before[key]} → {value}")
+        if key not in before or before[key] == value or key == "output":
+            continue
+        if key in FIXED_KEYS or key.startswith("model."):
+            raise ConfigError(
+                f"{key} was {before[key]} in {loaded.folder} and is {value} now; a run cannot "
+                "change it midway: restore it, or choose another --output"
+            )
+        found.append(f"changed since the checkpoint: {key} {before[key]} → {value}")
     was = loaded.state["data"]
     if was != fingerprint:
         found.append(

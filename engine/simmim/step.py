@@ -53,9 +53,10 @@ class TrainState:
         self.config, self.schedule, self.world = config, schedule, world
         self.loss_scale = LossScale(world.device, config.train.precision)
         self.step = 0
-        # skipped steps so far, and how many of them the present unbroken run of bad steps has
+        # skipped steps so far; length of the present unbroken run of them, and of the longest
         self.skipped = torch.zeros((), device=world.device)
         self.bad_in_a_row = torch.zeros((), device=world.device)
+        self.longest_bad_run = torch.zeros((), device=world.device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train."""
@@ -153,6 +154,7 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     bad = (~finite).float()
     state.skipped = state.skipped + bad
     state.bad_in_a_row = (state.bad_in_a_row + 1) * bad
+    state.longest_bad_run = torch.maximum(state.longest_bad_run, state.bad_in_a_row)
     state.step += 1
     return Metrics(loss, grad_norm, finite, lr)
 

@@ -23,10 +23,22 @@ inline float to_float(BFloat16 x) {
     return value;
 }
 
+// By hand: g++ knows _Float16 in C++ only from release 12 on.
 inline float to_float(Float16 x) {
-    _Float16 value;
-    std::memcpy(&value, &x.bits, sizeof value);
-    return static_cast<float>(value);
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t magnitude = x.bits & 0x7fffu;
+    uint32_t bits;
+    if (magnitude >= 0x7c00u) {  // infinity or NaN
+        bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    } else if (magnitude >= 0x400u) {
+        bits = sign | ((magnitude << 13) + (112u << 23));
+    } else {  // zero or subnormal: magnitude · 2^-24 is exact in float
+        const float value = static_cast<float>(magnitude) * 5.9604644775390625e-08f;
+        return sign ? -value : value;
+    }
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
 template <class T>
@@ -49,12 +61,28 @@ inline BFloat16 from_float<BFloat16>(float x) {
     return {static_cast<uint16_t>(bits >> 16)};
 }
 
+// Round to nearest, ties to even.
 template <>
 inline Float16 from_float<Float16>(float x) {
-    const _Float16 value = static_cast<_Float16>(x);
-    Float16 out;
-    std::memcpy(&out.bits, &value, sizeof value);
-    return out;
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return {static_cast<uint16_t>(sign | 0x7e00u)};
+    }
+    if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
+        return {static_cast<uint16_t>(sign | 0x7c00u)};
+    }
+    if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lets the FPU round at 2^-24
+        float value;
+        std::memcpy(&value, &magnitude, sizeof value);
+        value += 0.5f;
+        std::memcpy(&bits, &value, sizeof bits);
+        return {static_cast<uint16_t>(sign | (bits - 0x3f000000u))};
+    }
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+    return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
 }  // namespace simmim

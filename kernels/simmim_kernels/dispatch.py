@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "SIMMIM_BACKEND"
+KNOWN_BACKENDS = ("triton", "native", "reference")
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,20 @@ def choose(
         op: name of the op, for messages.
         backends: in order of preference.
         inputs: the op's tensors.
-        requested: a backend's name; None takes SIMMIM_BACKEND from the environment, and where that
-            is unset the first backend that can run.
+        requested: a backend's name; None takes SIMMIM_BACKEND from the environment if this op has
+            it, and otherwise the first backend that can run.
 
     Raises:
         ValueError: `requested` is no backend of this op.
         RuntimeError: the requested backend (or every backend) cannot run; lists all the reasons.
     """
     source = "backend"
-    if requested is None and (requested := os.environ.get(ENVIRONMENT_VARIABLE) or None):
-        source = ENVIRONMENT_VARIABLE
+    if requested is None and (wanted := os.environ.get(ENVIRONMENT_VARIABLE)):
+        if wanted not in KNOWN_BACKENDS:
+            known = ", ".join(KNOWN_BACKENDS)
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}={wanted!r} is unknown; known are {known}")
+        if wanted in {b.name for b in backends}:
+            source, requested = ENVIRONMENT_VARIABLE, wanted
     if requested is not None:
         named = [b for b in backends if b.name == requested]
         if not named:

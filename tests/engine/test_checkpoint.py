@@ -43,6 +43,25 @@ def test_round_trip_is_bitwise(trained: TrainState, tmp_path: Path) -> None:
                 assert restored.stride() == theirs.stride()
 
 
+def test_others_can_read_the_weights(trained: TrainState, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path, trained)
+    finally:
+        os.umask(before)
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("first", "second"), [("float32", "fp16"), ("fp16", "bf16")])
+def test_another_precision_keeps_a_sane_loss_scale(tmp_path: Path, first: str, second: str) -> None:
+    state = make_state(f"--train.precision={first}")
+    train_step(state, [make_batch(0, 4)])
+    other = make_state(f"--train.precision={second}")
+    fresh = float(other.loss_scale.scale)
+    checkpoint.restore(other, checkpoint.read(save(tmp_path, state)))
+    assert float(other.loss_scale.scale) == fresh
+
+
 def test_the_model_loads_from_its_checkpoint(trained: TrainState, tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", trained)
     model = load_model(tmp_path)
@@ -77,6 +96,8 @@ def test_a_damaged_checkpoint_falls_back_loudly(
     assert loaded.state["step"] == 3
     assert len(warnings) == 1
     assert "step_00000004" in warnings[0]
+    assert list(checkpoint.steps(tmp_path)) == [3]
+    assert (tmp_path / "damaged_step_00000004").is_dir()
 
 
 def test_all_damaged_is_an_error_and_nothing_is_removed(

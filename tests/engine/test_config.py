@@ -132,7 +132,7 @@ def test_round_trip_through_toml(tmp_path: Path) -> None:
         (["--train.batch_size=0"], "train.batch_size=0 must be at least 1"),
         (["--model.norm_target=8"], "model.norm_target=8 must be odd"),
         (
-            ["--schedule.name=multistep", "--schedule.milestones=[3]"],
+            ["--schedule.name=multistep", "--schedule.milestones=[3]", "--schedule.warmup_steps=0"],
             "begin before the warm-up ends",
         ),
         (["--data.path="], "data.path is not set"),

@@ -1,5 +1,6 @@
 """The data path: every kind of file, broken ones, tar shards, samples that follow their key."""
 
+import errno
 import io
 import os
 import tarfile
@@ -23,7 +24,7 @@ BROKEN = {"zero.jpg": 0, "cut.jpg": 300}
 HERE = World(0, 1, torch.device("cpu"))
 
 
-def loader(source: Source, warnings: list | None = None, **options: object) -> Loader:
+def loader(source: Source, **options: object) -> Loader:
     settings: dict = {
         "seed": 1,
         "micro_batch": 4,
@@ -32,8 +33,7 @@ def loader(source: Source, warnings: list | None = None, **options: object) -> L
         "prefetch": 2,
         "world": HERE,
     } | options
-    found = [] if warnings is None else warnings
-    return Loader(source, AUGMENTATION, on_unreadable=lambda *w: found.append(w), **settings)
+    return Loader(source, AUGMENTATION, **settings)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_broken_files_are_named(write_image: Callable[..., Path], damage: str) -
         decode(broken, 3)
 
 
-def test_broken_images_leave_empty_slots_and_one_warning_each(photos: Path, tmp_path: Path) -> None:
+def test_broken_images_leave_empty_slots(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     good = sorted(photos.iterdir())[:5]
@@ -103,9 +103,10 @@ def test_broken_images_leave_empty_slots_and_one_warning_each(photos: Path, tmp_
         (folder / path.name).write_bytes(path.read_bytes())
     for name, length in BROKEN.items():
         (folder / name).write_bytes(good[0].read_bytes()[:length])
-    warnings: list[tuple[str, str]] = []
     seen: list[int] = []
-    batches = [b for step in loader(open_source(str(folder)), warnings).steps(0, 7) for b in step]
+    source = open_source(str(folder))
+    mixed = loader(source)
+    batches = [b for step in mixed.steps(0, 7) for b in step]
     for batch in batches:
         empty = batch.ids < 0
         assert batch.num_valid == int((~empty).sum())
@@ -113,10 +114,10 @@ def test_broken_images_leave_empty_slots_and_one_warning_each(photos: Path, tmp_
         assert all(image.float().std() > 0 for image in batch.image[~empty])
         seen += batch.ids[~empty].tolist()
     # 28 slots over 7 images: four epochs, every readable image once in each
-    broken = [i for i, name in enumerate(open_source(str(folder)).names) if name in BROKEN]
+    broken = [i for i, name in enumerate(source.names) if name in BROKEN]
     assert sorted(seen) == sorted(i for i in range(7) if i not in broken for _ in range(4))
-    assert {name for name, _ in warnings} == set(BROKEN)
-    assert len(warnings) == 2
+    assert sorted(sample for sample, _ in mixed.problems) == sorted(4 * broken)
+    assert all(reason for _, reason in mixed.problems)
 
 
 def test_all_broken_is_an_error(tmp_path: Path) -> None:
@@ -191,6 +192,32 @@ def test_a_shard_cut_off_before_it_was_indexed(shards: Path) -> None:
     assert source.read(0)
     with pytest.raises(OSError, match="the shard ends inside this image"):
         source.read(len(source.names) - 1)
+
+
+def test_more_shards_than_descriptors(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.data.source.MAX_OPEN_SHARDS", 2)
+    for number, path in enumerate(sorted(photos.iterdir())[:5]):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            archive.add(path, path.name)
+    source = open_source(str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    for index in [0, 1, 2, 3, 4, 0, 3, 1]:
+        expected = photos / source.names[index].split("/", 1)[1]
+        assert source.read(index) == expected.read_bytes()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_no_descriptors_left_is_not_a_broken_image(photos: Path) -> None:
+    source = open_source(str(photos))
+
+    def refuse(index: int) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    source.read = refuse  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="Too many open files"):
+        list(loader(source).steps(0, 1))
 
 
 def test_links(photos: Path, tmp_path: Path) -> None:

@@ -124,6 +124,22 @@ def test_non_finite_gradients_skip_the_update(precision: str) -> None:
     assert float(state.loss_scale.scale) == (2.0**14 if precision == "fp16" else 1.0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_a_skipped_first_step_leaves_no_garbage(optimizer: str) -> None:
+    state = make_state(f"--optim.name={optimizer}")
+    with torch.no_grad():
+        bias = state.model.decoder[0].bias
+        kept = bias.clone()
+        bias.fill_(float("inf"))
+    train_step(state, [make_batch(0, 4)])
+    with torch.no_grad():
+        bias.copy_(kept)
+    train_step(state, [make_batch(4, 4)])
+    assert all(value.isfinite().all() for value in weights(state).values())
+    assert (int(state.skipped), int(state.longest_bad_run)) == (1, 1)
+
+
 class Syncs(TorchDispatchMode):
     """Counts what makes a host wait for a device: reading a scalar, or copying between devices."""
 

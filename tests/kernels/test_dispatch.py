@@ -31,8 +31,13 @@ def test_nothing_can_run() -> None:
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Backend("triton", FAST.reasons_against)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="SIMMIM_BACKEND='triton' cannot run"):
+        choose("op", (broken, SLOW), (), None)
+    assert choose("op without it", (SLOW,), (), None) == "reference"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")
-    with pytest.raises(RuntimeError, match="SIMMIM_BACKEND='fast' cannot run"):
+    with pytest.raises(ValueError, match="SIMMIM_BACKEND='fast' is unknown; known are triton"):
         choose("op", (FAST, SLOW), (), None)
     assert choose("op", (FAST, SLOW), (), "reference") == "reference"
 

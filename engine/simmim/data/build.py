@@ -1,7 +1,5 @@
 """The loader that a configuration asks for."""
 
-from collections.abc import Callable
-
 from simmim.config import Config, micro_batch
 from simmim.data.augment import Augmentation
 from simmim.data.loader import Loader
@@ -9,9 +7,7 @@ from simmim.data.source import Source
 from simmim.distributed import World
 
 
-def make_loader(
-    config: Config, source: Source, world: World, on_unreadable: Callable[[str, str], None]
-) -> Loader:
+def make_loader(config: Config, source: Source, world: World) -> Loader:
     """A loader over `source` for this process; see `simmim.data.loader.Loader`."""
     data = config.data
     return Loader(
@@ -23,5 +19,4 @@ def make_loader(
         workers=data.workers,
         prefetch=data.prefetch,
         world=world,
-        on_unreadable=on_unreadable,
     )

@@ -1,9 +1,10 @@
 """Decodes and augments in worker processes, skips what cannot be read, and times the wait."""
 
+import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from types import FrameType
 from typing import cast
@@ -21,6 +22,12 @@ from simmim.distributed import World
 
 # So many unreadable images in a row mean that the disk is gone, not that a file is broken.
 MAX_UNREADABLE_IN_A_ROW = 1000
+
+# The machine is out of descriptors or memory: no reason to call an image broken.
+NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+# How long a worker goes on after a first SIGTERM.
+GRACE_S = 120
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class AugmentedImages(Dataset[Sample]):
         try:
             image = decode(self.source.read(sample), self.augmentation.channels)
         except (UnreadableImage, OSError) as error:
+            if isinstance(error, OSError) and error.errno in NOT_THE_IMAGES_FAULT:
+                raise
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             return Sample(sample, epoch, None, reason)
         key = sample_key(self.seed, epoch, sample)
@@ -113,6 +122,7 @@ def _outlive_the_first_signal(worker: int) -> None:
     # workers until it has saved. It ends them itself, with a second SIGTERM if need be.
     def end_on_the_second(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(GRACE_S)  # and never outlive a main process that hangs
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_on_the_second)
@@ -130,11 +140,10 @@ class Loader:
         workers: decoding processes; 0 decodes here; -1 chooses.
         prefetch: batches ready per worker.
         world: this process.
-        on_unreadable: called with (name, reason) the first time an image cannot be read.
 
     Attributes:
         wait_s: seconds spent waiting for data so far.
-        unreadable: samples that could not be read so far.
+        problems: (sample, reason) of images that could not be read; whoever reports them clears it.
     """
 
     def __init__(
@@ -148,7 +157,6 @@ class Loader:
         workers: int,
         prefetch: int,
         world: World,
-        on_unreadable: Callable[[str, str], None],
     ) -> None:
         self.source, self.world = source, world
         self.dataset = AugmentedImages(source, augmentation, seed)
@@ -156,12 +164,11 @@ class Loader:
         self.micro_batch, self.accumulation_steps = micro_batch, accumulation_steps
         self.workers = default_workers(world) if workers < 0 else workers
         self.prefetch = prefetch
-        self.on_unreadable = on_unreadable
         self.wait_s = 0.0
-        self.unreadable: set[int] = set()
+        self.problems: list[tuple[int, str]] = []
         self._unreadable_in_a_row = 0
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of steps `first` … `last` - 1, on the device."""
         positions = MicroBatches(
             self.order,
@@ -184,18 +191,21 @@ class Loader:
             generator=torch.Generator().manual_seed(0),
         )
         host_batches = iter(loader)
-        for _ in range(first, last):
-            started = time.perf_counter()
-            try:
+        try:
+            for _ in range(first, last):
+                started = time.perf_counter()
                 fetched = [next(host_batches) for _ in range(self.accumulation_steps)]
-            except RuntimeError as error:
-                if "DataLoader worker" in str(error):
-                    raise DataError(
-                        f"a data worker died ({error}); out of memory? Try fewer --data.workers"
-                    ) from None
+                self.wait_s += time.perf_counter() - started
+                yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            self.wait_s += time.perf_counter() - started
-            yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
+            raise DataError(
+                f"a data worker died ({error}); out of memory? Try fewer --data.workers"
+            ) from None
+        finally:
+            # whatever ends the loop: workers must be gone before the interpreter waits for them
+            getattr(host_batches, "_shutdown_workers", bool)()
 
     def _to_device(self, batch: HostBatch) -> Batch:
         self._note_problems(batch)
@@ -208,10 +218,7 @@ class Loader:
         )
 
     def _note_problems(self, batch: HostBatch) -> None:
-        for sample, reason in batch.problems:
-            if sample not in self.unreadable:
-                self.unreadable.add(sample)
-                self.on_unreadable(self.source.names[sample], reason)
+        self.problems += batch.problems
         if len(batch.problems) < len(batch.ids):
             self._unreadable_in_a_row = 0
             return

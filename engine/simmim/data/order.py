@@ -61,7 +61,7 @@ class MicroBatches:
         self.first_step, self.last_step = first_step, last_step
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.accumulation_steps
+        return max(0, self.last_step - self.first_step) * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.first_step * self.accumulation_steps

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import tempfile
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,10 @@ from simmim.errors import RunError
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .avif".split()
 )
+
+
+# Descriptors that one process keeps open; machines commonly allow 1024 in all.
+MAX_OPEN_SHARDS = 64
 
 
 class DataError(RunError):
@@ -33,7 +38,7 @@ class Source(Protocol):
 
 
 class PackedStrings(Sequence[str]):
-    """Many strings in two arrays, so that worker processes share them without copies."""
+    """Many strings in two arrays, which forked worker processes share without copies."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         encoded = [s.encode("utf-8", "surrogateescape") for s in strings]
@@ -100,14 +105,18 @@ class ShardSource:
                 places.append((number, offset, size))
         self.names = PackedStrings(names)
         self._places: NDArray[np.int64] = np.array(places, dtype=np.int64).reshape(-1, 3)
-        self._files: dict[tuple[int, int], int] = {}  # (process, shard) → descriptor
+        # (process, shard) → descriptor, the last used at the end
+        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(value) for value in self._places[index])
         # pread has no file position, but a forked worker still opens its own descriptor
         key = (os.getpid(), shard)
         if key not in self._files:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
             self._files[key] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(key)
         data = os.pread(self._files[key], size, offset)
         if len(data) != size:
             raise OSError(f"the shard ends inside this image ({len(data)} of {size} bytes)")
@@ -120,14 +129,15 @@ def tar_index(shard: Path) -> list[tuple[str, int, int]]:
     Raises:
         DataError: not a readable, uncompressed tar file.
     """
+    cache: Path | None = None
     try:
         status = shard.stat()
         key = f"{shard.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         cache = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if cache.is_file():
-            return [(name, offset, size) for name, offset, size in json.loads(cache.read_text())]
-    except (OSError, ValueError):
-        cache = None
+            return [(str(n), int(o), int(size)) for n, o, size in json.loads(cache.read_text())]
+    except (OSError, ValueError, TypeError):
+        pass  # no cache, or not one of ours: scan, and write it anew
     entries: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(shard, "r:") as archive:

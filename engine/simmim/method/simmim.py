@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim_kernels import masked_l1_loss
+from simmim_kernels.masked_l1_loss import BACKENDS as LOSS_BACKENDS
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,6 +47,7 @@ class SimMIM(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.norm_target = norm_target
+        self.loss_backend: str | None = None
         self.encoder_stride = encoder.spec.stride
         self.channels = encoder.spec.channels
         self.decoder = nn.Sequential(
@@ -61,6 +63,11 @@ class SimMIM(nn.Module):
             )
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def use_backend(self, name: str | None) -> None:
+        """Make every op that has the backend `name` use it; None lets each op choose."""
+        self.encoder.kernel_backend = name
+        self.loss_backend = name if name in {b.name for b in LOSS_BACKENDS} else None
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std; floating point passes unchanged."""
@@ -115,4 +122,5 @@ class SimMIM(nn.Module):
             mask,
             self.encoder.spec.patch_size,
             norm_target=self.norm_target,
+            backend=self.loss_backend,
         )
