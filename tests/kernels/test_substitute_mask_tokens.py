@@ -105,6 +105,7 @@ def test_mask_token_in_another_dtype() -> None:
 
 
 @NEEDS_EXTENSION
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
 def test_opcheck() -> None:
     for position in (False, True):
         tokens, mask, token, pos_embed, _ = make((2, 9, 5), torch.float32)
