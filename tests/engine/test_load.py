@@ -18,7 +18,6 @@ from numerics import load_golden, with_prefix
 from simmim import load_model
 from simmim.load import read_weights
 
-
 ROOT = Path(__file__).parents[2]
 
 
