@@ -50,7 +50,8 @@ def _claim(folder: Path) -> IO[str]:
     try:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"output={folder}: is a file; choose another folder")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK_FILE).exists():
+        ours = any((folder / name).exists() for name in (LOCK_FILE, RUN_FILE))
+        if folder.is_dir() and any(folder.iterdir()) and not ours:
             raise ConfigError(
                 f"output={folder}: not empty, and holds no simmim run; choose another folder"
             )
