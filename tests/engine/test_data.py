@@ -228,10 +228,12 @@ def test_links(photos: Path, tmp_path: Path) -> None:
     (folder / "elsewhere").symlink_to(photos)
     (folder / "dead.jpg").symlink_to("nowhere.jpg")
     (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")
     source = open_source(str(folder))
-    assert len(source.names) == 1 + len(list(photos.iterdir()))
-    with pytest.raises(OSError):
-        source.read(list(source.names).index("dead.jpg"))
+    assert len(source.names) == 2 + len(list(photos.iterdir()))
+    for name, reason in (("dead.jpg", "No such file"), ("pipe.jpg", "not a regular file")):
+        with pytest.raises(OSError, match=reason):
+            source.read(list(source.names).index(name))
 
 
 def test_packed_strings() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import tarfile
 import tempfile
 from collections import OrderedDict
@@ -85,7 +86,12 @@ class FolderSource:
         self.names = PackedStrings(sorted(found))
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        # without O_NONBLOCK a named pipe in the folder would be waited for without end
+        descriptor = os.open(self.root / self.names[index], os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("not a regular file")
+            return file.read()
 
 
 class ShardSource:
