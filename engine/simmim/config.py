@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from simmim.backbone.build import PRESETS, Spec
 from simmim.backbone.swin import SwinSpec
+from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, KNOWN_BACKENDS
 
 
 class ConfigError(ValueError):
@@ -357,7 +358,7 @@ def check(config: Config) -> None:
         ("schedule.gamma", schedule.gamma, 0, 1),
         ("schedule.step_epochs", schedule.step_epochs, 1e-9, math.inf),
         ("data.flip", data.flip, 0, 1),
-        ("data.workers", data.workers, -1, math.inf),
+        ("data.workers", data.workers, -1, 1024),
         ("data.prefetch", data.prefetch, 1, math.inf),
         ("mask.unit", config.mask.unit, 1, math.inf),
         ("train.steps", train.steps, 0, math.inf),
@@ -377,6 +378,15 @@ def check(config: Config) -> None:
         ("log.picture_every_steps", config.log.picture_every_steps, -1, math.inf),
         ("log.pictures", config.log.pictures, 1, 64),
     ]
+    for key, value in leaves(config).items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise ConfigError(f"{key}={value} must be finite")
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced and forced not in KNOWN_BACKENDS:
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE}={forced} is unknown; known are {', '.join(KNOWN_BACKENDS)}"
+        )
     for key, value, low, high in ranges:
         if not low <= value <= high:
             bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"

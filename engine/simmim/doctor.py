@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import masked_l1_loss, native, substitute_mask_tokens
-from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, Backend
+from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, Backend, choose
 
 
 def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -24,7 +24,11 @@ def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     lines = ["  random_patch_mask        reference (the only one)"]
     for name, backends, inputs in ops:
         against = {b.name: b.reasons_against(*inputs) for b in backends}
-        runs = next(n for n, reasons in against.items() if not reasons)
+        try:
+            runs = choose(name, backends, inputs, None)
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"  {name:<24} none: {error}")
+            continue
         only = " (the only one)" if len(backends) == 1 else ""
         lines.append(f"  {name:<24} {runs}{only}")
         lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]

@@ -1,5 +1,6 @@
 """Atomic writes: a file is either the old one or the whole new one, whatever happens meanwhile."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it.
 
     Raises:
-        OSError: nothing at `path` has changed then, and the temporary file is gone.
+        OSError: nothing at `path` has changed then, and the temporary file is gone; a device or
+            folder at `path` is never replaced, and a link is written through.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file, left alone", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

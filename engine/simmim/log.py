@@ -142,11 +142,15 @@ class RunLog:
         self._text.write(f"{stamp} {message}\n")
         self._text.flush()
 
-    def close(self) -> None:
-        """End the progress line and close the files."""
+    def stop_progress(self) -> None:
+        """End the progress line, before the last words."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def close(self) -> None:
+        """End the progress line and close the files."""
+        self.stop_progress()
         if self._events is not None:
             self._events.close()
         if self.is_main:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simmim import checkpoint, distributed, environment, files, load, precision
@@ -80,6 +81,12 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
     try:
         fingerprint = _agreed_fingerprint(source, world)
         unreadable = _resume(state, folder, fingerprint, log)
+        if state.step >= schedule.total_steps and (folder / load.WEIGHTS_FILE).exists():
+            log.info(
+                f"already done: {state.step} steps, nothing written; a larger --train.steps or "
+                "--train.epochs goes on, another --output starts anew"
+            )
+            return 0
         log.info(_headline(state, len(source.names)))
         if world.is_main:
             record_start(folder, config, world, state.step)
@@ -268,6 +275,7 @@ class _Loop:
     def _interrupted(self, interrupts: Interrupts) -> int:
         name = interrupts.received.name if interrupts.received else "a signal to another process"
         saved = f"saved at step {self.saved_step}" if self.saved_step >= 0 else "nothing saved yet"
+        self.log.stop_progress()
         self.log.info(f"stopped by {name}: {saved}; the same command resumes")
         return EXIT_INTERRUPTED
 
@@ -279,10 +287,11 @@ class _Loop:
                 files.write_atomic(
                     weights, lambda path: checkpoint.save_weights(state.model, path, mask)
                 )
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise checkpoint.CheckpointError(
                     f"{weights}: could not be written: {error}"
                 ) from None
+            self.log.stop_progress()
             self.log.info(f"done: {state.step} steps; weights in {weights}")
             if (self.folder / "pictures").is_dir():
                 self.log.info(f"pictures in {self.folder / 'pictures'}")
@@ -338,13 +347,19 @@ def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: R
     problem, path = cast(tuple[str | None, Path | None], chosen)
     if problem:
         raise checkpoint.CheckpointError(str(problem))
-    log.start_after(0 if path is None else int(path.name.rsplit("_", 1)[-1]))
     if path is None:
+        if (folder / load.WEIGHTS_FILE).exists():
+            raise checkpoint.CheckpointError(
+                f"{folder}: holds the weights of a finished run and no checkpoint to go on from; "
+                "starting over would overwrite them: choose another --output"
+            )
+        log.start_after(0)
         return set()
     loaded = loaded or checkpoint.read(path)
     for change in changes_since(loaded, state.config, fingerprint):
         if world.is_main:
             log.warn(change)
+    log.start_after(int(loaded.state["step"]))
     checkpoint.restore(state, loaded)
     log.info(f"resumed from {loaded.folder} at step {state.step}")
     return set(loaded.state.get("unreadable", []))

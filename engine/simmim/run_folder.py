@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ CONFIG_FILE = "config.toml"
 LOCK_FILE = ".lock"
 
 # Step numbers and optimiser state mean something only under these.
-FIXED_KEYS = ("seed", "train.batch_size", "optim.name")
+FIXED_KEYS = ("seed", "train.batch_size", "optim.name", "data.image_size", "data.channels")
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def run_folder(config: Config, world: World) -> Iterator[Path]:
     Raises:
         ConfigError: the folder holds something else, cannot be made, or is in use.
     """
-    folder = Path(config.output).expanduser()
+    folder = Path(os.path.expanduser(config.output))
     lock: IO[str] | None = None
     problem: object = None
     if world.is_main:
@@ -102,6 +103,11 @@ def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -
             )
         found.append(f"changed since the checkpoint: {key} {before[key]} → {value}")
     was = loaded.state["data"]
+    if was != fingerprint and before.get("data.path") != config.data.path:
+        raise ConfigError(
+            f"data.path={config.data.path}: not the images of the run in {config.output} "
+            f"({before.get('data.path')}): choose another --output"
+        )
     if was != fingerprint:
         found.append(
             f"the data changed since the checkpoint ({was['images']} → {fingerprint['images']} "

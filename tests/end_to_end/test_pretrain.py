@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,49 @@ def test_what_a_run_cannot_change_midway(
     assert key in result.stderr
     assert "choose another --output" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_finished_run_is_never_rewritten(straight: Path, photos: Path, tmp_path: Path) -> None:
+    """Neither other data, another size, nor lost checkpoints may replace what it holds."""
+    output, other = tmp_path / "run", tmp_path / "other"
+    other.mkdir()
+    shutil.copy(min(photos.iterdir()), other)
+    assert simmim_command(*flags(photos, output, "--train.steps=4")).returncode == 0
+    watched = [
+        output / n for n in ("model.safetensors", "metrics.jsonl", "config.toml", "run.json")
+    ]
+    before = [path.read_bytes() for path in watched]
+    for arguments, code, message in (
+        (flags(other, output, "--train.steps=4"), 2, "not the images of the run"),
+        (
+            flags(photos, output, "--train.steps=4", "--data.image_size=32"),
+            2,
+            "data.image_size was",
+        ),
+        (flags(photos, output, "--train.steps=3"), 0, "already done: 4 steps"),
+    ):
+        result = simmim_command(*arguments)
+        assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+        assert [path.read_bytes() for path in watched] == before
+    shutil.rmtree(output / "checkpoints")
+    result = simmim_command(*flags(photos, output, "--train.steps=8"))
+    assert result.returncode == 1
+    assert "choose another --output" in result.stderr
+    assert [path.read_bytes() for path in watched] == before
+
+
+def test_a_killed_worker_is_one_line(photos: Path, tmp_path: Path) -> None:
+    arguments = flags(photos, tmp_path / "run", "--train.steps=100000", "--log.every_steps=1")
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_rows(tmp_path / "run", 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "a data worker died" in error
+    assert "Traceback" not in error
 
 
 def test_a_run_made_shorter_is_done(photos: Path, tmp_path: Path) -> None:

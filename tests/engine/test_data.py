@@ -236,6 +236,16 @@ def test_links(photos: Path, tmp_path: Path) -> None:
             source.read(list(source.names).index(name))
 
 
+def test_a_run_among_the_photos_adds_none(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(min(photos.iterdir()).read_bytes())
+    pictures = tmp_path / "runs" / "mine" / "pictures"
+    pictures.mkdir(parents=True)
+    (pictures / "step_1.png").write_bytes(b"x")
+    for name in (".lock", "run.json"):
+        (tmp_path / "runs" / "mine" / name).touch()
+    assert list(open_source(str(tmp_path)).names) == ["photo.jpg"]
+
+
 def test_packed_strings() -> None:
     names = ["a", "", "ü/ß.jpg", "\udcff.png"]
     packed = PackedStrings(names)

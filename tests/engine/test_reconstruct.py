@@ -1,5 +1,6 @@
 """Pictures: what is visible stays as it was, what is hidden comes from the model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def test_masks_that_do_not_fit(photos: Path, unit: int, ratio: float) -> None:
     model = SimMIM(build_encoder(SPEC)).eval()
     with pytest.raises(ValueError, match=r"a mask (unit|ratio) of"):
         reconstruct_files(model, [min(photos.iterdir())], mask_unit=unit, ratio=ratio, seed=0)
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 4))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="not a regular file"):
+        save_picture(picture, tmp_path / "pipe.png")
+    assert (tmp_path / "pipe.png").is_fifo()
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    save_picture(picture, tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "real.png").is_file()
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ class FolderSource:
                 subfolders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
+            if {".lock", "run.json"} <= set(files):  # a run's own pictures are no photos
+                subfolders.clear()
+                continue
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             relative = os.path.relpath(folder, root)
             prefix = "" if relative == "." else relative + "/"
@@ -197,7 +200,7 @@ def open_source(path: str) -> Source:
     Raises:
         DataError: nothing there, or no image in it; names the path.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.exists():
         raise DataError(f"data.path={path}: no such file or folder")
     source: Source
