@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
@@ -18,6 +19,10 @@ SECOND_INTERRUPT_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopWaiting(Exception):
+    """A signal came while the process only waited: nothing is half done."""
+
+
 class Interrupts:
     """While active, signals are remembered; only a second, later Ctrl-C raises KeyboardInterrupt.
 
@@ -26,6 +31,8 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        # set to tell that raising StopWaiting is safe at the moment
+        self.only_waiting: Callable[[], bool] = lambda: False
 
     def __enter__(self) -> "Interrupts":
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -41,6 +48,9 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.only_waiting():
+            self.received, self._since = signal.Signals(number), time.monotonic()
+            raise StopWaiting
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > SECOND_INTERRUPT_S:

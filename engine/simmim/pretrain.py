@@ -21,7 +21,7 @@ from simmim.data.loader import Loader
 from simmim.data.source import DataError, Source, open_source
 from simmim.distributed import World
 from simmim.errors import RunError
-from simmim.interrupts import EXIT_INTERRUPTED, Interrupts
+from simmim.interrupts import EXIT_INTERRUPTED, Interrupts, StopWaiting
 from simmim.log import RunLog
 from simmim.method.simmim import SimMIM
 from simmim.optim import build_optimizer
@@ -123,6 +123,17 @@ class _Loop:
         return self.folder / "checkpoints"
 
     def run(self, interrupts: Interrupts) -> int:
+        if self.world.size == 1:
+            # data may never come (a hung file server); with several processes the others would
+            # then wait for this one, and the launcher ends them all
+            interrupts.only_waiting = lambda: self.loader.waiting
+        try:
+            return self._run(interrupts)
+        except StopWaiting:
+            self._save()
+            return self._interrupted(interrupts)
+
+    def _run(self, interrupts: Interrupts) -> int:
         state, config = self.state, self.config
         self.log.start(state.step)
         self._restart_clock()

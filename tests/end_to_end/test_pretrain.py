@@ -296,6 +296,29 @@ def test_a_killed_worker_is_one_line(photos: Path, tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
+def test_a_signal_while_data_hangs_still_saves(photos: Path, tmp_path: Path) -> None:
+    """A worker that is stuck in a read, as on a dead file server, must not cost the save."""
+    arguments = flags(
+        photos, tmp_path / "run", "--train.steps=100000", "--log.every_steps=1",
+        "--checkpoint.every_steps=90000",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_rows(tmp_path / "run", 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    time.sleep(4)  # what was prefetched is used up, and the step waits
+    rows = len(metrics(tmp_path / "run"))
+    time.sleep(1)
+    assert len(metrics(tmp_path / "run")) == rows
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert f"saved at step {rows}" in error
+    assert "Traceback" not in error
+
+
 def test_a_run_made_shorter_is_done(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert simmim_command(*flags(photos, output, "--train.steps=6")).returncode == 0

@@ -143,6 +143,7 @@ class Loader:
 
     Attributes:
         wait_s: seconds spent waiting for data so far.
+        waiting: whether it waits for data right now.
         problems: (sample, reason) of images that could not be read; whoever reports them clears it.
     """
 
@@ -165,6 +166,7 @@ class Loader:
         self.workers = default_workers(world) if workers < 0 else workers
         self.prefetch = prefetch
         self.wait_s = 0.0
+        self.waiting = False
         self.problems: list[tuple[int, str]] = []
         self._unreadable_in_a_row = 0
 
@@ -194,7 +196,9 @@ class Loader:
         try:
             for _ in range(first, last):
                 started = time.perf_counter()
+                self.waiting = True
                 fetched = [next(host_batches) for _ in range(self.accumulation_steps)]
+                self.waiting = False
                 self.wait_s += time.perf_counter() - started
                 yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
         except RuntimeError as error:
@@ -204,8 +208,13 @@ class Loader:
                 f"a data worker died ({error}); out of memory? Try fewer --data.workers"
             ) from None
         finally:
-            # whatever ends the loop: workers must be gone before the interpreter waits for them
+            # whatever ends the loop: workers must be gone before the interpreter waits for them,
+            # and one that hangs in a read does not end when asked
+            self.waiting = False
             getattr(host_batches, "_shutdown_workers", bool)()
+            for worker in getattr(host_batches, "_workers", ()):
+                if worker.is_alive():
+                    worker.kill()
 
     def _to_device(self, batch: HostBatch) -> Batch:
         self._note_problems(batch)
