@@ -76,12 +76,6 @@ def _pretrain(arguments: list[str]) -> int:
         where = error.filename or config.output
         return _fail(f"{where}: {error.strerror or error}; the same command resumes the run", 1)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # raised wherever the main process just was
-            return _fail(
-                f"a data worker died ({str(error).splitlines()[0]}); out of memory? Try fewer "
-                "--data.workers; the same command resumes from the last checkpoint",
-                1,
-            )
         if _is_out_of_memory(error):
             return _fail(
                 f"out of memory ({str(error).splitlines()[0]}); try a larger "

@@ -128,12 +128,21 @@ class _Loop:
             # then wait for this one, and the launcher ends them all
             interrupts.only_waiting = lambda: self.loader.waiting
         try:
-            return self._run(interrupts)
+            return self._train(interrupts)
         except StopWaiting:
             self._save()
             return self._interrupted(interrupts)
+        except RuntimeError as error:
+            # torch raises it from a signal handler: wherever this process was, the step may be
+            # half done
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a data worker died ({str(error).splitlines()[0]}); out of memory? Try fewer "
+                "--data.workers; the same command resumes from the last checkpoint"
+            ) from None
 
-    def _run(self, interrupts: Interrupts) -> int:
+    def _train(self, interrupts: Interrupts) -> int:
         state, config = self.state, self.config
         self.log.start(state.step)
         self._restart_clock()
@@ -314,8 +323,8 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
     Raises:
         RunError: `kernels.backend` names what cannot run here.
     """
-    reasons = native.reasons_against(torch.empty(0, device=device))
-    if config.kernels.backend == "native" and reasons:
+    here = torch.empty(0, device=device)
+    if config.kernels.backend == "native" and (reasons := native.reasons_against(here)):
         raise RunError(f"kernels.backend=native cannot run: {'; '.join(reasons)}")
     torch.manual_seed(signed(fold(config.seed)))
     model = SimMIM(

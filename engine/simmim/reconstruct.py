@@ -92,6 +92,20 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
+def _draw_masks(model: SimMIM, ids: list[int], unit: int, ratio: float, seed: int) -> Tensor:
+    """The masks that samples have in epoch 0, on the model's device."""
+    spec, device = model.encoder.spec, model.mean.device
+    return sample_mask(
+        torch.tensor(ids, device=device),
+        torch.zeros(len(ids), dtype=torch.int64, device=device),
+        spec.grid,
+        patch_size=spec.patch_size,
+        mask_unit=unit,
+        ratio=ratio,
+        seed=seed,
+    )
+
+
 def reconstruct_files(
     model: SimMIM, files: list[Path], *, mask_unit: int, ratio: float, seed: int
 ) -> Image.Image:
@@ -127,15 +141,7 @@ def reconstruct_files(
     panels = []
     for number, view in enumerate(views):  # one at a time: any number of photos fits in memory
         image = torch.from_numpy(view)[None].permute(0, 3, 1, 2).to(device)
-        mask = sample_mask(
-            torch.tensor([number], device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            spec.grid,
-            patch_size=spec.patch_size,
-            mask_unit=mask_unit,
-            ratio=ratio,
-            seed=seed,
-        )
+        mask = _draw_masks(model, [number], mask_unit, ratio, seed)
         panels.append(reconstruction_panels(model, image, mask))
     return draw_grid(np.concatenate(panels), [file.name for file in files])
 
@@ -167,15 +173,8 @@ class FixedSamples:
         """The picture of the model as it is; None when no image could be read."""
         if not self.ids:
             return None
-        device, spec = model.mean.device, model.encoder.spec
+        device = model.mean.device
         image = torch.from_numpy(np.stack(self.views)).permute(0, 3, 1, 2).contiguous().to(device)
-        mask = sample_mask(
-            torch.tensor(self.ids, device=device),
-            torch.zeros(len(self.ids), dtype=torch.int64, device=device),
-            spec.grid,
-            patch_size=spec.patch_size,
-            mask_unit=self.config.mask.unit,
-            ratio=self.config.mask.ratio,
-            seed=self.config.seed,
-        )
+        config = self.config
+        mask = _draw_masks(model, self.ids, config.mask.unit, config.mask.ratio, config.seed)
         return draw_grid(reconstruction_panels(model, image, mask))

@@ -201,12 +201,6 @@ class Loader:
                 self.waiting = False
                 self.wait_s += time.perf_counter() - started
                 yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker died ({error}); out of memory? Try fewer --data.workers"
-            ) from None
         finally:
             # whatever ends the loop: workers must be gone before the interpreter waits for them,
             # and one that hangs in a read does not end when asked
