@@ -39,7 +39,7 @@ format: $(INSTALLED)
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench/ops.py --benchmark-enable --benchmark-only --benchmark-group-by=group
+	$(BIN)/python -m pytest bench/ops.py -c pyproject.toml --rootdir=. --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds
 
 native-test: $(INSTALLED)
 	@$(BIN)/cmake -S . -B build/native-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSIMMIM_BUILD_TESTS=ON > build/native-test.log 2>&1 || { cat build/native-test.log; exit 1; }

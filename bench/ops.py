@@ -1,56 +1,61 @@
-"""Times the ops against eager PyTorch, forward and backward: `make bench`.
+"""Times the ops against eager PyTorch and torch.compile, forward and backward: `make bench`.
 
-Both sides are checked equal first. Shapes are those of Swin-B at 192 px.
+All sides are checked equal first and timed in turns in one run; only their ratios mean anything on
+another machine. "copy" is what `Tensor.copy_` between two warm buffers would need for the fewest
+bytes that the op must move, "clone" the same into fresh memory, which is what an op that returns
+new tensors gets on the CPU: there the system clears every page first.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from simmim_kernels import substitute_mask_tokens
+from cases import Case, cases
+from timing import interleaved, peak_bytes
 
-BATCH, TOKENS, WIDTH = 64, 48 * 48, 128
-
-
-def published(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
-    """The form of microsoft/SimMIM: a blend by a float mask."""
-    weight = mask.unsqueeze(-1).type_as(mask_token)
-    return tokens * (1.0 - weight) + mask_token.expand_as(tokens) * weight
-
-
-SIDES: dict[str, Callable[..., Tensor]] = {
-    "published": published,
-    "reference": lambda *inputs: substitute_mask_tokens(*inputs, backend="reference"),
-    "native": lambda *inputs: substitute_mask_tokens(*inputs, backend="native"),
-}
+DEVICE = torch.device("cpu")
+CASES = [
+    "substitute_mask_tokens bfloat16",
+    "substitute_mask_tokens float32",
+    "masked_l1_loss_from_tokens float32",
+    "masked_l1_loss_from_tokens bfloat16",
+    "linear_masked_l1_loss bfloat16",
+    "linear_masked_l1_loss float32",
+    "random_patch_mask",
+]
 
 
-def forward_backward(side: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    tokens, mask, token = inputs
-    tokens.grad = token.grad = None
-    out = SIDES[side](tokens, mask, token)
-    out.backward(grad)
-    assert tokens.grad is not None
-    assert token.grad is not None
-    return [out, tokens.grad, token.grad]
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of every side, their ratios to ours, share of the copy rate, peak memory."""
+    case.check()
+    sides: dict[str, Callable[[], object]] = dict(case.sides)
+    if case.fewest_bytes is not None:
+        source = torch.ones(case.fewest_bytes // 2, dtype=torch.uint8, device=device)
+        target = torch.ones_like(source)
+        sides["copy"] = lambda: target.copy_(source)
+        sides["clone"] = source.clone
+    milliseconds = interleaved(sides, device)
+    ours = milliseconds["ours"]
+    return {
+        "milliseconds": milliseconds,
+        "ratio": {
+            name: t / ours
+            for name, t in milliseconds.items()
+            if name not in ("ours", "copy", "clone")
+        },
+        "share_of_copy_rate": {
+            name: milliseconds[name] / ours for name in ("copy", "clone") if name in milliseconds
+        },
+        "fewest_bytes": case.fewest_bytes,
+        "peak_bytes": {name: peak_bytes(side, device) for name, side in case.sides.items()},
+        "targets": case.targets,
+    }
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_substitute_mask_tokens(benchmark: Callable, side: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    inputs = [
-        torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype, requires_grad=True),
-        torch.rand(BATCH, TOKENS) < 0.6,
-        torch.randn(WIDTH, dtype=dtype, requires_grad=True),
-    ]
-    grad = torch.randn(BATCH, TOKENS, WIDTH, dtype=dtype)
-    expected = [t.clone() for t in forward_backward("reference", inputs, grad)]
-    got = forward_backward(side, inputs, grad)
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
-    torch.testing.assert_close(got[2].float(), expected[2].float(), rtol=2e-2, atol=5e-1)
-    benchmark.group = f"substitute_mask_tokens {dtype}"
-    benchmark(forward_backward, side, inputs, grad)
+@pytest.mark.parametrize("name", CASES)
+def test_op(benchmark: Any, name: str) -> None:
+    (case,) = (c for c in cases(DEVICE, "native") if c.name == name)
+    benchmark.extra_info.update(measure(case, DEVICE))
+    benchmark.pedantic(case.sides["ours"], rounds=9, warmup_rounds=2)

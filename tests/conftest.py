@@ -1,9 +1,9 @@
-"""Fixtures: photos, a small model, and `torch.empty` that is never accidentally right."""
+"""Fixtures: photos, the backends, and `torch.empty` that is never accidentally right."""
 
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from simmim_kernels import native
+
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 
+BACKENDS = ["reference", "native", "native-avx2", "native-baseline", "triton-interpreted"]
 SHARED_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample_400.tar"
 
 
@@ -51,17 +54,45 @@ def write_image(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and torch.empty_like give NaN: an output that nobody wrote cannot pass."""
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
+    """New memory holds NaN or a pattern: an output that nobody wrote cannot pass."""
+    for owner, name in [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ]:
+        original = getattr(owner, name)
 
         def poisoned(
             *args: object, original: Callable[..., torch.Tensor] = original, **kwargs: object
         ) -> torch.Tensor:
             out = original(*args, **kwargs)
-            return out.fill_(float("nan")) if out.dtype.is_floating_point else out
+            if out.dtype.is_floating_point:
+                return out.fill_(float("nan"))
+            return out.fill_(0x55555555) if out.dtype == torch.int32 else out
 
-        monkeypatch.setattr(torch, name, poisoned)
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name to give as `backend`; Triton runs in its interpreter, every access checked."""
+    name, _, how = request.param.partition("-")
+    if name == "triton":
+        pytest.importorskip("triton")
+        from gpu_sim.interpreter import interpret
+
+        with interpret():
+            yield name
+    elif name == "native":
+        if native.extension is None:
+            pytest.skip(str(native.missing_reason))
+        best = native.extension.target()
+        if how and not native.extension.use_target(how):
+            pytest.skip(f"this processor has no {how}")
+        yield name
+        native.extension.use_target(best)
+    else:
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -188,8 +188,8 @@ class LogConfig:
 class KernelsConfig:
     """Backends of the fused ops."""
 
-    backend: Literal["native", "reference"] | None = None
-    """Backend that every op which has it must use; unset takes the first that can run."""
+    backend: Literal["triton", "native", "reference"] | None = None
+    """Backend that every op must use; unset takes the first that can run."""
 
 
 @dataclass(frozen=True, kw_only=True)

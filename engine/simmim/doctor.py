@@ -1,37 +1,30 @@
 """`simmim doctor`: what is installed, what each op runs on, and why not on something better."""
 
 import os
+from importlib import import_module
 
 import torch
-from torch import Tensor
 
 from simmim.environment import device_name, git_commit, package_versions
-from simmim_kernels import masked_l1_loss, native, substitute_mask_tokens
+from simmim_kernels import native
 from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, Backend, choose
+
+# Every op has the same backends, which reject an input for its device and dtype alone.
+OPS = ("random_patch_mask", "substitute_mask_tokens", "masked_l1_loss", "linear_masked_l1_loss")
 
 
 def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     """For every op, the backend it would use on `device` and why the ones before it cannot run."""
-    from simmim_kernels.masked_l1_loss import BACKENDS as LOSS_BACKENDS
-    from simmim_kernels.substitute_mask_tokens import BACKENDS as SUBSTITUTE_BACKENDS
-
-    x = torch.zeros(1, 1, 8, dtype=dtype, device=device)
-    mask = torch.zeros(1, 1, dtype=torch.bool, device=device)
-    ops: list[tuple[str, tuple[Backend, ...], tuple[Tensor, ...]]] = [
-        (substitute_mask_tokens.__name__, SUBSTITUTE_BACKENDS, (x, mask, x[0, 0])),
-        (masked_l1_loss.__name__, LOSS_BACKENDS, (x, x, mask)),
-    ]
-    lines = ["  random_patch_mask        reference (the only one)"]
-    for name, backends, inputs in ops:
-        against = {b.name: b.reasons_against(*inputs) for b in backends}
+    x = torch.zeros(1, dtype=dtype, device=device)
+    lines: list[str] = []
+    for op in OPS:
+        backends: tuple[Backend, ...] = import_module(f"simmim_kernels.{op}").BACKENDS
+        against = {b.name: b.reasons_against(x) for b in backends}
         try:
-            runs = choose(name, backends, inputs, None)
+            lines.append(f"  {op:<24} {choose(op, backends, (x,), None)}")
         except (RuntimeError, ValueError) as error:
-            lines.append(f"  {name:<24} none: {error}")
-            continue
-        only = " (the only one)" if len(backends) == 1 else ""
-        lines.append(f"  {name:<24} {runs}{only}")
-        lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]
+            lines.append(f"  {op:<24} none: {error}")
+    lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]
     return lines
 
 
@@ -57,7 +50,8 @@ def report() -> str:
         built = torch.version.cuda is not None
         reason = "no driver or no card" if built else "this torch is built without CUDA"
         lines.append(f"  {'cuda':<24} none ({reason})")
-    loaded = "" if native.extension is None else f"loaded: {native.extension.__file__}"
+    extension = native.extension
+    loaded = "" if extension is None else f"{extension.target()}, loaded: {extension.__file__}"
     lines += ["native CPU kernels", f"  {native.missing_reason or loaded}"]
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     for device in [cpu] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else []):

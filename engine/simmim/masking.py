@@ -1,4 +1,4 @@
-"""Which tokens of each sample are hidden: a pure function of (seed, epoch, sample)."""
+"""Which mask units of each sample are hidden: a pure function of (seed, epoch, sample)."""
 
 from torch import Tensor
 
@@ -14,8 +14,9 @@ def sample_mask(
     mask_unit: int,
     ratio: float,
     seed: int,
+    backend: str | None = None,
 ) -> Tensor:
-    """Token mask of each sample, made on the device of `ids`.
+    """Mask of each sample in whole units, made on the device of `ids`.
 
     Args:
         ids: int64 [B], sample ids; a negative id marks an empty slot (an unreadable image), of
@@ -26,11 +27,23 @@ def sample_mask(
         mask_unit: side of a mask unit in pixels; a multiple of patch_size.
         ratio: share of units that are hidden, rounded up to whole units.
         seed: the run's seed.
+        backend: of `random_patch_mask`; all make the same mask.
 
     Returns:
-        bool [B, h, w], True marks a hidden token.
+        bool [B, h·patch_size/mask_unit, w·patch_size/mask_unit], True marks a hidden unit: the
+        coarsest form, which the model spreads over tokens and the loss takes as it is.
+
+    Raises:
+        ValueError: the units do not tile the grid.
     """
+    unit = mask_unit // patch_size
+    if unit * patch_size != mask_unit or grid[0] % unit or grid[1] % unit:
+        raise ValueError(
+            f"mask units of {mask_unit} px do not tile {grid[0]}×{grid[1]} tokens of "
+            f"{patch_size} px"
+        )
+    units = (grid[0] // unit, grid[1] // unit)
     mask = random_patch_mask(
-        len(ids), grid, ratio=ratio, unit=mask_unit // patch_size, seed=seed, ids=ids, epoch=epochs
+        len(ids), units, ratio=ratio, seed=seed, ids=ids, epoch=epochs, backend=backend
     )
     return mask & (ids >= 0).view(-1, 1, 1)

@@ -29,7 +29,7 @@ from simmim.reconstruct import FixedSamples, save_picture
 from simmim.run_folder import changes_since, record_start, run_folder
 from simmim.schedule import resolve_schedule
 from simmim.step import Metrics, TrainState, train_step
-from simmim_kernels import native
+from simmim_kernels import native, triton_backend
 from simmim_kernels.splitmix import fold, signed
 
 # Steps between checkpoints where an epoch is shorter than that.
@@ -323,9 +323,10 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
     Raises:
         RunError: `kernels.backend` names what cannot run here.
     """
-    here = torch.empty(0, device=device)
-    if config.kernels.backend == "native" and (reasons := native.reasons_against(here)):
-        raise RunError(f"kernels.backend=native cannot run: {'; '.join(reasons)}")
+    backend = config.kernels.backend
+    reasons = {"triton": triton_backend.reasons_against, "native": native.reasons_against}
+    if backend in reasons and (against := reasons[backend](torch.empty(0, device=device))):
+        raise RunError(f"kernels.backend={backend} cannot run: {'; '.join(against)}")
     torch.manual_seed(signed(fold(config.seed)))
     model = SimMIM(
         build_encoder(resolve_spec(config)),
@@ -334,7 +335,7 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
         std=config.data.std,
     )
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
-    model.use_backend(config.kernels.backend)
+    model.use_backend(backend)
     if config.channels_last_on(device.type):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)

@@ -123,7 +123,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
 
 
 def draw_mask(state: TrainState, batch: Batch) -> Tensor:
-    """The batch's token mask, from (seed, epoch, sample)."""
+    """The batch's mask units, from (seed, epoch, sample)."""
     spec = state.model.encoder.spec
     return sample_mask(
         batch.ids,
@@ -133,6 +133,7 @@ def draw_mask(state: TrainState, batch: Batch) -> Tensor:
         mask_unit=state.config.mask.unit,
         ratio=state.config.mask.ratio,
         seed=state.config.seed,
+        backend=state.config.kernels.backend,
     )
 
 

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace simmim {
+#include "target.h"
+
+namespace simmim::SIMMIM_TARGET {
 
 struct BFloat16 {
     uint16_t bits;
@@ -15,6 +17,8 @@ struct Float16 {
 };
 
 inline float to_float(float x) { return x; }
+
+inline float to_float(uint8_t x) { return x; }
 
 inline float to_float(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -85,4 +89,4 @@ inline Float16 from_float<Float16>(float x) {
     return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
 }
 
-}  // namespace simmim
+}  // namespace simmim::SIMMIM_TARGET

@@ -1,5 +1,39 @@
-"""Native CPU kernels (kernels/native/bindings.cpp); arguments are addresses and sizes."""
+"""Native CPU kernels (kernels/native/bindings.cpp); tensors are addresses, strides in elements."""
 
+from collections.abc import Sequence
+
+def target() -> str: ...
+def use_target(name: str) -> bool: ...
+def has_fast_bfloat16() -> bool: ...
+def masked_l1_loss_forward(
+    prediction: int,
+    strides: Sequence[int],
+    dtype: int,
+    row_of_cell: int,
+    image: int,
+    image_shape: Sequence[int],
+    image_strides: Sequence[int],
+    image_dtype: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask: int,
+    grid: Sequence[int],
+    stride: int,
+    norm_target: int,
+    signs: int,
+    num_threads: int,
+) -> float: ...
+def expand_signs(
+    signs: int,
+    rows: int,
+    out: int,
+    dtype: int,
+    num_rows: int,
+    runs_per_row: int,
+    run: int,
+    step: float,
+    num_threads: int,
+) -> None: ...
 def substitute_mask_tokens_forward(
     tokens: int,
     mask: int,
@@ -20,5 +54,18 @@ def substitute_mask_tokens_backward(
     rows: int,
     width: int,
     dtype: int,
+    num_threads: int,
+) -> None: ...
+def random_patch_mask(
+    ids: int,
+    epochs: int,
+    epoch_stride: int,
+    batch: int,
+    rows: int,
+    columns: int,
+    unit: int,
+    num_hidden: int,
+    key: int,
+    mask: int,
     num_threads: int,
 ) -> None: ...

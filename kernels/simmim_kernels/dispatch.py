@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +23,17 @@ class Backend:
 
     name: str
     reasons_against: Callable[..., list[str]]
+
+
+def describe(**values: Tensor | int | None) -> str:
+    """Shapes, dtypes and devices of tensors, and plain values, for the text of an error."""
+    return ", ".join(
+        f"{name} {tuple(value.shape)} {value.dtype} {value.device}"
+        if isinstance(value, Tensor)
+        else f"{name} {value}"
+        for name, value in values.items()
+        if value is not None
+    )
 
 
 def never(*tensors: Tensor | None) -> list[str]:
@@ -66,3 +79,13 @@ def choose(
             return backend.name
         rejected.append(f"{backend.name}: {'; '.join(reasons)}")
     raise RuntimeError(f"{op}: no backend can run. {' | '.join(rejected)}")
+
+
+def implementation(op: str, backend: str) -> Any:
+    """The module of `op` that launches the kernels of `backend`; both kinds have one interface."""
+    return import_module(f"simmim_kernels.{op}.{backend}_kernel")
+
+
+def no_second_order(ctx: Any, *grads: Tensor) -> None:
+    """The autograd formula of the backward ops: a loud no instead of a silent zero."""
+    raise NotImplementedError("the ops of simmim_kernels have gradients of first order only")

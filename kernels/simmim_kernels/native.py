@@ -16,7 +16,8 @@ except ImportError as error:
         "install g++ and run `pip install --force-reinstall --no-deps simmim`"
     )
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reasons_against(*tensors: torch.Tensor | None) -> list[str]:
@@ -26,11 +27,10 @@ def reasons_against(*tensors: torch.Tensor | None) -> list[str]:
         if tensor is not None and tensor.device.type != "cpu":
             reasons.append(f"the native kernels run on the CPU, the tensors are on {tensor.device}")
             break
-    floating = [t for t in tensors if t is not None and t.dtype.is_floating_point]
-    if len({t.dtype for t in floating}) > 1:
-        reasons.append(f"dtypes differ: {', '.join(str(t.dtype) for t in floating)}")
-    elif floating and floating[0].dtype not in DTYPE_CODES:
-        reasons.append(
-            f"the native kernels take float32, bfloat16 and float16, not {floating[0].dtype}"
-        )
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype.is_floating_point and tensor.dtype not in FLOATING:
+            reasons.append(
+                f"the native kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+            )
+            break
     return reasons

@@ -45,11 +45,10 @@ def test_architecture_is_inferred(name: str) -> None:
             assert spec.shift(number, 1) == stage["shift_of_odd_blocks"]
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name", MODELS)
-def test_forward(name: str, backend: str | None) -> None:
+def test_forward(name: str, backend: str) -> None:
     entry, tensors, model = load(name)
-    model.encoder.kernel_backend = backend
+    model.use_backend(backend)
     tolerance, image = entry["tolerance"], tensors["input/image"]
     seen: dict[str, Tensor] = {}
     if entry["config"]["arch"] == "swin":
@@ -70,8 +69,9 @@ def test_forward(name: str, backend: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_losses(name: str) -> None:
+def test_losses(name: str, backend: str) -> None:
     entry, tensors, model = load(name)
+    model.use_backend(backend)
     image, mask = tensors["input/image"], tensors["input/mask"]
     masks = {"loss": mask, "loss_uneven": tensors["input/mask_uneven"]}
     masks |= {"loss_zero_mask": torch.zeros_like(mask), "loss_full_mask": torch.ones_like(mask)}
@@ -97,8 +97,9 @@ def assert_gradients(model: SimMIM, expected: dict[str, Tensor], tolerance: dict
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients(name: str, recompute: bool) -> None:
+def test_gradients(name: str, recompute: bool, backend: str) -> None:
     entry, tensors, model = load(name)
+    model.use_backend(backend)
     model.train()
     model.encoder.activation_checkpointing = recompute
     model(tensors["input/image"], tensors["input/mask"]).backward()

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native, substitute_mask_tokens
-from simmim_kernels.substitute_mask_tokens import BACKENDS, reference
+from simmim_kernels.substitute_mask_tokens import reference
 
 NEEDS_EXTENSION = pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
-BACKEND_NAMES = [
-    pytest.param(b.name, marks=NEEDS_EXTENSION if b.name == "native" else ()) for b in BACKENDS
-]
-SHAPES = [(2, 36, 48), (1, 1, 1), (3, 7, 63), (2, 100, 5), (4, 300, 16)]
+SHAPES = [(2, 36, 48), (1, 1, 1), (3, 7, 63), (2, 100, 5), (4, 80, 16)]
 
 
 def make(shape: tuple[int, int, int], dtype: torch.dtype, hidden: float = 0.6) -> list[Tensor]:
@@ -37,7 +34,6 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], position: bool) -
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("position", [False, True], ids=["plain", "position"])
@@ -62,7 +58,6 @@ def test_against_float64(
         assert error <= allowed, (error, allowed)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("hidden", [0.0, 1.0], ids=["none", "all"])
 def test_all_or_nothing_hidden(backend: str, hidden: float) -> None:
     tokens, mask, token, _, _ = make((2, 9, 5), torch.float32, hidden)
@@ -70,7 +65,6 @@ def test_all_or_nothing_hidden(backend: str, hidden: float) -> None:
     assert torch.equal(out, token.expand_as(tokens) if hidden else tokens)
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_non_finite_values_under_hidden_tokens_stay_there(backend: str) -> None:
     tokens, mask, token, _, grad = make((2, 50, 8), torch.float32)
     tokens[mask] = float("nan")
@@ -84,7 +78,6 @@ def test_non_finite_values_under_hidden_tokens_stay_there(backend: str) -> None:
     assert (tokens.grad[mask] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 def test_strided_inputs_and_empty_batch(backend: str) -> None:
     tokens, mask, token, _, _ = make((4, 10, 6), torch.float32)
     strided = tokens.transpose(0, 1).contiguous().transpose(0, 1)[::2]
@@ -104,9 +97,10 @@ def test_mask_token_in_another_dtype() -> None:
     assert parameter.grad.dtype == torch.float32
 
 
-@NEEDS_EXTENSION
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck() -> None:
+def test_opcheck(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the reference is no registered op")
     for position in (False, True):
         tokens, mask, token, pos_embed, _ = make((2, 9, 5), torch.float32)
         arguments = (
@@ -114,10 +108,12 @@ def test_opcheck() -> None:
             mask,
             token.requires_grad_(),
             pos_embed.requires_grad_() if position else None,
+            backend,
         )
         torch.library.opcheck(torch.ops.simmim.substitute_mask_tokens.default, arguments)
     torch.library.opcheck(
-        torch.ops.simmim.substitute_mask_tokens_backward.default, (torch.randn(2, 9, 5), mask)
+        torch.ops.simmim.substitute_mask_tokens_backward.default,
+        (torch.randn(2, 9, 5), mask, backend),
     )
 
 

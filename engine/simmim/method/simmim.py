@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
-from simmim_kernels import masked_l1_loss
-from simmim_kernels.masked_l1_loss import BACKENDS as LOSS_BACKENDS
+from simmim_kernels import linear_masked_l1_loss
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -65,9 +64,8 @@ class SimMIM(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def use_backend(self, name: str | None) -> None:
-        """Make every op that has the backend `name` use it; None lets each op choose."""
-        self.encoder.kernel_backend = name
-        self.loss_backend = name if name in {b.name for b in LOSS_BACKENDS} else None
+        """Make every op use the backend `name`; None lets each op choose."""
+        self.encoder.kernel_backend = self.loss_backend = name
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std; floating point passes unchanged."""
@@ -114,13 +112,23 @@ class SimMIM(nn.Module):
         return prediction
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Scalar loss: mean absolute error over the hidden pixels, in normalised units."""
-        image, mask = self.normalise(image), self.token_mask(mask)
-        return masked_l1_loss(
-            self.decoder(self.encoder(image, mask)),
+        """Scalar loss: mean absolute error over the hidden pixels, in normalised units.
+
+        The head is applied by the loss, to the cells with hidden pixels alone.
+        """
+        features = self.encoder(self.normalise(image), self.token_mask(mask))
+        head = self.decoder[0]
+        assert isinstance(head, nn.Conv2d)
+        is_bytes = image.dtype == torch.uint8
+        return linear_masked_l1_loss(
+            features.permute(0, 2, 3, 1),
+            head.weight,
+            head.bias,
             image,
-            mask,
-            self.encoder.spec.patch_size,
+            mask.to(torch.bool),
+            self.encoder_stride,
+            mean=self.mean if is_bytes else None,
+            std=self.std if is_bytes else None,
             norm_target=self.norm_target,
             backend=self.loss_backend,
         )

@@ -1,16 +1,29 @@
 """The SimMIM loss: mean absolute error of the reconstruction over the hidden pixels only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import Backend, choose, never
+from simmim_kernels import native, triton_backend
+from simmim_kernels.dispatch import (
+    Backend,
+    choose,
+    describe,
+    implementation,
+    never,
+    no_second_order,
+)
 from simmim_kernels.masked_l1_loss import reference
 
-__all__ = ["BACKENDS", "masked_l1_loss"]
+__all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
 
-BACKENDS = (Backend("reference", never),)
+BACKENDS = (
+    Backend("triton", triton_backend.reasons_against),
+    Backend("native", native.reasons_against),
+    Backend("reference", never),
+)
 
 
 def masked_l1_loss(
@@ -29,52 +42,271 @@ def masked_l1_loss(
     Args:
         prediction: [B, C, H, W]; float32, bfloat16 or float16; any strides.
         image: same shape and device. Floating point: normalised pixels. uint8: 0–255, normalised
-            here with `mean` and `std`.
+            here with `mean` and `std`. Any strides.
         mask: bool [B, H // patch_size, W // patch_size]; True marks a hidden cell.
         patch_size: pixels per side of a mask cell; divides H and W.
-        mean: per channel, on the 0–1 scale; needed when `image` is uint8.
-        std: per channel, on the 0–1 scale; needed when `image` is uint8.
+        mean: per channel, on the 0–1 scale; goes with a uint8 `image` and with no other.
+        std: per channel, on the 0–1 scale; likewise.
         norm_target: odd side in pixels of the sliding window over which the target is normalised
             (47 as published for SwinV2); None leaves the target as it is.
-        backend: "reference"; None takes the first that can run.
+        backend: "triton" (GPU), "native" (CPU) or "reference"; None takes the first that can run.
 
     Returns:
         Scalar float32 in normalised-pixel units, accumulated in float32; 0 when nothing is
-        hidden. Gradient flows to `prediction` only. Non-finite values under visible pixels reach
-        neither the loss nor the gradient (with `norm_target` the target at a hidden pixel mixes
-        its visible neighbours, so there they do).
+        hidden. Gradient (first order) flows to `prediction` only. Non-finite values under visible
+        pixels reach neither the loss nor the gradient (with `norm_target` the target at a hidden
+        pixel mixes its visible neighbours, so there they do).
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the message prints all of them.
+        RuntimeError: the named backend cannot run; the message lists why.
 
     Source: microsoft/SimMIM models/simmim.py (the 1e-5 in the denominator included);
         microsoft/Swin-Transformer models/simmim.py norm_targets.
     """
-    shapes = (
-        f"prediction {tuple(prediction.shape)} {prediction.dtype} {prediction.device}, "
-        f"image {tuple(image.shape)} {image.dtype} {image.device}, "
-        f"mask {tuple(mask.shape)} {mask.dtype} {mask.device}, patch_size {patch_size}"
-    )
+
+    def error(what: str) -> ValueError:
+        given = describe(prediction=prediction, image=image, mask=mask, patch_size=patch_size)
+        return ValueError(f"{what}: {given}")
+
     if prediction.dim() != 4 or image.shape != prediction.shape:
-        raise ValueError(f"prediction and image must both be [B, C, H, W]: {shapes}")
-    B, C, H, W = prediction.shape
+        raise error("prediction and image must both be [B, C, H, W]")
+    B, _, H, W = prediction.shape
     if patch_size < 1 or H % patch_size or W % patch_size:
-        raise ValueError(f"patch_size must divide H and W: {shapes}")
-    if mask.shape != (B, H // patch_size, W // patch_size) or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool [B, H // patch_size, W // patch_size]: {shapes}")
+        raise error("patch_size must divide H and W")
+    if mask.shape != (B, H // patch_size, W // patch_size):
+        raise error("mask must be bool [B, H // patch_size, W // patch_size]")
+    mean, std = check_target(prediction, image, mask, mean, std, norm_target, error)
+    chosen = choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
+    if chosen == "reference":
+        if mean is not None and std is not None:
+            image = reference.normalise_pixels(image, mean, std)
+        return reference.masked_l1_loss(prediction, image.detach(), mask, norm_target)
+    return _loss(prediction, image, mask, 0, mean, std, norm_target, chosen)
+
+
+def masked_l1_loss_from_tokens(
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    stride: int,
+    *,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    norm_target: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`masked_l1_loss` of a prediction that is still in tokens: never shuffled into an image.
+
+    Args:
+        prediction: [B, h, w, C·stride·stride], in the order that PixelShuffle(stride) undoes;
+            float32, bfloat16 or float16. Fastest when contiguous (a channels-last 1×1 convolution
+            followed by `.permute(0, 2, 3, 1)` is); otherwise it is copied.
+        image: [B, C, h·stride, w·stride], as for `masked_l1_loss`. Any strides.
+        mask: bool [B, gh, gw], any grid whose cells divide the image; True marks a hidden cell.
+        stride: pixels per side of a predicted cell.
+        mean: as for `masked_l1_loss`.
+        std: as for `masked_l1_loss`.
+        norm_target: as for `masked_l1_loss`.
+        backend: "triton" (GPU), "native" (CPU) or "reference"; None takes the first that can run.
+
+    Returns:
+        Scalar float32, that of `masked_l1_loss` on the shuffled prediction. Gradient flows to
+        `prediction` only.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message prints all of them.
+        RuntimeError: the named backend cannot run; the message lists why.
+
+    Source: microsoft/SimMIM models/simmim.py (decoder and loss).
+    """
+
+    def error(what: str) -> ValueError:
+        given = describe(prediction=prediction, image=image, mask=mask, stride=stride)
+        return ValueError(f"{what}: {given}")
+
+    if prediction.dim() != 4 or image.dim() != 4:
+        raise error("expected prediction [B, h, w, C·stride·stride] and image [B, C, H, W]")
+    B, h, w, width = prediction.shape
+    if stride < 1 or image.shape != (B, image.shape[1], h * stride, w * stride):
+        raise error("image must be [B, C, h·stride, w·stride]")
+    if width != image.shape[1] * stride**2:
+        raise error("prediction must be [B, h, w, C·stride·stride]")
+    mean, std = check_target(prediction, image, mask, mean, std, norm_target, error)
+    chosen = choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
+    if chosen == "reference":
+        if mean is not None and std is not None:
+            image = reference.normalise_pixels(image, mean, std)
+        shuffled = reference.shuffle_pixels(prediction, stride)
+        return reference.masked_l1_loss(shuffled, image.detach(), mask, norm_target)
+    return _loss(prediction, image, mask, stride, mean, std, norm_target, chosen)
+
+
+def check_target(
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    norm_target: int | None,
+    error: Callable[[str], ValueError],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Checks what the losses share; mean and std as float32 [C], or None for a float image.
+
+    Raises:
+        ValueError: as the public losses state; `error` makes it from what is wrong.
+    """
+    B, C, H, W = image.shape
+    if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[0] != B:
+        raise error("mask must be bool [B, gh, gw]")
+    if 0 in mask.shape[1:] or H % mask.shape[1] or W % mask.shape[2]:
+        raise error("the mask's grid must divide the image into whole cells")
     if not (prediction.device == image.device == mask.device):
-        raise ValueError(f"all tensors must be on one device: {shapes}")
+        raise error("all tensors must be on one device")
     if not prediction.dtype.is_floating_point:
-        raise ValueError(f"prediction must be floating point: {shapes}")
+        raise error("prediction must be floating point")
     if norm_target is not None and (norm_target < 3 or norm_target % 2 == 0):
         raise ValueError(f"norm_target={norm_target} must be odd and at least 3")
-    if not image.dtype.is_floating_point:
-        if mean is None or std is None or image.dtype != torch.uint8:
-            raise ValueError(f"image must be floating point, or uint8 with mean and std: {shapes}")
-        mean_t = torch.as_tensor(mean, dtype=torch.float32, device=image.device)
-        std_t = torch.as_tensor(std, dtype=torch.float32, device=image.device)
-        if mean_t.shape != (C,) or std_t.shape != (C,):
-            raise ValueError(f"mean and std need one value per channel: {shapes}")
-        image = reference.normalise_pixels(image, mean_t, std_t)
-    choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
-    return reference.masked_l1_loss(prediction, image.detach(), mask, patch_size, norm_target)
+    if image.dtype.is_floating_point:
+        if mean is not None or std is not None:
+            raise error(
+                "mean and std go with a uint8 image; a floating point one is taken as normalised"
+            )
+        return None, None
+    if mean is None or std is None or image.dtype != torch.uint8:
+        raise error("image must be floating point, or uint8 with mean and std")
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=image.device)
+    std = torch.as_tensor(std, dtype=torch.float32, device=image.device)
+    if mean.shape != (C,) or std.shape != (C,):
+        raise error("mean and std need one value per channel")
+    return mean, std
+
+
+def _loss(
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    stride: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    norm_target: int | None,
+    backend: str,
+) -> Tensor:
+    loss: Tensor = torch.ops.simmim.masked_l1_loss(
+        prediction,
+        image.detach(),
+        mask,
+        mean,
+        std,
+        stride,
+        norm_target or 0,
+        prediction.requires_grad and torch.is_grad_enabled(),
+        backend,
+    )[0]
+    return loss
+
+
+# `stride` 0 is a prediction of image layout. Besides the loss: the gradient per hidden pixel (a
+# scalar) and its signs, 16 pixels of a run in an int32: bit e where the prediction of pixel e is
+# too high, bit 16 + e where it is too low, neither where it is exact, NaN or visible.
+torch.library.define(
+    "simmim::masked_l1_loss",
+    "(Tensor prediction, Tensor image, Tensor mask, Tensor? mean, Tensor? std, SymInt stride, "
+    "SymInt norm_target, bool keep_signs, str backend) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "simmim::masked_l1_loss_backward",
+    "(Tensor step, Tensor signs, SymInt[] shape, ScalarType dtype, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("simmim::masked_l1_loss", "CompositeExplicitAutograd")
+def _forward(
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: int,
+    norm_target: int,
+    keep_signs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = implementation("masked_l1_loss", backend)
+    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(
+        prediction, image, mask, mean, std, stride, norm_target, keep_signs
+    )
+    return found
+
+
+@torch.library.impl("simmim::masked_l1_loss_backward", "CompositeExplicitAutograd")
+def _backward_kernel(
+    step: Tensor, signs: Tensor, shape: list[int], dtype: torch.dtype, backend: str
+) -> Tensor:
+    grad: Tensor = implementation("masked_l1_loss", backend).backward(step, signs, shape, dtype)
+    return grad
+
+
+def signs_shape(prediction_shape: Sequence[int], channels: int, stride: int) -> list[int]:
+    """Shape of the sign words of a prediction: one row per run of pixels, 16 pixels a word.
+
+    The runs are an image's rows (stride 0), or the rows of a cell: [B, h, w, C·stride, words].
+    """
+    if stride == 0:
+        return [*prediction_shape[:-1], -(-prediction_shape[-1] // 16)]
+    return [*prediction_shape[:-1], channels * stride, -(-stride // 16)]
+
+
+def _forward_fake(
+    prediction: Tensor,
+    image: Tensor,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: int,
+    norm_target: int,
+    keep_signs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = signs_shape(prediction.shape, image.shape[1], stride) if keep_signs else [0]
+    scalar = prediction.new_empty((), dtype=torch.float32)
+    return (
+        scalar,
+        torch.empty_like(scalar),
+        prediction.new_empty(shape, dtype=torch.int32),
+    )
+
+
+torch.library.register_fake("simmim::masked_l1_loss", _forward_fake)
+
+
+def _backward_fake(
+    step: Tensor, signs: Tensor, shape: list[int], dtype: torch.dtype, backend: str
+) -> Tensor:
+    return step.new_empty(shape, dtype=dtype)
+
+
+torch.library.register_fake("simmim::masked_l1_loss_backward", _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    prediction, *_, backend = inputs
+    _, per_pixel, signs = output
+    ctx.mark_non_differentiable(per_pixel, signs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(per_pixel, signs)
+    ctx.shape, ctx.dtype, ctx.backend = prediction.shape, prediction.dtype, backend
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 9
+    per_pixel, signs = ctx.saved_tensors
+    grad = torch.ops.simmim.masked_l1_loss_backward(
+        grad_loss * per_pixel, signs, ctx.shape, ctx.dtype, ctx.backend
+    )
+    return grad, *(None,) * 8
+
+
+torch.library.register_autograd("simmim::masked_l1_loss", _backward, setup_context=_setup_context)
+torch.library.register_autograd("simmim::masked_l1_loss_backward", no_second_order)

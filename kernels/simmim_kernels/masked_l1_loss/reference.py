@@ -1,6 +1,6 @@
 """Mean absolute error over hidden pixels, and the published target normalisation, in plain PyTorch.
 
-B batch, C channels, H W pixels, gh gw mask cells.
+B batch, C channels, H W pixels, gh gw mask cells, h w cells of the prediction, s their side.
 """
 
 import torch
@@ -34,14 +34,23 @@ def normalise_target(image: Tensor, window: int) -> Tensor:
     return (image - mean) / deviation
 
 
+def shuffle_pixels(prediction: Tensor, stride: int) -> Tensor:
+    """[B, h, w, C·s·s] in PixelShuffle order → [B, C, h·s, w·s]."""
+    B, h, w, width = prediction.shape
+    channels = width // stride**2
+    cells = prediction.reshape(B, h, w, channels, stride, stride)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(B, channels, h * stride, w * stride)
+
+
 def masked_l1_loss(
-    prediction: Tensor, image: Tensor, mask: Tensor, patch_size: int, norm_target: int | None
+    prediction: Tensor, image: Tensor, mask: Tensor, norm_target: int | None
 ) -> Tensor:
-    """Σ|x - x̂|·M / (ΣM + 1e-5) / C; image float [B, C, H, W], mask bool [B, gh, gw]."""
+    """Σ|x - x̂|·M / (ΣM + 1e-5) / C; both [B, C, H, W], mask bool [B, gh, gw] on any grid."""
+    rows, columns = image.shape[2] // mask.shape[1], image.shape[3] // mask.shape[2]
     prediction, image = prediction.float(), image.float()
     if norm_target is not None:
         image = normalise_target(image, norm_target)
-    hidden = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1)
+    hidden = mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
     # `where` and not a product: a NaN under a visible pixel must reach neither loss nor gradient
     error = torch.where(hidden, prediction - image, 0.0).abs().sum()
     return error / (hidden.sum() + 1e-5) / image.shape[1]

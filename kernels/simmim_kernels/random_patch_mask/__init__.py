@@ -1,13 +1,28 @@
 """Which tokens of each image are hidden: a pure function of (seed, epoch, sample id)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from simmim_kernels import native, triton_backend
+from simmim_kernels.dispatch import Backend, choose, implementation, never
 from simmim_kernels.random_patch_mask import reference
+from simmim_kernels.splitmix import fold, signed
 
-__all__ = ["random_patch_mask"]
+__all__ = ["BACKENDS", "random_patch_mask"]
+
+BACKENDS = (
+    Backend("triton", triton_backend.reasons_against),
+    Backend("native", native.reasons_against),
+    Backend("reference", never),
+)
+
+# Keeps the mask's draws apart from those of other uses of the same (seed, epoch, id).
+STREAM = 0x6D61736B  # "mask"
+# Units that one Triton program sorts in registers.
+TRITON_UNITS = 4096
 
 
 def random_patch_mask(
@@ -20,6 +35,7 @@ def random_patch_mask(
     ids: Tensor | Sequence[int] | None = None,
     epoch: int | Tensor = 0,
     device: torch.device | str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Hide exactly ceil(units · ratio) units of each image, uniformly at random.
 
@@ -36,6 +52,8 @@ def random_patch_mask(
         ids: int64 [B], the samples; 0 … B-1 when None.
         epoch: one integer, or int64 [B] when the batch spans epochs.
         device: where the mask is made; that of `ids` (or the default device) when None.
+        backend: "triton" (GPU), "native" (CPU) or "reference", which make the same mask; None
+            takes the first that can run.
 
     Returns:
         bool [B, h, w] on `device`; True marks a hidden token. No gradient.
@@ -43,6 +61,7 @@ def random_patch_mask(
     Raises:
         ValueError: the unit does not divide the grid, the ratio is outside 0 … 1, or the number
             of ids or epochs is not `batch`.
+        RuntimeError: the named backend cannot run; the message lists why.
 
     Source: counts and units as microsoft/SimMIM data/data_simmim.py (MaskGenerator); the draw is
         ours.
@@ -62,6 +81,57 @@ def random_patch_mask(
         raise ValueError(
             f"ids {tuple(ids.shape)} and epoch {tuple(epochs.shape)} must be [{batch}]"
         )
-    return reference.random_patch_mask(
-        ids, epochs.expand(batch), (height, width), ratio, unit, seed
+    rows, columns = height // unit, width // unit
+    # the product in float64, as the published generator takes it: some ratios land a hair above
+    # an integer and hide one unit more
+    num_hidden = math.ceil(rows * columns * ratio)
+    key = signed(fold(STREAM, seed))
+    backends = BACKENDS if rows * columns <= TRITON_UNITS else BACKENDS[1:]
+    chosen = choose("random_patch_mask", backends, (ids, epochs), backend)
+    if chosen == "reference":
+        return reference.random_patch_mask(ids, epochs, key, rows, columns, unit, num_hidden)
+    mask: Tensor = torch.ops.simmim.random_patch_mask(
+        ids, epochs, key, rows, columns, unit, num_hidden, chosen
     )
+    return mask
+
+
+torch.library.define(
+    "simmim::random_patch_mask",
+    "(Tensor ids, Tensor epochs, int key, SymInt rows, SymInt columns, SymInt unit, "
+    "SymInt num_hidden, str backend) -> Tensor",
+)
+
+
+@torch.library.impl("simmim::random_patch_mask", "CompositeExplicitAutograd")
+def _forward(
+    ids: Tensor,
+    epochs: Tensor,
+    key: int,
+    rows: int,
+    columns: int,
+    unit: int,
+    num_hidden: int,
+    backend: str,
+) -> Tensor:
+    kernel = implementation("random_patch_mask", backend)
+    mask: Tensor = kernel.forward(
+        ids.contiguous(), epochs.contiguous(), key, rows, columns, unit, num_hidden
+    )
+    return mask
+
+
+def _forward_fake(
+    ids: Tensor,
+    epochs: Tensor,
+    key: int,
+    rows: int,
+    columns: int,
+    unit: int,
+    num_hidden: int,
+    backend: str,
+) -> Tensor:
+    return ids.new_empty((ids.shape[0], rows * unit, columns * unit), dtype=torch.bool)
+
+
+torch.library.register_fake("simmim::random_patch_mask", _forward_fake)

@@ -5,13 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_kernels import native
-from simmim_kernels.dispatch import Backend, choose, never
+from simmim_kernels import native, triton_backend
+from simmim_kernels.dispatch import (
+    Backend,
+    choose,
+    describe,
+    implementation,
+    never,
+    no_second_order,
+)
 from simmim_kernels.substitute_mask_tokens import reference
 
 __all__ = ["BACKENDS", "substitute_mask_tokens"]
 
-BACKENDS = (Backend("native", native.reasons_against), Backend("reference", never))
+BACKENDS = (
+    Backend("triton", triton_backend.reasons_against),
+    Backend("native", native.reasons_against),
+    Backend("reference", never),
+)
 
 
 def substitute_mask_tokens(
@@ -29,7 +40,7 @@ def substitute_mask_tokens(
         mask: bool [B, L]; True marks a hidden token.
         mask_token: [D]; taken in the dtype of `tokens`.
         pos_embed: [L, D] or None; added to every image, taken in the dtype of `tokens`.
-        backend: "native" (CPU) or "reference"; None takes the first that can run.
+        backend: "triton" (GPU), "native" (CPU) or "reference"; None takes the first that can run.
 
     Returns:
         [B, L, D], the dtype and device of `tokens`. Gradients flow to tokens (0 at hidden rows,
@@ -41,22 +52,19 @@ def substitute_mask_tokens(
 
     Source: microsoft/SimMIM models/simmim.py SwinTransformerForSimMIM.forward.
     """
-    shapes = (
-        f"tokens {tuple(tokens.shape)} {tokens.dtype} {tokens.device}, "
-        f"mask {tuple(mask.shape)} {mask.dtype} {mask.device}, "
-        f"mask_token {tuple(mask_token.shape)} {mask_token.dtype} {mask_token.device}"
-    )
-    if pos_embed is not None:
-        shapes += f", pos_embed {tuple(pos_embed.shape)} {pos_embed.dtype} {pos_embed.device}"
+
+    def error(what: str) -> ValueError:
+        given = describe(tokens=tokens, mask=mask, mask_token=mask_token, pos_embed=pos_embed)
+        return ValueError(f"{what}: {given}")
+
     if tokens.dim() != 3 or mask.shape != tokens.shape[:2] or mask_token.shape != tokens.shape[2:]:
-        raise ValueError(f"expected tokens [B, L, D], mask [B, L], mask_token [D]: {shapes}")
+        raise error("expected tokens [B, L, D], mask [B, L], mask_token [D]")
     if mask.dtype != torch.bool or not tokens.dtype.is_floating_point:
-        raise ValueError(f"expected a bool mask and floating point tokens: {shapes}")
+        raise error("expected a bool mask and floating point tokens")
     if pos_embed is not None and pos_embed.shape != tokens.shape[1:]:
-        raise ValueError(f"expected pos_embed [L, D]: {shapes}")
-    devices = {t.device for t in (tokens, mask, mask_token, pos_embed) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device: {shapes}")
+        raise error("expected pos_embed [L, D]")
+    if any(t is not None and t.device != tokens.device for t in (mask, mask_token, pos_embed)):
+        raise error("all tensors must be on one device")
     mask_token = mask_token.to(tokens.dtype)
     if pos_embed is not None:
         pos_embed = pos_embed.to(tokens.dtype)
@@ -65,90 +73,76 @@ def substitute_mask_tokens(
     )
     if chosen == "reference":
         return reference.substitute_mask_tokens(tokens, mask, mask_token, pos_embed)
-    out: Tensor = torch.ops.simmim.substitute_mask_tokens(tokens, mask, mask_token, pos_embed)
+    out: Tensor = torch.ops.simmim.substitute_mask_tokens(
+        tokens, mask, mask_token, pos_embed, chosen
+    )
     return out
 
 
 torch.library.define(
     "simmim::substitute_mask_tokens",
-    "(Tensor tokens, Tensor mask, Tensor mask_token, Tensor? pos_embed) -> Tensor",
+    "(Tensor tokens, Tensor mask, Tensor mask_token, Tensor? pos_embed, str backend) -> Tensor",
 )
 torch.library.define(
     "simmim::substitute_mask_tokens_backward",
-    "(Tensor grad_out, Tensor mask) -> (Tensor, Tensor)",
+    "(Tensor grad_out, Tensor mask, str backend) -> (Tensor, Tensor)",
 )
 
 
-@torch.library.impl("simmim::substitute_mask_tokens", "cpu")
-def _forward_native(
-    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None
+@torch.library.impl("simmim::substitute_mask_tokens", "CompositeExplicitAutograd")
+def _forward(
+    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
 ) -> Tensor:
-    assert native.extension is not None
-    tokens, mask, mask_token = tokens.contiguous(), mask.contiguous(), mask_token.contiguous()
-    position = None if pos_embed is None else pos_embed.contiguous()
-    out = torch.empty_like(tokens)
-    B, L, D = tokens.shape
-    native.extension.substitute_mask_tokens_forward(
-        tokens.data_ptr(),
-        mask.data_ptr(),
-        mask_token.data_ptr(),
-        0 if position is None else position.data_ptr(),
-        out.data_ptr(),
-        B * L,
-        L,
-        D,
-        native.DTYPE_CODES[tokens.dtype],
-        torch.get_num_threads(),
+    kernel = implementation("substitute_mask_tokens", backend)
+    out: Tensor = kernel.forward(
+        tokens.contiguous(),
+        mask.contiguous(),
+        mask_token.contiguous(),
+        None if pos_embed is None else pos_embed.contiguous(),
     )
     return out
 
 
-@torch.library.impl("simmim::substitute_mask_tokens_backward", "cpu")
-def _backward_native(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    assert native.extension is not None
-    grad_out, mask = grad_out.contiguous(), mask.contiguous()
-    B, L, D = grad_out.shape
-    grad_tokens = torch.empty_like(grad_out)
-    grad_mask_token = torch.empty(D, dtype=torch.float32)
-    native.extension.substitute_mask_tokens_backward(
-        grad_out.data_ptr(),
-        mask.data_ptr(),
-        grad_tokens.data_ptr(),
-        grad_mask_token.data_ptr(),
-        B * L,
-        D,
-        native.DTYPE_CODES[grad_out.dtype],
-        torch.get_num_threads(),
-    )
-    return grad_tokens, grad_mask_token.to(grad_out.dtype)
+@torch.library.impl("simmim::substitute_mask_tokens_backward", "CompositeExplicitAutograd")
+def _backward_kernel(grad_out: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    kernel = implementation("substitute_mask_tokens", backend)
+    grads: tuple[Tensor, Tensor] = kernel.backward(grad_out.contiguous(), mask.contiguous())
+    return grads
 
 
 def _forward_fake(
-    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None
+    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
 ) -> Tensor:
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+torch.library.register_fake("simmim::substitute_mask_tokens", _forward_fake)
+
+
+def _backward_fake(grad_out: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     grad_tokens = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     return grad_tokens, grad_out.new_empty(grad_out.shape[-1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask, _, pos_embed = inputs
-    ctx.save_for_backward(mask)
-    ctx.has_position = pos_embed is not None
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:
-    (mask,) = ctx.saved_tensors
-    grad_tokens, grad_mask_token = torch.ops.simmim.substitute_mask_tokens_backward(grad_out, mask)
-    grad_position = grad_out.sum(0) if ctx.has_position else None
-    return grad_tokens, None, grad_mask_token, grad_position
-
-
-torch.library.register_fake("simmim::substitute_mask_tokens", _forward_fake)
 torch.library.register_fake("simmim::substitute_mask_tokens_backward", _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask, _, pos_embed, backend = inputs
+    ctx.save_for_backward(mask)
+    ctx.has_position, ctx.backend = pos_embed is not None, backend
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    (mask,) = ctx.saved_tensors
+    grad_tokens, grad_mask_token = torch.ops.simmim.substitute_mask_tokens_backward(
+        grad_out, mask, ctx.backend
+    )
+    grad_position = grad_out.sum(0) if ctx.has_position else None
+    return grad_tokens, None, grad_mask_token, grad_position, None
+
+
 torch.library.register_autograd(
     "simmim::substitute_mask_tokens", _backward, setup_context=_setup_context
 )
+torch.library.register_autograd("simmim::substitute_mask_tokens_backward", no_second_order)

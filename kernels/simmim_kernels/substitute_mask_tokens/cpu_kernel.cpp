@@ -1,83 +1,117 @@
 // Mask-token substitution: one pass forward (a copy that picks its source row), one pass backward.
 // B batch, L tokens of an image, D width; a row is one token of one image.
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "half.h"
+#include "lanes.h"
 #include "substitute_mask_tokens.h"
 
-namespace simmim {
+namespace simmim::SIMMIM_TARGET {
 namespace {
 
-// Rows are summed in blocks of this size, and the blocks in order and in double: the result is the
-// same whatever the number of threads, and short sums keep float32's rounding error small.
-constexpr int64_t kRowsPerBlock = 32;
-
-}  // namespace
+// The sum over hidden rows does not depend on the number of threads: a section is summed by one
+// thread, in float32 for a few rows at a time (short sums keep the rounding error small) and in
+// double beyond, and sections are added in order.
+constexpr int64_t kRowsPerSection = 2048;
+constexpr int64_t kRowsPerSum = 32;
 
 template <class T>
-void substitute_mask_tokens_forward(const T* tokens, const uint8_t* mask, const T* mask_token,
-                                    const T* pos_embed, T* out, int64_t rows,
-                                    int64_t tokens_per_image, int64_t width, int num_threads) {
-    (void)num_threads;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t row = 0; row < rows; ++row) {
-        const T* source = mask[row] ? mask_token : tokens + row * width;
-        T* target = out + row * width;
+void forward(const SubstituteForward& a) {
+    const auto* tokens = static_cast<const T*>(a.tokens);
+    const auto* mask_token = static_cast<const T*>(a.mask_token);
+    const auto* pos_embed = static_cast<const T*>(a.pos_embed);
+    auto* out = static_cast<T*>(a.out);
+    const size_t bytes = sizeof(T) * static_cast<size_t>(a.width);
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
+    for (int64_t row = 0; row < a.rows; ++row) {
+        const T* source = a.mask[row] ? mask_token : tokens + row * a.width;
+        T* target = out + row * a.width;
         if (pos_embed == nullptr) {
-            std::memcpy(target, source, sizeof(T) * static_cast<size_t>(width));
+            std::memcpy(target, source, bytes);
             continue;
         }
-        const T* position = pos_embed + (row % tokens_per_image) * width;
-        for (int64_t d = 0; d < width; ++d) {
+        const T* position = pos_embed + (row % a.tokens_per_image) * a.width;
+        for (int64_t d = 0; d < a.width; ++d) {
             target[d] = from_float<T>(to_float(source[d]) + to_float(position[d]));
         }
     }
 }
 
 template <class T>
-void substitute_mask_tokens_backward(const T* grad_out, const uint8_t* mask, T* grad_tokens,
-                                     float* grad_mask_token, int64_t rows, int64_t width,
-                                     int num_threads) {
-    (void)num_threads;
-    const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-    std::vector<float> partial(static_cast<size_t>(blocks * width), 0.0f);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t block = 0; block < blocks; ++block) {
-        float* sum = partial.data() + block * width;
-        const int64_t end = std::min(rows, (block + 1) * kRowsPerBlock);
-        for (int64_t row = block * kRowsPerBlock; row < end; ++row) {
-            const T* source = grad_out + row * width;
-            T* target = grad_tokens + row * width;
-            const size_t bytes = sizeof(T) * static_cast<size_t>(width);
-            if (!mask[row]) {
-                std::memcpy(target, source, bytes);
-                continue;
-            }
-            std::memset(target, 0, bytes);
-            for (int64_t d = 0; d < width; ++d) {
-                sum[d] += to_float(source[d]);
-            }
-        }
+void add_row(float* sum, const T* source, int64_t width) {
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+        store(sum + d, add(load(sum + d), load(source + d)));
     }
-    std::vector<double> total(static_cast<size_t>(width), 0.0);
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t d = 0; d < width; ++d) {
-            total[static_cast<size_t>(d)] += partial[static_cast<size_t>(block * width + d)];
-        }
-    }
-    std::copy(total.begin(), total.end(), grad_mask_token);
+    for (; d < width; ++d) sum[d] += to_float(source[d]);
 }
 
-#define SIMMIM_INSTANTIATE(T)                                                                     \
-    template void substitute_mask_tokens_forward<T>(const T*, const uint8_t*, const T*, const T*, \
-                                                    T*, int64_t, int64_t, int64_t, int);          \
-    template void substitute_mask_tokens_backward<T>(const T*, const uint8_t*, T*, float*,        \
-                                                     int64_t, int64_t, int);
-SIMMIM_INSTANTIATE(float)
-SIMMIM_INSTANTIATE(BFloat16)
-SIMMIM_INSTANTIATE(Float16)
-#undef SIMMIM_INSTANTIATE
+template <class T>
+void backward(const SubstituteBackward& a) {
+    const auto* grad_out = static_cast<const T*>(a.grad_out);
+    auto* grad_tokens = static_cast<T*>(a.grad_tokens);
+    const size_t bytes = sizeof(T) * static_cast<size_t>(a.width);
+    const int64_t sections = (a.rows + kRowsPerSection - 1) / kRowsPerSection;
+    const auto width = static_cast<size_t>(a.width);
+    auto* partial = new double[static_cast<size_t>(sections) * width]();
+#pragma omp parallel num_threads(a.num_threads)
+    {
+        auto* sum = new float[width]();
+#pragma omp for schedule(dynamic)
+        for (int64_t section = 0; section < sections; ++section) {
+            const int64_t begin = section * kRowsPerSection;
+            const int64_t end = section + 1 < sections ? begin + kRowsPerSection : a.rows;
+            int64_t summed = 0;
+            for (int64_t row = begin; row < end; ++row) {
+                const T* source = grad_out + row * a.width;
+                T* target = grad_tokens + row * a.width;
+                if (a.mask[row]) {
+                    std::memset(target, 0, bytes);
+                    add_row(sum, source, a.width);
+                    ++summed;
+                } else {
+                    std::memcpy(target, source, bytes);
+                }
+                if (summed == kRowsPerSum || row + 1 == end) {
+                    double* total = partial + section * a.width;
+                    for (int64_t d = 0; d < a.width; ++d) total[d] += sum[d];
+                    std::memset(sum, 0, sizeof(float) * width);
+                    summed = 0;
+                }
+            }
+        }
+        delete[] sum;
+    }
+    for (int64_t d = 0; d < a.width; ++d) {
+        double total = 0.0;
+        for (int64_t section = 0; section < sections; ++section) {
+            total += partial[section * a.width + d];
+        }
+        a.grad_mask_token[d] = static_cast<float>(total);
+    }
+    delete[] partial;
+}
 
-}  // namespace simmim
+}  // namespace
+
+void substitute_mask_tokens_forward(const SubstituteForward& a) {
+    if (a.dtype == 0) {
+        forward<float>(a);
+    } else if (a.dtype == 1) {
+        forward<BFloat16>(a);
+    } else {
+        forward<Float16>(a);
+    }
+}
+
+void substitute_mask_tokens_backward(const SubstituteBackward& a) {
+    if (a.dtype == 0) {
+        backward<float>(a);
+    } else if (a.dtype == 1) {
+        backward<BFloat16>(a);
+    } else {
+        backward<Float16>(a);
+    }
+}
+
+}  // namespace simmim::SIMMIM_TARGET

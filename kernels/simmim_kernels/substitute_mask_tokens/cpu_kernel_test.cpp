@@ -1,4 +1,5 @@
-// Runs without Python: forward, backward and thread-count independence on odd sizes.
+// Runs without Python: forward, backward and thread-count independence on odd sizes, with every
+// instruction set that this processor has.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -16,9 +17,8 @@ void check(bool ok, const char* what) {
     }
 }
 
-}  // namespace
-
-int main() {
+// The kernels of the current instruction set against plain loops.
+void run() {
     const int64_t batch = 3, tokens_per_image = 317, width = 7;
     const int64_t rows = batch * tokens_per_image, size = rows * width;
     std::vector<float> tokens(size), grad(size), token(width), position(tokens_per_image * width);
@@ -34,9 +34,9 @@ int main() {
     for (auto& x : mask) x = static_cast<uint8_t>(std::rand() & 1);
 
     std::vector<float> out(size), grad_tokens(size), sum(width), sum_two(width);
-    simmim::substitute_mask_tokens_forward(tokens.data(), mask.data(), token.data(),
-                                           position.data(), out.data(), rows, tokens_per_image,
-                                           width, 2);
+    SIMMIM_CALL(substitute_mask_tokens_forward,
+                simmim::SubstituteForward{tokens.data(), mask.data(), token.data(), position.data(),
+                                          out.data(), rows, tokens_per_image, width, 0, 2});
     bool same = true;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t d = 0; d < width; ++d) {
@@ -46,10 +46,12 @@ int main() {
     }
     check(same, "forward picks the mask token in hidden rows and adds the position");
 
-    simmim::substitute_mask_tokens_backward(grad.data(), mask.data(), grad_tokens.data(),
-                                            sum.data(), rows, width, 1);
-    simmim::substitute_mask_tokens_backward(grad.data(), mask.data(), grad_tokens.data(),
-                                            sum_two.data(), rows, width, 2);
+    simmim::SubstituteBackward backward{
+        grad.data(), mask.data(), grad_tokens.data(), sum.data(), rows, width, 0, 1};
+    SIMMIM_CALL(substitute_mask_tokens_backward, backward);
+    backward.grad_mask_token = sum_two.data();
+    backward.num_threads = 2;
+    SIMMIM_CALL(substitute_mask_tokens_backward, backward);
     check(sum == sum_two, "the mask token's gradient does not depend on the number of threads");
     std::vector<double> expected(width, 0.0);
     same = true;
@@ -62,6 +64,15 @@ int main() {
     check(same, "visible rows pass their gradient, hidden rows get 0");
     for (int64_t d = 0; d < width; ++d) {
         check(std::abs(expected[d] - sum[d]) < 1e-4, "the hidden rows are summed");
+    }
+}
+
+}  // namespace
+
+int main() {
+    using simmim::Target;
+    for (const Target target : {Target::baseline, Target::avx2, Target::avx512}) {
+        if (simmim::force_target(target)) run();
     }
     return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

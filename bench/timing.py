@@ -1,0 +1,77 @@
+"""Times several ways of doing one thing in turns, so that all meet the same state of the machine."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 3.0,
+    least_rounds: int = 9,
+) -> dict[str, float]:
+    """Median milliseconds of every side.
+
+    Args:
+        sides: what to time; each is called once per round, the first side first in even rounds and
+            last in odd ones.
+        device: a CUDA device is timed by events after a warm-up, the CPU by the clock.
+        seconds: about how long to measure.
+        least_rounds: rounds at least, however slow a side is.
+    """
+    for side in sides.values():
+        for _ in range(2):
+            side()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    gc.collect()
+    gc.disable()
+    try:
+        begin, rounds = time.perf_counter(), 0
+        while rounds < least_rounds or time.perf_counter() - begin < seconds:
+            order = list(sides.items())
+            for name, side in order if rounds % 2 == 0 else reversed(order):
+                times[name].append(_once(side, device))
+            rounds += 1
+    finally:
+        gc.enable()
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _once(side: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        side()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # the queue is kept busy so that the events time the device and not the gaps between launches
+    torch.cuda._sleep(2_000_000)
+    start.record()
+    side()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def peak_bytes(side: Callable[[], object], device: torch.device) -> int:
+    """Most memory that is allocated at one time while the side runs, beyond what was there."""
+    side()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        side()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

@@ -1,0 +1,305 @@
+// Sixteen float lanes, however many registers that takes: the only place with intrinsics.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace simmim::SIMMIM_TARGET {
+
+constexpr int64_t kLanes = 16;
+constexpr uint32_t kAllLanes = 0xffff;
+
+template <class T>
+inline void store_one_by_one(T* p, uint32_t up, uint32_t down, const T* values, int64_t count) {
+    for (int64_t e = 0; e < count; ++e) {
+        p[e] = values[((up >> e) & 1u) + 2u * ((down >> e) & 1u)];
+    }
+}
+
+#if defined(__AVX512F__)
+
+struct Lanes {
+    __m512 v;
+};
+
+inline Lanes zero_lanes() { return {_mm512_setzero_ps()}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Lanes load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline Lanes load(const Float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Lanes load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Lanes absolute(Lanes a) { return {_mm512_abs_ps(a.v)}; }
+inline Lanes scaled(Lanes a, float scale, float shift) {
+    return {_mm512_fmsub_ps(a.v, _mm512_set1_ps(scale), _mm512_set1_ps(shift))};
+}
+// Bit e: lane e is above 0.
+inline uint32_t above_zero(Lanes a) {
+    return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ);
+}
+// Bit e: lane e is below 0.
+inline uint32_t below_zero(Lanes a) {
+    return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_LT_OQ);
+}
+// Lanes whose bit is not set become 0.
+inline Lanes keep(Lanes a, uint32_t lanes) {
+    return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), a.v)};
+}
+inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+
+// Writes, per lane, `high` where a bit of `up` is set, `low` where one of `down` is, 0 elsewhere.
+template <class T>
+class Choice {  // a 16-bit type
+  public:
+    Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
+
+    void store(T* p, uint32_t up, uint32_t down) const {
+        __m256i out = _mm256_maskz_mov_epi16(static_cast<__mmask16>(up), high_);
+        out = _mm256_mask_mov_epi16(out, static_cast<__mmask16>(down), low_);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+    }
+    // The first `count` lanes only.
+    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
+        store_one_by_one(p, up, down, values_, count);
+    }
+
+  private:
+    static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
+    __m256i high_, low_;
+    T values_[3];
+};
+
+template <>
+class Choice<float> {
+  public:
+    Choice(float high, float low)
+        : high_(_mm512_set1_ps(high)), low_(_mm512_set1_ps(low)), values_{0.0f, high, low} {}
+
+    void store(float* p, uint32_t up, uint32_t down) const {
+        __m512 out = _mm512_maskz_mov_ps(static_cast<__mmask16>(up), high_);
+        out = _mm512_mask_mov_ps(out, static_cast<__mmask16>(down), low_);
+        _mm512_storeu_ps(p, out);
+    }
+    void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
+        store_one_by_one(p, up, down, values_, count);
+    }
+
+  private:
+    __m512 high_, low_;
+    float values_[3];
+};
+
+#elif defined(__AVX2__)
+
+struct Lanes {
+    __m256 low, high;
+};
+
+inline Lanes zero_lanes() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline __m256 widen(__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline Lanes load(const BFloat16* p) {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
+}
+inline Lanes load(const Float16* p) {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+inline Lanes load(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+inline Lanes add(Lanes a, Lanes b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Lanes subtract(Lanes a, Lanes b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+inline Lanes absolute(Lanes a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+}
+inline Lanes scaled(Lanes a, float scale, float shift) {
+    const __m256 m = _mm256_set1_ps(scale), s = _mm256_set1_ps(shift);
+    return {_mm256_fmsub_ps(a.low, m, s), _mm256_fmsub_ps(a.high, m, s)};
+}
+inline uint32_t joined(__m256 low, __m256 high) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(low)) |
+           static_cast<uint32_t>(_mm256_movemask_ps(high)) << 8;
+}
+inline uint32_t above_zero(Lanes a) {
+    const __m256 zero = _mm256_setzero_ps();
+    return joined(_mm256_cmp_ps(a.low, zero, _CMP_GT_OQ), _mm256_cmp_ps(a.high, zero, _CMP_GT_OQ));
+}
+inline uint32_t below_zero(Lanes a) {
+    const __m256 zero = _mm256_setzero_ps();
+    return joined(_mm256_cmp_ps(a.low, zero, _CMP_LT_OQ), _mm256_cmp_ps(a.high, zero, _CMP_LT_OQ));
+}
+inline float sum(Lanes a) {
+    float v[8];
+    _mm256_storeu_ps(v, _mm256_add_ps(a.low, a.high));
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+inline void store(float* p, Lanes a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+}
+
+// All ones in the 32-bit lanes whose bit is set.
+inline __m256i spread(uint32_t bits) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each),
+                              each);
+}
+inline Lanes keep(Lanes a, uint32_t lanes) {
+    return {_mm256_and_ps(_mm256_castsi256_ps(spread(lanes)), a.low),
+            _mm256_and_ps(_mm256_castsi256_ps(spread(lanes >> 8)), a.high)};
+}
+inline __m256i spread_halves(uint32_t bits) {
+    const __m256i each = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                           8192, 16384, static_cast<int16_t>(0x8000));
+    return _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits)), each),
+                              each);
+}
+
+template <class T>
+class Choice {  // a 16-bit type
+  public:
+    Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
+
+    void store(T* p, uint32_t up, uint32_t down) const {
+        __m256i out = _mm256_and_si256(spread_halves(up), high_);
+        out = _mm256_blendv_epi8(out, low_, spread_halves(down));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+    }
+    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
+        store_one_by_one(p, up, down, values_, count);
+    }
+
+  private:
+    static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
+    __m256i high_, low_;
+    T values_[3];
+};
+
+template <>
+class Choice<float> {
+  public:
+    Choice(float high, float low)
+        : high_(_mm256_set1_ps(high)), low_(_mm256_set1_ps(low)), values_{0.0f, high, low} {}
+
+    void store(float* p, uint32_t up, uint32_t down) const {
+        for (int half = 0; half < 2; ++half, p += 8, up >>= 8, down >>= 8) {
+            __m256 out = _mm256_and_ps(_mm256_castsi256_ps(spread(up)), high_);
+            out = _mm256_blendv_ps(out, low_, _mm256_castsi256_ps(spread(down)));
+            _mm256_storeu_ps(p, out);
+        }
+    }
+    void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
+        store_one_by_one(p, up, down, values_, count);
+    }
+
+  private:
+    __m256 high_, low_;
+    float values_[3];
+};
+
+#else
+
+struct Lanes {
+    float v[kLanes];
+};
+
+inline Lanes zero_lanes() { return {}; }
+template <class T>
+inline Lanes load(const T* p) {
+    Lanes out;
+    for (int64_t e = 0; e < kLanes; ++e) out.v[e] = to_float(p[e]);
+    return out;
+}
+inline Lanes add(Lanes a, Lanes b) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] += b.v[e];
+    return a;
+}
+inline Lanes subtract(Lanes a, Lanes b) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] -= b.v[e];
+    return a;
+}
+inline Lanes absolute(Lanes a) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = __builtin_fabsf(a.v[e]);
+    return a;
+}
+inline Lanes scaled(Lanes a, float scale, float shift) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = a.v[e] * scale - shift;
+    return a;
+}
+inline uint32_t above_zero(Lanes a) {
+    uint32_t bits = 0;
+    for (int64_t e = 0; e < kLanes; ++e) bits |= static_cast<uint32_t>(a.v[e] > 0.0f) << e;
+    return bits;
+}
+inline uint32_t below_zero(Lanes a) {
+    uint32_t bits = 0;
+    for (int64_t e = 0; e < kLanes; ++e) bits |= static_cast<uint32_t>(a.v[e] < 0.0f) << e;
+    return bits;
+}
+inline Lanes keep(Lanes a, uint32_t lanes) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = ((lanes >> e) & 1u) ? a.v[e] : 0.0f;
+    return a;
+}
+inline float sum(Lanes a) {
+    float total = 0.0f;
+    for (int64_t e = 0; e < kLanes; ++e) total += a.v[e];
+    return total;
+}
+inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
+template <class T>
+class Choice {
+  public:
+    Choice(T high, T low) : values_{T{0}, high, low} {}
+
+    void store(T* p, uint32_t up, uint32_t down) const {
+        store_one_by_one(p, up, down, values_, kLanes);
+    }
+    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
+        store_one_by_one(p, up, down, values_, count);
+    }
+
+  private:
+    T values_[3];
+};
+
+#endif
+
+// Only the lanes whose bit is set are read; the others hold 0.
+template <class T>
+inline Lanes load_some(const T* p, uint32_t lanes) {
+    T buffer[kLanes];
+    std::memset(buffer, 0, sizeof buffer);
+    for (int64_t e = 0; e < kLanes; ++e) {
+        if ((lanes >> e) & 1u) buffer[e] = p[e];
+    }
+    return load(buffer);
+}
+
+}  // namespace simmim::SIMMIM_TARGET

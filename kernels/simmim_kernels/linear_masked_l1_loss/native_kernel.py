@@ -1,0 +1,145 @@
+"""The head as matrix products of a few images at a time, the loss as the C++ kernel on their rows.
+
+The gradient of the loss is ±1 times one number, so both backward products have the sign matrix as
+a factor; it is rebuilt from the sign words a few images at a time.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import native
+from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
+from simmim_kernels.masked_l1_loss import signs_shape
+from simmim_kernels.masked_l1_loss.native_kernel import gradient_per_pixel, image_arguments
+
+# Predictions that exist at one time: enough rows to keep the matrix product efficient.
+ROWS_AT_ONCE = 512
+
+
+@cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What matrix products run in: float32 where the processor only emulates 16-bit ones."""
+    assert native.extension is not None
+    fast = dtype == torch.bfloat16 and native.extension.has_fast_bfloat16()
+    return dtype if fast else torch.float32
+
+
+def _chunks(cells: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """First and last image of a chunk, and the flat indices of its hidden cells."""
+    per_image = cells.flatten(1).sum(1).tolist()
+    first, rows = 0, 0
+    for image, count in enumerate(per_image):
+        if rows and rows + count > ROWS_AT_ONCE:
+            yield first, image, _rows(cells, first, image)
+            first, rows = image, 0
+        rows += count
+    if rows:
+        yield first, len(per_image), _rows(cells, first, len(per_image))
+
+
+def _rows(cells: Tensor, first: int, last: int) -> Tensor:
+    found = cells[first:last].flatten().nonzero().squeeze(1)
+    return found + first * cells[0].numel()
+
+
+def forward(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    image: Tensor,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: int,
+    norm_target: int,
+    keep_signs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
+    assert native.extension is not None
+    B, h, w, D = features.shape
+    cells = hidden_cells(mask, (h, w), stride)
+    flat = features.view(-1, D)
+    dtype = _product_dtype(features.dtype)
+    transposed = weight.to(dtype).t()
+    offset = None if bias is None else bias.to(dtype)
+    shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
+    signs = torch.zeros(shape, dtype=torch.int32)
+    total = 0.0
+    for first, last, rows in _chunks(cells):
+        chunk = flat[rows].to(dtype)
+        prediction = (
+            chunk @ transposed if offset is None else torch.addmm(offset, chunk, transposed)
+        )
+        # rounded as a head in the features' own dtype rounds it
+        prediction = prediction.to(features.dtype)
+        row_of_cell = torch.zeros(B * h * w, dtype=torch.int32)
+        row_of_cell[rows] = torch.arange(len(rows), dtype=torch.int32)
+        row_of_cell = row_of_cell[first * h * w : last * h * w]
+        total += native.extension.masked_l1_loss_forward(
+            prediction.data_ptr(),
+            (),
+            native.DTYPE_CODES[prediction.dtype],
+            row_of_cell.data_ptr(),
+            *image_arguments(image[first:last], mask[first:last], mean, std),
+            stride,
+            norm_target,
+            signs[first:last].data_ptr() if keep_signs else 0,
+            torch.get_num_threads(),
+        )
+    per_pixel = gradient_per_pixel(image, mask)
+    return torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs
+
+
+def backward(
+    step: Tensor,
+    signs: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: int,
+    of_features: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features, weight and bias; [0] where it is not wanted."""
+    assert native.extension is not None
+    _, h, w, D = features.shape
+    outputs = weight.shape[0]
+    dtype = _product_dtype(features.dtype)
+    value = float(step.detach())
+    flat = features.view(-1, D)
+    grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
+    total_weight = torch.zeros(outputs, D) if of_weight else None
+    total_bias = torch.zeros(outputs) if of_weight else None
+    widened = weight.to(dtype) if of_features else weight
+    for _, _, rows in _chunks(hidden_cells(mask, (h, w), stride)):
+        sign = torch.empty(len(rows), outputs, dtype=dtype)
+        native.extension.expand_signs(
+            signs.data_ptr(),
+            rows.data_ptr(),
+            sign.data_ptr(),
+            native.DTYPE_CODES[dtype],
+            len(rows),
+            signs.shape[3],
+            stride,
+            1.0,
+            torch.get_num_threads(),
+        )
+        if of_features:
+            product = (sign @ widened).float().mul_(value)
+            grad_features.view(-1, D)[rows] = product.to(features.dtype)
+        if total_weight is not None and total_bias is not None:
+            if dtype == torch.float32:
+                total_weight.addmm_(sign.t(), flat[rows].to(dtype))
+            else:
+                total_weight += sign.t() @ flat[rows]
+            total_bias += sign.sum(0, dtype=torch.float32)
+    if total_weight is None or total_bias is None:
+        return grad_features, weight.new_empty(0), weight.new_empty(0)
+    return (
+        grad_features,
+        total_weight.mul_(value).to(weight.dtype),
+        total_bias.mul_(value).to(weight.dtype),
+    )

@@ -1,0 +1,381 @@
+// The masked L1 loss: one pass over the hidden pixels forward, one over the sign words backward.
+// B batch, C channels, H W pixels, h w cells of the prediction, s their side; a run is a row of
+// pixels that lies contiguous in the prediction: a row of the image, or of a cell.
+#include <cstring>
+
+#include "half.h"
+#include "lanes.h"
+#include "masked_l1_loss.h"
+
+namespace simmim::SIMMIM_TARGET {
+namespace {
+
+// Rows of an image-shaped prediction that one thread takes at a time.
+constexpr int64_t kRowsPerBand = 32;
+// Rows that are fetched ahead of their use.
+constexpr int64_t kAhead = 4;
+
+template <class T>
+struct Buffer {
+    explicit Buffer(int64_t size) : data(new T[static_cast<size_t>(size)]) {}
+    ~Buffer() { delete[] data; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* data;
+};
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Sliding-window statistics of one plane of the image, one row at a time and in double. A value
+// that is not finite must not outlive its window, so sums that met one are taken afresh.
+class LocalStatistics {
+  public:
+    LocalStatistics(int64_t height, int64_t width, int64_t window)
+        : height_(height), width_(width), radius_(window / 2), sums_(4 * width + 2) {}
+
+    // The normalised row y into `out`. `pixel(row, column)` is a pixel as float.
+    template <class Pixel>
+    void normalise_row(int64_t y, const Pixel& pixel, float* out) {
+        double* column = sums_.data;
+        double* column_of_squares = column + width_;
+        const int64_t first = larger(0, y - radius_), last = smaller(height_ - 1, y + radius_);
+        if (y == 0 || !finite_) {
+            std::memset(column, 0, sizeof(double) * static_cast<size_t>(2 * width_));
+            for (int64_t row = first; row <= last; ++row) add_row(row, 1.0, pixel);
+        } else {
+            if (y + radius_ < height_) add_row(y + radius_, 1.0, pixel);
+            if (y - radius_ - 1 >= 0) add_row(y - radius_ - 1, -1.0, pixel);
+        }
+        double* prefix = column_of_squares + width_;
+        double* prefix_of_squares = prefix + width_ + 1;
+        prefix[0] = prefix_of_squares[0] = 0.0;
+        for (int64_t x = 0; x < width_; ++x) {
+            prefix[x + 1] = prefix[x] + column[x];
+            prefix_of_squares[x + 1] = prefix_of_squares[x] + column_of_squares[x];
+        }
+        finite_ = __builtin_isfinite(prefix_of_squares[width_]);
+        for (int64_t x = 0; x < width_; ++x) {
+            const int64_t left = larger(0, x - radius_), right = smaller(width_ - 1, x + radius_);
+            double sum = prefix[right + 1] - prefix[left];
+            double squares = prefix_of_squares[right + 1] - prefix_of_squares[left];
+            if (!finite_) {
+                sum = squares = 0.0;
+                for (int64_t i = left; i <= right; ++i) {
+                    sum += column[i];
+                    squares += column_of_squares[i];
+                }
+            }
+            const double count = static_cast<double>((right - left + 1) * (last - first + 1));
+            const double mean = sum / count;
+            double variance = (squares / count - mean * mean) * (count / (count - 1.0));
+            variance = variance < 0.0 ? 0.0 : variance;
+            const double deviation = __builtin_sqrt(variance + 1e-6);
+            out[x] = static_cast<float>((pixel(y, x) - mean) / deviation);
+        }
+    }
+
+  private:
+    template <class Pixel>
+    void add_row(int64_t row, double weight, const Pixel& pixel) {
+        double* column = sums_.data;
+        double* column_of_squares = column + width_;
+        for (int64_t x = 0; x < width_; ++x) {
+            const double value = pixel(row, x);
+            column[x] += weight * value;
+            column_of_squares[x] += weight * (value * value);
+        }
+    }
+
+    int64_t height_, width_, radius_;
+    Buffer<double> sums_;  // column sums, column sums of squares, and prefix sums of both
+    bool finite_ = true;
+};
+
+enum class Hidden : uint8_t { none, all, mixed };
+
+// Which pixels of an image row are hidden: 16 bits for each group of 16 pixels of a run.
+class HiddenLanes {
+  public:
+    HiddenLanes(int64_t runs, int64_t run)
+        : run_(run),
+          groups_(ceil_divide(run, kLanes)),
+          lanes_(runs * groups_),
+          kinds_(runs),
+          runs_(runs) {}
+
+    void read(const uint8_t* mask_row, int64_t cell) {
+        const size_t bytes = sizeof(uint16_t) * static_cast<size_t>(runs_ * groups_);
+        std::memset(lanes_.data, 0, bytes);
+        any_ = false;
+        for (int64_t x = 0, left = runs_ * run_; left > 0; ++mask_row, left -= cell) {
+            const int64_t end = x + cell;
+            if (!*mask_row) {
+                x = end;
+                continue;
+            }
+            any_ = true;
+            while (x < end) {  // one step per group that the cell touches
+                const int64_t within = x % run_, lane = within % kLanes;
+                const int64_t count = smaller(smaller(end - x, run_ - within), kLanes - lane);
+                const uint32_t bits = ((1u << count) - 1u) << lane;
+                uint16_t& group = lanes_.data[x / run_ * groups_ + within / kLanes];
+                group = static_cast<uint16_t>(group | bits);
+                x += count;
+            }
+        }
+        for (int64_t i = 0; i < runs_; ++i) {
+            uint32_t every = kAllLanes, some = 0;
+            for (int64_t g = 0; g < groups_; ++g) {
+                every &= of_run(i)[g];
+                some |= of_run(i)[g];
+            }
+            kinds_.data[i] = !some                ? Hidden::none
+                             : every == kAllLanes ? Hidden::all
+                                                  : Hidden::mixed;
+        }
+    }
+
+    bool any() const { return any_; }
+    int64_t groups() const { return groups_; }
+    const uint16_t* of_run(int64_t index) const { return lanes_.data + index * groups_; }
+    Hidden kind_of_run(int64_t index) const { return kinds_.data[index]; }
+
+  private:
+    int64_t run_, groups_;
+    Buffer<uint16_t> lanes_;
+    Buffer<Hidden> kinds_;
+    int64_t runs_;
+    bool any_ = false;
+};
+
+// Pixels of one row, whatever their strides.
+template <class T>
+const T* row_of(const T* p, int64_t stride, int64_t width, T* buffer) {
+    if (stride == 1) return p;
+    for (int64_t x = 0; x < width; ++x) buffer[x] = p[x * stride];
+    return buffer;
+}
+
+// What the error of one run needs besides its pixels.
+struct RunOf {
+    int64_t groups;
+    float scale, shift;       // of uint8 pixels
+    int64_t next_prediction;  // distance of the pixels that are fetched ahead
+    int64_t next_image;
+};
+
+// Adds |error| of 16 pixels to `total`; returns their sign word.
+template <bool kScaled>
+inline uint32_t add_error(Lanes& total, Lanes prediction, Lanes target, const RunOf& run,
+                          uint32_t lanes) {
+    if constexpr (kScaled) target = scaled(target, run.scale, run.shift);
+    Lanes error = subtract(prediction, target);
+    if (lanes != kAllLanes) error = keep(error, lanes);
+    total = add(total, absolute(error));
+    return above_zero(error) | below_zero(error) << 16;
+}
+
+// A run without a visible pixel. kSigns: write its sign words.
+template <bool kScaled, bool kSigns, class P, class I>
+[[gnu::always_inline]] inline void add_hidden_run(Lanes& total, const P* prediction, const I* image,
+                                                  const RunOf& run, int32_t* signs) {
+    for (int64_t g = 0; g < run.groups; ++g, prediction += kLanes, image += kLanes) {
+        // a row of a hidden cell is too short for the processor to see the stream by itself
+        __builtin_prefetch(prediction + run.next_prediction);
+        __builtin_prefetch(image + run.next_image);
+        const uint32_t word =
+            add_error<kScaled>(total, load(prediction), load(image), run, kAllLanes);
+        if constexpr (kSigns) signs[g] = static_cast<int32_t>(word);
+    }
+}
+
+// A run with hidden and visible pixels, or one that does not fill its last group.
+template <bool kScaled, class P, class I>
+[[gnu::noinline]] Lanes add_mixed_run(Lanes total, const P* prediction, const I* image,
+                                      const uint16_t* hidden, const RunOf& run, int32_t* signs) {
+    for (int64_t g = 0; g < run.groups; ++g, prediction += kLanes, image += kLanes) {
+        const uint32_t lanes = hidden[g];
+        uint32_t word = 0;
+        if (lanes == kAllLanes) {
+            word = add_error<kScaled>(total, load(prediction), load(image), run, lanes);
+        } else if (lanes) {
+            word = add_error<kScaled>(total, load_some(prediction, lanes), load_some(image, lanes),
+                                      run, lanes);
+        }
+        if (signs) signs[g] = static_cast<int32_t>(word);
+    }
+    return total;
+}
+
+template <bool kScaled, class P, class I>
+[[gnu::always_inline]] inline Lanes add_run(Lanes total, const P* prediction, const I* image,
+                                            const uint16_t* hidden, Hidden kind, const RunOf& run,
+                                            int32_t* signs) {
+    if (kind == Hidden::mixed) {
+        return add_mixed_run<kScaled>(total, prediction, image, hidden, run, signs);
+    }
+    if (kind == Hidden::none) {
+        if (signs) {
+            for (int64_t g = 0; g < run.groups; ++g) signs[g] = 0;
+        }
+    } else if (signs) {
+        add_hidden_run<kScaled, true>(total, prediction, image, run, signs);
+    } else {
+        add_hidden_run<kScaled, false>(total, prediction, image, run, signs);
+    }
+    return total;
+}
+
+template <class P, class I>
+double forward(const MaskedL1Forward& a) {
+    constexpr bool kBytes = sizeof(I) == 1;
+    const Target2d& t = a.target;
+    const int64_t B = t.shape[0], C = t.shape[1], H = t.shape[2], W = t.shape[3];
+    const int64_t run = a.stride ? a.stride : W, runs = W / larger(run, 1);
+    const int64_t cell_height = H / t.grid[0], cell_width = W / t.grid[1];
+    const int64_t band = a.stride ? a.stride : kRowsPerBand;
+    // the sliding window starts anew in every task, so there a task is a whole plane
+    const int64_t rows_per_task = a.norm_target ? larger(H, 1) : band;
+    const int64_t blocks = ceil_divide(H, rows_per_task), tasks = B * C * blocks;
+    const auto* prediction = static_cast<const P*>(a.prediction);
+    const auto* image = static_cast<const I*>(t.image);
+    Buffer<double> partial(tasks);
+#pragma omp parallel num_threads(a.num_threads)
+    {
+        HiddenLanes hidden(runs, run);
+        Buffer<float> normalised(W);
+        Buffer<P> gathered(W);
+        Buffer<I> gathered_image(W);
+        const int64_t groups = hidden.groups();
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; ++task) {
+            const int64_t b = task / blocks / C, c = task / blocks % C;
+            const int64_t begin = task % blocks * rows_per_task;
+            const int64_t end = smaller(H, begin + rows_per_task);
+            const float scale = kBytes ? 1.0f / (255.0f * t.std[c]) : 1.0f;
+            const float shift = kBytes ? t.mean[c] / t.std[c] : 0.0f;
+            const I* plane = image + b * t.strides[0] + c * t.strides[1];
+            const auto pixel = [&](int64_t y, int64_t x) {
+                const float value = to_float(plane[y * t.strides[2] + x * t.strides[3]]);
+                return kBytes ? value * scale - shift : value;
+            };
+            LocalStatistics statistics(H, a.norm_target ? W : 0, a.norm_target);
+            const RunOf of_run{groups, scale, shift, kAhead * run,
+                               a.norm_target ? 0 : kAhead * t.strides[2]};
+            double sum_of_task = 0.0;
+            int64_t next_mask_row = begin;  // where the next row of mask cells begins
+            for (int64_t top = begin; top < end; top += band) {
+                // a band is one row of cells of the prediction, short enough to sum in float32
+                const int64_t bottom = smaller(end, top + band);
+                const int64_t first_cell = (b * (H / run) + top / run) * runs;
+                Lanes total = zero_lanes();
+                for (int64_t y = top; y < bottom; ++y) {
+                    if (a.norm_target) statistics.normalise_row(y, pixel, normalised.data);
+                    if (y >= next_mask_row) {
+                        const int64_t mask_row = y / cell_height;
+                        next_mask_row = (mask_row + 1) * cell_height;
+                        hidden.read(t.mask + (b * t.grid[0] + mask_row) * t.grid[1], cell_width);
+                    }
+                    if (!hidden.any() && !a.signs) continue;
+                    const int64_t width = hidden.any() ? W : 0;
+                    const I* row = row_of(plane + y * t.strides[2], t.strides[3],
+                                          a.norm_target ? 0 : width, gathered_image.data);
+                    for (int64_t x = 0; x < runs; ++x) {
+                        const int64_t cell = first_cell + x;
+                        const int64_t row_of_run =
+                            a.stride ? (cell * C + c) * run + (y - top) : (b * C + c) * H + y;
+                        int32_t* signs = a.signs ? a.signs + row_of_run * groups : nullptr;
+                        const P* p;
+                        if (!a.stride) {
+                            p = row_of(
+                                prediction + b * a.strides[0] + c * a.strides[1] + y * a.strides[2],
+                                a.strides[3], width, gathered.data);
+                        } else if (a.row_of_cell) {
+                            p = prediction +
+                                ((a.row_of_cell[cell] * C + c) * run + (y - top)) * run;
+                        } else {
+                            p = prediction + row_of_run * run;
+                        }
+                        const uint16_t* lanes = hidden.of_run(x);
+                        const Hidden kind = hidden.kind_of_run(x);
+                        if (a.norm_target) {
+                            total = add_run<false>(total, p, normalised.data + x * run, lanes, kind,
+                                                   of_run, signs);
+                        } else {
+                            total = add_run<kBytes>(total, p, row + x * run, lanes, kind, of_run,
+                                                    signs);
+                        }
+                    }
+                }
+                sum_of_task += sum(total);
+            }
+            partial.data[task] = sum_of_task;
+        }
+    }
+    double total = 0.0;
+    for (int64_t task = 0; task < tasks; ++task) total += partial.data[task];
+    return total;
+}
+
+template <class P>
+double forward_of(const MaskedL1Forward& a) {
+    switch (a.target.dtype) {
+        case 0:
+            return forward<P, float>(a);
+        case 1:
+            return forward<P, BFloat16>(a);
+        case 2:
+            return forward<P, Float16>(a);
+        default:
+            return forward<P, uint8_t>(a);
+    }
+}
+
+template <class T>
+void expand(const ExpandSigns& a) {
+    const int64_t groups = ceil_divide(a.run, kLanes), full = a.run / kLanes;
+    const Choice<T> choice(from_float<T>(a.step), from_float<T>(-a.step));
+    auto* out = static_cast<T*>(a.out);
+#pragma omp parallel for schedule(static) num_threads(a.num_threads)
+    for (int64_t row = 0; row < a.num_rows; ++row) {
+        const int64_t source = a.rows ? a.rows[row] : row;
+        const int32_t* signs = a.signs + source * a.runs_per_row * groups;
+        T* target = out + row * a.runs_per_row * a.run;
+        if (full == groups) {  // no tail: the whole row is one stream
+            for (int64_t g = 0; g < a.runs_per_row * groups; ++g) {
+                const auto word = static_cast<uint32_t>(signs[g]);
+                choice.store(target + g * kLanes, word & kAllLanes, word >> 16);
+            }
+            continue;
+        }
+        for (int64_t i = 0; i < a.runs_per_row; ++i, signs += groups, target += a.run) {
+            for (int64_t g = 0; g < groups; ++g) {
+                const auto word = static_cast<uint32_t>(signs[g]);
+                choice.store_some(target + g * kLanes, word & kAllLanes, word >> 16,
+                                  smaller(kLanes, a.run - g * kLanes));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+double masked_l1_loss_forward(const MaskedL1Forward& a) {
+    return a.dtype == 0   ? forward_of<float>(a)
+           : a.dtype == 1 ? forward_of<BFloat16>(a)
+                          : forward_of<Float16>(a);
+}
+
+void expand_signs(const ExpandSigns& a) {
+    if (a.dtype == 0) {
+        expand<float>(a);
+    } else if (a.dtype == 1) {
+        expand<BFloat16>(a);
+    } else {
+        expand<Float16>(a);
+    }
+}
+
+}  // namespace simmim::SIMMIM_TARGET

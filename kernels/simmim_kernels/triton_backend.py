@@ -1,0 +1,53 @@
+"""Whether Triton can run an op on some tensors, or the reasons why it cannot; imports it late."""
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def missing_reason() -> str | None:
+    """Why Triton cannot be imported; None when it can."""
+    try:
+        import_module("triton")
+    except Exception as error:  # a broken install raises whatever it likes
+        return f"triton cannot be imported ({error}); `pip install triton` (Linux)"
+    return None
+
+
+def interpreting() -> bool:
+    """True when Triton's interpreter is on: kernels then run on the CPU, slowly (for tests)."""
+    knobs = sys.modules.get("triton.knobs")
+    return knobs is not None and bool(knobs.runtime.interpret)
+
+
+# torch.compile must not trace what happens inside these two
+_missing_reason: Callable[[], str | None] = torch.compiler.assume_constant_result(missing_reason)  # type: ignore[no-untyped-call]
+_interpreting: Callable[[], bool] = torch.compiler.assume_constant_result(interpreting)  # type: ignore[no-untyped-call]
+
+
+def reasons_against(*tensors: torch.Tensor | None) -> list[str]:
+    """Why the Triton kernels cannot take these tensors; empty when they can."""
+    present = [t for t in tensors if t is not None]
+    reasons = []
+    if present and present[0].device.type != "cuda" and not _interpreting():
+        reasons.append(
+            f"the Triton kernels run on a CUDA or ROCm device, the tensors are on "
+            f"{present[0].device}"
+        )
+    elif (reason := _missing_reason()) is not None:
+        reasons.append(reason)
+    for tensor in present:
+        if tensor.dtype.is_floating_point and tensor.dtype not in DTYPES:
+            reasons.append(
+                f"the Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+            )
+            break
+        if tensor.numel() >= 2**35:
+            reasons.append(f"a tensor of {tensor.numel()} elements is beyond their 2^35")
+    return reasons

@@ -1,0 +1,120 @@
+"""The gate on what the Triton kernels compile to, and the bytes that the report says they move."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from gpu_sim.interpreter import interpret
+from simmim_kernels import (
+    masked_l1_loss,
+    masked_l1_loss_from_tokens,
+    random_patch_mask,
+    report,
+    substitute_mask_tokens,
+)
+from simmim_kernels.masked_l1_loss.triton_kernel import GROUPS_PER_PROGRAM
+from simmim_kernels.substitute_mask_tokens.triton_kernel import ROWS_PER_PROGRAM
+
+GOLDEN = Path(__file__).parent / "report.json"
+FIGURES = json.loads(GOLDEN.read_text())
+SAME_TRITON = pytest.mark.skipif(
+    triton.__version__ != FIGURES["triton"],
+    reason=f"report.json is from triton {FIGURES['triton']}, this is {triton.__version__}",
+)
+
+
+def check_against_golden(models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    chosen = [case for case in report.cases() if case.model in models]
+    golden = dict(FIGURES)
+    golden["cases"] = [c for c in FIGURES["cases"] if c["case"].split("/")[1] in models]
+    assert len(golden["cases"]) == len(chosen) * len(report.TARGETS)
+    (tmp_path / "golden.json").write_text(json.dumps(golden))
+    status = report.main(["--check", str(tmp_path / "golden.json")], known=chosen)
+    assert status == 0, capsys.readouterr().err
+
+
+@SAME_TRITON
+def test_swin_base_compiles_to_the_golden_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    check_against_golden(["swin_base_192_w6"], tmp_path, capsys)
+
+
+@SAME_TRITON
+@pytest.mark.slow
+def test_the_others_compile_to_the_golden_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    check_against_golden(["swin_large_192_w12", "vit_base_224"], tmp_path, capsys)
+
+
+def test_golden_figures_are_good() -> None:
+    """Whoever regenerates the file cannot let these slip."""
+    wide = {"_substitute", "_substitute_backward", "_masked_l1", "_masked_l1_backward"}
+    seen = set()
+    for case in FIGURES["cases"]:
+        assert case["bytes_ratio"] <= 1.05, case["case"]
+        for launch in case["launches"]:
+            where = (case["case"], case["target"], launch["kernel"])
+            assert launch["spill_bytes"] == 0, where
+            assert launch["shared_bytes"] <= 99 << 10, where
+            if launch["kernel"].startswith(("_linear", "_grad")):
+                assert launch["tensor_ops"], where
+            if launch["kernel"] in wide and case["target"] != "gfx942":
+                seen.add(launch["kernel"])
+                assert 16 in (launch["loads"]["narrowest"], launch["stores"]["narrowest"]), where
+    assert seen == wide
+
+
+def moved(launches: list) -> int:
+    return sum(
+        traffic.distinct_bytes
+        for launch in launches
+        for traffic in (launch.loaded, launch.stored, launch.atomic)
+    )
+
+
+def test_bytes_of_substitute_mask_tokens() -> None:
+    B, L, D = 2, 96, 128
+    tokens = torch.randn(B, L, D).bfloat16().requires_grad_()
+    token = torch.randn(D).bfloat16().requires_grad_()
+    mask = torch.rand(B, L) < 0.6
+    with interpret() as counted:
+        out = substitute_mask_tokens(tokens, mask, token, backend="triton")
+        out.backward(torch.ones_like(out))
+    partial = -(-B * L // ROWS_PER_PROGRAM) * D * 4
+    visible = int((~mask).sum()) * D * 2
+    expected = visible + 3 * B * L * D * 2 + 2 * B * L + 2 * D * 2 + 2 * partial
+    assert moved(counted.launches) == expected
+
+
+@pytest.mark.parametrize("stride", [0, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bytes_of_masked_l1_loss(stride: int, dtype: torch.dtype) -> None:
+    B, side = 2, 64
+    image = torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8)
+    mask = torch.tensor([[[1, 0], [1, 1]], [[0, 0], [1, 0]]]).bool()
+    shape = (B, 2, 2, 3 * 32 * 32) if stride else (B, 3, side, side)
+    prediction = torch.randn(shape).to(dtype).requires_grad_()
+    op = masked_l1_loss_from_tokens if stride else masked_l1_loss
+    with interpret() as counted:
+        options = {"mean": [0.5] * 3, "std": [0.25] * 3, "backend": "triton"}
+        op(prediction, image, mask, 32, **options).backward()
+    size, pixels = prediction.element_size(), image.numel()
+    hidden = pixels // 2
+    partials = -(-pixels // 16 // GROUPS_PER_PROGRAM) * 8
+    # the last numbers: mask twice, mean and std, the scalars loss, per_pixel and step
+    expected = hidden * (size + 1) + pixels * size + pixels // 16 * 8 + partials
+    assert moved(counted.launches) == expected + 2 * mask.numel() + 24 + 12
+
+
+def test_bytes_of_random_patch_mask() -> None:
+    with interpret() as counted:
+        random_patch_mask(5, (12, 12), unit=3, seed=0, backend="triton")
+    assert moved(counted.launches) == 5 * (8 + 144) + 8  # ids and mask; the epoch
