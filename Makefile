@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | format | bench | clean — everything lives in .venv
+# make demo | test | test-all | check | format | bench | bench-gpu | clean — everything lives in .venv
 PYTHON ?= python3
 # The release that CI runs; any torch that pyproject.toml allows works: make test TORCH='torch==2.14.1'
 TORCH ?= torch==2.13.0
@@ -10,7 +10,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/native/* kernels/simmim_kernels/*/*.
 INSTALLED := $(VENV)/.installed
 SHELL := /bin/bash
 
-.PHONY: demo test test-all check format bench native-test clean
+.PHONY: demo test test-all check format bench bench-gpu native-test clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/skimage_photos.py $(RUN)-photos
@@ -40,6 +40,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ops.py -c pyproject.toml --rootdir=. --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python bench/gpu.py
 
 native-test: $(INSTALLED)
 	@$(BIN)/cmake -S . -B build/native-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSIMMIM_BUILD_TESTS=ON > build/native-test.log 2>&1 || { cat build/native-test.log; exit 1; }

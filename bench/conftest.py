@@ -24,6 +24,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         write(
             f"{bench.name.removeprefix('test_op[').rstrip(']'):<36} "
             f"{info['milliseconds']['ours']:>6.2f} ms {ratio.get('eager', '–'):>8} "
-            f"{ratio.get('compile', '–'):>8} {share.get('copy', '–'):>7} {share.get('clone', '–'):>7} "
+            f"{ratio.get('compile', '–'):>8} {share.get('copy', '–'):>7} "
+            f"{share.get('clone', '–'):>7} "
             f"{peak['ours'] / 2**20:>10.1f} /{peak['eager'] / 2**20:>7.1f}"
         )

@@ -1,11 +1,16 @@
-"""Times several ways of doing one thing in turns, so that all meet the same state of the machine."""
+"""Times ways of doing one thing in turns, so that all meet the same state of the machine."""
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+from simmim_kernels import native
+
+TURN_SECONDS = 5e-3
 
 
 def interleaved(
@@ -18,15 +23,13 @@ def interleaved(
     """Median milliseconds of every side.
 
     Args:
-        sides: what to time; each is called once per round, the first side first in even rounds and
-            last in odd ones.
+        sides: what to time; each has its turn once per round, the first side first in even rounds
+            and last in odd ones. A turn of the CPU is as many calls as fill a few milliseconds.
         device: a CUDA device is timed by events after a warm-up, the CPU by the clock.
         seconds: about how long to measure.
         least_rounds: rounds at least, however slow a side is.
     """
-    for side in sides.values():
-        for _ in range(2):
-            side()
+    calls = {name: _calls_per_turn(side, device) for name, side in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
     gc.disable()
@@ -35,18 +38,29 @@ def interleaved(
         while rounds < least_rounds or time.perf_counter() - begin < seconds:
             order = list(sides.items())
             for name, side in order if rounds % 2 == 0 else reversed(order):
-                times[name].append(_once(side, device))
+                times[name].append(_turn(side, device, calls[name]))
             rounds += 1
     finally:
         gc.enable()
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _once(side: Callable[[], object], device: torch.device) -> float:
+def _calls_per_turn(side: Callable[[], object], device: torch.device) -> int:
+    side()
+    if device.type == "cuda":
+        side()
+        return 1
+    begin = time.perf_counter()
+    side()
+    return max(1, round(TURN_SECONDS / (time.perf_counter() - begin)))
+
+
+def _turn(side: Callable[[], object], device: torch.device, calls: int) -> float:
     if device.type != "cuda":
         begin = time.perf_counter()
-        side()
-        return (time.perf_counter() - begin) * 1e3
+        for _ in range(calls):
+            side()
+        return (time.perf_counter() - begin) / calls * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # the queue is kept busy so that the events time the device and not the gaps between launches
     torch.cuda._sleep(2_000_000)
@@ -58,7 +72,10 @@ def _once(side: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(side: Callable[[], object], device: torch.device) -> int:
-    """Most memory that is allocated at one time while the side runs, beyond what was there."""
+    """Most memory that is allocated at one time while the side runs, beyond what was there.
+
+    On the CPU this is PyTorch's own account, so the ops must not recycle memory meanwhile.
+    """
     side()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -67,8 +84,13 @@ def peak_bytes(side: Callable[[], object], device: torch.device) -> int:
         side()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        side()
+    recycled_from, native.RECYCLED_BYTES = native.RECYCLED_BYTES, sys.maxsize
+    try:
+        side()  # frees what recycled memory an earlier call left in a gradient
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            side()
+    finally:
+        native.RECYCLED_BYTES = recycled_from
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

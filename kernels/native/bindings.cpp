@@ -1,17 +1,21 @@
 // The Python module simmim_kernels._cpu: addresses and sizes in, nothing else. Checks of shapes and
 // dtypes live in Python; a dtype is 0 float32, 1 bfloat16, 2 float16, 3 uint8.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "masked_l1_loss.h"
 #include "random_patch_mask.h"
+#include "recycled_memory.h"
 #include "substitute_mask_tokens.h"
 #include "target.h"
 
@@ -36,13 +40,21 @@ bool use_target(const std::string& name) {
     return false;
 }
 
-double masked_l1_loss_forward(uintptr_t prediction, const std::vector<int64_t>& strides, int dtype,
-                              uintptr_t row_of_cell, uintptr_t image,
-                              const std::array<int64_t, 4>& image_shape,
-                              const std::array<int64_t, 4>& image_strides, int image_dtype,
-                              const std::vector<float>& mean, const std::vector<float>& std,
-                              uintptr_t mask, const std::array<int64_t, 2>& grid, int64_t stride,
-                              int64_t norm_target, uintptr_t signs, int num_threads) {
+// A tensor over recycled memory, which goes back when the last tensor that shares it is gone.
+nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> recycled_bytes(size_t bytes) {
+    simmim::MemoryBlock* block = simmim::take_memory(bytes);
+    nb::capsule owner(block, [](void* p) noexcept {
+        simmim::give_back_memory(static_cast<simmim::MemoryBlock*>(p));
+    });
+    return {block->data, {bytes}, owner};
+}
+
+std::pair<double, int64_t> masked_l1_loss_forward(
+    uintptr_t prediction, const std::vector<int64_t>& strides, int dtype, uintptr_t row_of_cell,
+    uintptr_t image, const std::array<int64_t, 4>& image_shape,
+    const std::array<int64_t, 4>& image_strides, int image_dtype, const std::vector<float>& mean,
+    const std::vector<float>& std, uintptr_t mask, const std::array<int64_t, 2>& grid,
+    int64_t stride, int64_t norm_target, uintptr_t signs, int num_threads) {
     simmim::MaskedL1Forward a{};
     a.prediction = pointer<const void>(prediction);
     a.dtype = dtype;
@@ -64,7 +76,11 @@ double masked_l1_loss_forward(uintptr_t prediction, const std::vector<int64_t>& 
     a.signs = pointer<int32_t>(signs);
     a.num_threads = num_threads;
     nb::gil_scoped_release release;
-    return SIMMIM_CALL(masked_l1_loss_forward, a);
+    int64_t hidden_cells = 0;
+    for (int64_t i = 0; i < image_shape[0] * grid[0] * grid[1]; ++i) {
+        hidden_cells += a.target.mask[i];
+    }
+    return {SIMMIM_CALL(masked_l1_loss_forward, a), hidden_cells};
 }
 
 void expand_signs(uintptr_t signs, uintptr_t rows, uintptr_t out, int dtype, int64_t num_rows,
@@ -139,6 +155,8 @@ NB_MODULE(_cpu, m) {
     m.def("target", [] { return kTargetNames[static_cast<int>(simmim::target())]; });
     m.def("use_target", &use_target, "name"_a);
     m.def("has_fast_bfloat16", &simmim::has_fast_bfloat16);
+    m.def("recycled_bytes", &recycled_bytes, "bytes"_a);
+    m.def("release_memory", &simmim::release_memory);
     m.def("masked_l1_loss_forward", &masked_l1_loss_forward, "prediction"_a, "strides"_a, "dtype"_a,
           "row_of_cell"_a, "image"_a, "image_shape"_a, "image_strides"_a, "image_dtype"_a, "mean"_a,
           "std"_a, "mask"_a, "grid"_a, "stride"_a, "norm_target"_a, "signs"_a, "num_threads"_a);

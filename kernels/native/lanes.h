@@ -64,15 +64,18 @@ inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
 inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
 
 // Writes, per lane, `high` where a bit of `up` is set, `low` where one of `down` is, 0 elsewhere.
+// kStream: past the cache, to an address aligned to the lanes' size.
 template <class T>
 class Choice {  // a 16-bit type
   public:
     Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
 
+    template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
         __m256i out = _mm256_maskz_mov_epi16(static_cast<__mmask16>(up), high_);
         out = _mm256_mask_mov_epi16(out, static_cast<__mmask16>(down), low_);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+        auto* target = reinterpret_cast<__m256i*>(p);
+        kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
     }
     // The first `count` lanes only.
     void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
@@ -91,10 +94,11 @@ class Choice<float> {
     Choice(float high, float low)
         : high_(_mm512_set1_ps(high)), low_(_mm512_set1_ps(low)), values_{0.0f, high, low} {}
 
+    template <bool kStream>
     void store(float* p, uint32_t up, uint32_t down) const {
         __m512 out = _mm512_maskz_mov_ps(static_cast<__mmask16>(up), high_);
         out = _mm512_mask_mov_ps(out, static_cast<__mmask16>(down), low_);
-        _mm512_storeu_ps(p, out);
+        kStream ? _mm512_stream_ps(p, out) : _mm512_storeu_ps(p, out);
     }
     void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
         store_one_by_one(p, up, down, values_, count);
@@ -187,10 +191,12 @@ class Choice {  // a 16-bit type
   public:
     Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
 
+    template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
         __m256i out = _mm256_and_si256(spread_halves(up), high_);
         out = _mm256_blendv_epi8(out, low_, spread_halves(down));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), out);
+        auto* target = reinterpret_cast<__m256i*>(p);
+        kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
     }
     void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
         store_one_by_one(p, up, down, values_, count);
@@ -208,11 +214,12 @@ class Choice<float> {
     Choice(float high, float low)
         : high_(_mm256_set1_ps(high)), low_(_mm256_set1_ps(low)), values_{0.0f, high, low} {}
 
+    template <bool kStream>
     void store(float* p, uint32_t up, uint32_t down) const {
         for (int half = 0; half < 2; ++half, p += 8, up >>= 8, down >>= 8) {
             __m256 out = _mm256_and_ps(_mm256_castsi256_ps(spread(up)), high_);
             out = _mm256_blendv_ps(out, low_, _mm256_castsi256_ps(spread(down)));
-            _mm256_storeu_ps(p, out);
+            kStream ? _mm256_stream_ps(p, out) : _mm256_storeu_ps(p, out);
         }
     }
     void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
@@ -278,6 +285,7 @@ class Choice {
   public:
     Choice(T high, T low) : values_{T{0}, high, low} {}
 
+    template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
         store_one_by_one(p, up, down, values_, kLanes);
     }
@@ -290,6 +298,39 @@ class Choice {
 };
 
 #endif
+
+// Copies (or, with a null source, clears) whole cache lines past the cache: for outputs that are
+// too large to stay in it, where an ordinary store would first fetch the line that it overwrites.
+inline void stream_lines(void* target, const void* source, size_t bytes) {
+#if defined(__AVX512F__)
+    auto* out = static_cast<__m512i*>(target);
+    const auto* in = static_cast<const __m512i*>(source);
+    for (size_t i = 0; i < bytes / 64; ++i) {
+        _mm512_stream_si512(out + i, in ? _mm512_loadu_si512(in + i) : _mm512_setzero_si512());
+    }
+#elif defined(__AVX2__)
+    auto* out = static_cast<__m256i*>(target);
+    const auto* in = static_cast<const __m256i*>(source);
+    for (size_t i = 0; i < bytes / 32; ++i) {
+        _mm256_stream_si256(out + i, in ? _mm256_loadu_si256(in + i) : _mm256_setzero_si256());
+    }
+#else
+    source ? std::memcpy(target, source, bytes) : std::memset(target, 0, bytes);
+#endif
+}
+
+// Makes streamed lines visible to other threads; before a thread ends its part of the work.
+inline void finish_streaming() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// Whether an output is so large, and its rows so aligned, that it is better streamed.
+inline bool worth_streaming(const void* target, size_t row_bytes, size_t bytes) {
+    constexpr size_t kLarge = size_t{8} << 20;
+    return bytes >= kLarge && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+}
 
 // Only the lanes whose bit is set are read; the others hold 0.
 template <class T>

@@ -1,5 +1,7 @@
 """Loads the native CPU extension once, or keeps the reason why it is missing."""
 
+import math
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -18,6 +20,31 @@ except ImportError as error:
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Smaller outputs come from PyTorch's allocator, which is fast enough for them.
+RECYCLED_BYTES = 1 << 19
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous uninitialised output; a large one in memory that an earlier output has left.
+
+    The memory of large outputs stays with the process for the next step: at most as much as was
+    once in use at one time. `release_memory` gives it back to the system.
+    """
+    size_bytes = math.prod(shape) * dtype.itemsize
+    if extension is None or size_bytes < RECYCLED_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    storage = extension.recycled_bytes(size_bytes).untyped_storage()
+    # on the storage itself: a view would tell autograd of a base that nobody has
+    out = torch.empty(0, dtype=dtype)
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return out.set_(storage, 0, tuple(shape), strides)
+
+
+def release_memory() -> int:
+    """Gives memory that is kept for large outputs back to the system; returns how many bytes."""
+    return 0 if extension is None else int(extension.release_memory())
 
 
 def reasons_against(*tensors: torch.Tensor | None) -> list[str]:

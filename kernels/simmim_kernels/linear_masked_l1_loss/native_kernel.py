@@ -67,7 +67,7 @@ def forward(
     offset = None if bias is None else bias.to(dtype)
     shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
     signs = torch.zeros(shape, dtype=torch.int32)
-    total = 0.0
+    total, num_hidden = 0.0, 0
     for first, last, rows in _chunks(cells):
         chunk = flat[rows].to(dtype)
         prediction = (
@@ -78,7 +78,7 @@ def forward(
         row_of_cell = torch.zeros(B * h * w, dtype=torch.int32)
         row_of_cell[rows] = torch.arange(len(rows), dtype=torch.int32)
         row_of_cell = row_of_cell[first * h * w : last * h * w]
-        total += native.extension.masked_l1_loss_forward(
+        found, count = native.extension.masked_l1_loss_forward(
             prediction.data_ptr(),
             (),
             native.DTYPE_CODES[prediction.dtype],
@@ -89,7 +89,8 @@ def forward(
             signs[first:last].data_ptr() if keep_signs else 0,
             torch.get_num_threads(),
         )
-    per_pixel = gradient_per_pixel(image, mask)
+        total, num_hidden = total + found, num_hidden + count
+    per_pixel = gradient_per_pixel(image, mask, num_hidden)
     return torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs
 
 

@@ -13,7 +13,7 @@ namespace {
 // Rows of an image-shaped prediction that one thread takes at a time.
 constexpr int64_t kRowsPerBand = 32;
 // Rows that are fetched ahead of their use.
-constexpr int64_t kAhead = 4;
+constexpr int64_t kAhead = 2;
 
 template <class T>
 struct Buffer {
@@ -333,30 +333,46 @@ double forward_of(const MaskedL1Forward& a) {
     }
 }
 
-template <class T>
-void expand(const ExpandSigns& a) {
+template <bool kStream, class T>
+void expand_rows(const ExpandSigns& a) {
     const int64_t groups = ceil_divide(a.run, kLanes), full = a.run / kLanes;
     const Choice<T> choice(from_float<T>(a.step), from_float<T>(-a.step));
     auto* out = static_cast<T*>(a.out);
-#pragma omp parallel for schedule(static) num_threads(a.num_threads)
-    for (int64_t row = 0; row < a.num_rows; ++row) {
-        const int64_t source = a.rows ? a.rows[row] : row;
-        const int32_t* signs = a.signs + source * a.runs_per_row * groups;
-        T* target = out + row * a.runs_per_row * a.run;
-        if (full == groups) {  // no tail: the whole row is one stream
-            for (int64_t g = 0; g < a.runs_per_row * groups; ++g) {
-                const auto word = static_cast<uint32_t>(signs[g]);
-                choice.store(target + g * kLanes, word & kAllLanes, word >> 16);
+#pragma omp parallel num_threads(a.num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < a.num_rows; ++row) {
+            const int64_t source = a.rows ? a.rows[row] : row;
+            const int32_t* signs = a.signs + source * a.runs_per_row * groups;
+            T* target = out + row * a.runs_per_row * a.run;
+            if (full == groups) {  // no tail: the whole row is one stream
+                for (int64_t g = 0; g < a.runs_per_row * groups; ++g) {
+                    const auto word = static_cast<uint32_t>(signs[g]);
+                    choice.template store<kStream>(target + g * kLanes, word & kAllLanes,
+                                                   word >> 16);
+                }
+                continue;
             }
-            continue;
-        }
-        for (int64_t i = 0; i < a.runs_per_row; ++i, signs += groups, target += a.run) {
-            for (int64_t g = 0; g < groups; ++g) {
-                const auto word = static_cast<uint32_t>(signs[g]);
-                choice.store_some(target + g * kLanes, word & kAllLanes, word >> 16,
-                                  smaller(kLanes, a.run - g * kLanes));
+            for (int64_t i = 0; i < a.runs_per_row; ++i, signs += groups, target += a.run) {
+                for (int64_t g = 0; g < groups; ++g) {
+                    const auto word = static_cast<uint32_t>(signs[g]);
+                    choice.store_some(target + g * kLanes, word & kAllLanes, word >> 16,
+                                      smaller(kLanes, a.run - g * kLanes));
+                }
             }
         }
+        if (kStream) finish_streaming();
+    }
+}
+
+template <class T>
+void expand(const ExpandSigns& a) {
+    const auto row_bytes = sizeof(T) * static_cast<size_t>(a.runs_per_row * a.run);
+    if (a.run % kLanes == 0 &&
+        worth_streaming(a.out, row_bytes, row_bytes * static_cast<size_t>(a.num_rows))) {
+        expand_rows<true, T>(a);
+    } else {
+        expand_rows<false, T>(a);
     }
 }
 

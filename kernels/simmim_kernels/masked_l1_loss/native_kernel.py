@@ -1,5 +1,6 @@
 """Calls the C++ kernels of masked_l1_loss with the addresses of tensors."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,8 +26,8 @@ def forward(
         prediction = prediction.contiguous()
     mask = mask.contiguous()
     shape = signs_shape(prediction.shape, image.shape[1], stride) if keep_signs else [0]
-    signs = torch.empty(shape, dtype=torch.int32)
-    total = native.extension.masked_l1_loss_forward(
+    signs = native.empty(shape, torch.int32)
+    total, hidden_cells = native.extension.masked_l1_loss_forward(
         prediction.data_ptr(),
         () if stride else prediction.stride(),
         native.DTYPE_CODES[prediction.dtype],
@@ -37,14 +38,14 @@ def forward(
         signs.data_ptr() if keep_signs else 0,
         torch.get_num_threads(),
     )
-    per_pixel = gradient_per_pixel(image, mask)
+    per_pixel = gradient_per_pixel(image, mask, hidden_cells)
     return torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs
 
 
-def gradient_per_pixel(image: Tensor, mask: Tensor) -> float:
+def gradient_per_pixel(image: Tensor, mask: Tensor, hidden_cells: int) -> float:
     """1 / (ΣM + 1e-5) / C, with M the mask at the image's resolution."""
     pixels = (image.shape[2] // mask.shape[1]) * (image.shape[3] // mask.shape[2])
-    return 1.0 / (int(mask.sum()) * pixels + 1e-5) / image.shape[1]
+    return 1.0 / (hidden_cells * pixels + 1e-5) / image.shape[1]
 
 
 def image_arguments(
@@ -66,15 +67,17 @@ def image_arguments(
 def backward(step: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Signs times `step` (a scalar) in the layout of the prediction."""
     assert native.extension is not None
-    grad = torch.empty(tuple(shape), dtype=dtype)
+    grad = native.empty(shape, dtype)
     runs = signs.numel() // signs.shape[-1] if signs.numel() else 0
+    # a few runs to a row: whole cache lines, and rows enough to share among threads
+    runs_per_row = math.gcd(runs, 64)
     native.extension.expand_signs(
         signs.data_ptr(),
         0,  # no list of rows: all of them
         grad.data_ptr(),
         native.DTYPE_CODES[dtype],
-        runs,
-        1,
+        runs // max(runs_per_row, 1),
+        runs_per_row,
         grad.numel() // max(runs, 1),
         float(step.detach()),
         torch.get_num_threads(),

@@ -43,14 +43,54 @@ void select_smallest(int64_t* values, int64_t size, int64_t count) {
     }
 }
 
+// Up to this many units, comparing all pairs without a branch beats selecting.
+constexpr int64_t kFewUnits = 128;
+
+// hidden[i] = 1 for the `count` smallest draws, else 0; `scratch` has room for the draws.
+void hide_smallest(const int64_t* draws, int64_t size, int64_t count, int64_t* scratch,
+                   uint8_t* hidden) {
+    if (size <= kFewUnits) {
+        for (int64_t i = 0; i < size; ++i) {
+            int64_t smaller = 0;
+            for (int64_t j = 0; j < size; ++j) smaller += draws[j] < draws[i];
+            hidden[i] = smaller < count;
+        }
+        return;
+    }
+    std::memset(hidden, 0, static_cast<size_t>(size));
+    if (count == 0) return;
+    std::memcpy(scratch, draws, sizeof(int64_t) * static_cast<size_t>(size));
+    select_smallest(scratch, size, count);
+    for (int64_t i = 0; i < size; ++i) hidden[i] = draws[i] <= scratch[count - 1];
+}
+
+// One byte a unit → one byte a token.
+void spread(const uint8_t* hidden, const RandomPatchMask& a, uint8_t* out) {
+    const int64_t width = a.columns * a.unit;
+    for (int64_t row = 0; row < a.rows; ++row, hidden += a.columns, out += a.unit * width) {
+        for (int64_t column = 0; column < a.columns; ++column) {
+            uint8_t* token = out + column * a.unit;
+            if (a.unit % 8 != 0) {
+                for (int64_t i = 0; i < a.unit; ++i) token[i] = hidden[column];
+                continue;
+            }
+            const uint64_t eight = hidden[column] * uint64_t{0x0101010101010101};
+            for (int64_t i = 0; i < a.unit; i += 8) std::memcpy(token + i, &eight, 8);
+        }
+        for (int64_t i = 1; i < a.unit; ++i) {
+            std::memcpy(out + i * width, out, static_cast<size_t>(width));
+        }
+    }
+}
+
 }  // namespace
 
 void random_patch_mask(const RandomPatchMask& a) {
-    const int64_t units = a.rows * a.columns, width = a.columns * a.unit;
+    const int64_t units = a.rows * a.columns;
 #pragma omp parallel num_threads(a.num_threads)
     {
         auto* draws = new int64_t[static_cast<size_t>(2 * units + 1)];
-        int64_t* sorted = draws + units;
+        auto* hidden = new uint8_t[static_cast<size_t>(units + 1)];
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < a.batch; ++b) {
             const uint64_t key =
@@ -59,17 +99,10 @@ void random_patch_mask(const RandomPatchMask& a) {
             for (int64_t i = 0; i < units; ++i) {
                 draws[i] = static_cast<int64_t>(mix(key + static_cast<uint64_t>(i + 1) * kGamma));
             }
-            std::memcpy(sorted, draws, sizeof(int64_t) * static_cast<size_t>(units));
-            if (a.num_hidden > 0) select_smallest(sorted, units, a.num_hidden);
-            uint8_t* mask = a.mask + b * units * a.unit * a.unit;
-            for (int64_t i = 0; i < units; ++i) {
-                const bool hidden = a.num_hidden > 0 && draws[i] <= sorted[a.num_hidden - 1];
-                uint8_t* corner = mask + i / a.columns * a.unit * width + i % a.columns * a.unit;
-                for (int64_t row = 0; row < a.unit; ++row) {
-                    std::memset(corner + row * width, hidden, static_cast<size_t>(a.unit));
-                }
-            }
+            hide_smallest(draws, units, a.num_hidden, draws + units, hidden);
+            spread(hidden, a, a.mask + b * units * a.unit * a.unit);
         }
+        delete[] hidden;
         delete[] draws;
     }
 }

@@ -12,9 +12,9 @@ def forward(
     """bool [B, rows·unit, columns·unit]; ids int64 [B], epochs int64 [B] or []."""
     assert native.extension is not None
     batch = ids.shape[0]
-    mask = torch.empty(batch, rows * unit, columns * unit, dtype=torch.bool)
-    # starting threads costs more than a few thousand draws
-    threads = min(torch.get_num_threads(), 1 + mask.numel() // 65_536)
+    mask = native.empty((batch, rows * unit, columns * unit), torch.bool)
+    # waking threads costs as much as a few hundred thousand tokens
+    threads = min(torch.get_num_threads(), 1 + mask.numel() // 1_000_000)
     native.extension.random_patch_mask(
         ids.data_ptr(),
         epochs.data_ptr(),

@@ -22,18 +22,28 @@ void forward(const SubstituteForward& a) {
     const auto* pos_embed = static_cast<const T*>(a.pos_embed);
     auto* out = static_cast<T*>(a.out);
     const size_t bytes = sizeof(T) * static_cast<size_t>(a.width);
-#pragma omp parallel for schedule(static) num_threads(a.num_threads)
-    for (int64_t row = 0; row < a.rows; ++row) {
-        const T* source = a.mask[row] ? mask_token : tokens + row * a.width;
-        T* target = out + row * a.width;
-        if (pos_embed == nullptr) {
-            std::memcpy(target, source, bytes);
-            continue;
+    const auto rows = static_cast<size_t>(a.rows);
+    const bool stream = pos_embed == nullptr && worth_streaming(out, bytes, bytes * rows);
+#pragma omp parallel num_threads(a.num_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < a.rows; ++row) {
+            const T* source = a.mask[row] ? mask_token : tokens + row * a.width;
+            T* target = out + row * a.width;
+            if (stream) {
+                stream_lines(target, source, bytes);
+                continue;
+            }
+            if (pos_embed == nullptr) {
+                std::memcpy(target, source, bytes);
+                continue;
+            }
+            const T* position = pos_embed + (row % a.tokens_per_image) * a.width;
+            for (int64_t d = 0; d < a.width; ++d) {
+                target[d] = from_float<T>(to_float(source[d]) + to_float(position[d]));
+            }
         }
-        const T* position = pos_embed + (row % a.tokens_per_image) * a.width;
-        for (int64_t d = 0; d < a.width; ++d) {
-            target[d] = from_float<T>(to_float(source[d]) + to_float(position[d]));
-        }
+        finish_streaming();
     }
 }
 
@@ -53,6 +63,7 @@ void backward(const SubstituteBackward& a) {
     const size_t bytes = sizeof(T) * static_cast<size_t>(a.width);
     const int64_t sections = (a.rows + kRowsPerSection - 1) / kRowsPerSection;
     const auto width = static_cast<size_t>(a.width);
+    const bool stream = worth_streaming(grad_tokens, bytes, bytes * static_cast<size_t>(a.rows));
     auto* partial = new double[static_cast<size_t>(sections) * width]();
 #pragma omp parallel num_threads(a.num_threads)
     {
@@ -65,10 +76,15 @@ void backward(const SubstituteBackward& a) {
             for (int64_t row = begin; row < end; ++row) {
                 const T* source = grad_out + row * a.width;
                 T* target = grad_tokens + row * a.width;
-                if (a.mask[row]) {
-                    std::memset(target, 0, bytes);
+                const bool hidden = a.mask[row] != 0;
+                if (hidden) {
                     add_row(sum, source, a.width);
                     ++summed;
+                }
+                if (stream) {
+                    stream_lines(target, hidden ? nullptr : source, bytes);
+                } else if (hidden) {
+                    std::memset(target, 0, bytes);
                 } else {
                     std::memcpy(target, source, bytes);
                 }
@@ -80,6 +96,7 @@ void backward(const SubstituteBackward& a) {
                 }
             }
         }
+        finish_streaming();
         delete[] sum;
     }
     for (int64_t d = 0; d < a.width; ++d) {

@@ -9,7 +9,7 @@ from simmim_kernels import native
 def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> Tensor:
     """[B, L, D]; all inputs contiguous and of one dtype."""
     assert native.extension is not None
-    out = torch.empty_like(tokens)
+    out = native.empty(tokens.shape, tokens.dtype)
     B, L, D = tokens.shape
     native.extension.substitute_mask_tokens_forward(
         tokens.data_ptr(),
@@ -30,7 +30,7 @@ def backward(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the tokens [B, L, D] and of the mask token [D]."""
     assert native.extension is not None
     B, L, D = grad_out.shape
-    grad_tokens = torch.empty_like(grad_out)
+    grad_tokens = native.empty(grad_out.shape, grad_out.dtype)
     grad_mask_token = torch.empty(D, dtype=torch.float32)
     native.extension.substitute_mask_tokens_backward(
         grad_out.data_ptr(),

@@ -1,0 +1,27 @@
+// Memory for the large outputs of the native kernels, kept for the next step when it is freed.
+//
+// The system hands out a fresh large allocation page by page, each cleared on first touch, which
+// takes longer than a memory-bound kernel does; PyTorch's CPU allocator asks for it anew every
+// time.
+#pragma once
+
+#include <cstddef>
+
+namespace simmim {
+
+struct MemoryBlock {
+    void* data;
+    size_t size;
+};
+
+// At least `bytes` bytes, aligned to 2 MiB, contents undefined. Throws std::bad_alloc.
+MemoryBlock* take_memory(size_t bytes);
+
+// Gives a block back; any thread may. It is kept if all blocks together, in use and kept, stay
+// within what was once in use at one time.
+void give_back_memory(MemoryBlock* block) noexcept;
+
+// Returns every kept block to the system, and how many bytes those were.
+size_t release_memory() noexcept;
+
+}  // namespace simmim

@@ -1,0 +1,85 @@
+"""The native kernels' memory and instruction sets."""
+
+import threading
+
+import pytest
+import torch
+
+from simmim_kernels import native
+
+pytestmark = pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
+LARGE = native.RECYCLED_BYTES // 4 + 1000  # elements of float32
+
+
+def test_small_outputs_come_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "extension", None)
+    assert native.empty((3, 4), torch.bfloat16).shape == (3, 4)
+    assert native.empty((LARGE,), torch.float32).shape == (LARGE,)
+
+
+def test_memory_is_reused_when_free_and_not_before() -> None:
+    native.release_memory()
+    first = native.empty((LARGE, 2), torch.float32)
+    assert first.is_contiguous()
+    assert first.shape == (LARGE, 2)
+    assert not first._is_view()
+    address = first.data_ptr()
+    part = first.fill_(7)[10:20, 1]
+    del first  # `part` still needs the memory
+    second = native.empty((LARGE, 2), torch.float32)
+    assert second.data_ptr() != address
+    second.fill_(8)
+    assert (part == 7).all()
+    del part
+    third = native.empty((LARGE, 2), torch.bfloat16)
+    assert third.data_ptr() == address
+    assert third.dtype == torch.bfloat16
+
+
+def test_kept_memory_can_be_released_and_is_bounded() -> None:
+    native.release_memory()
+    together = [native.empty((LARGE,), torch.float32) for _ in range(3)]
+    del together
+    for rows in range(2, 40):  # sizes that never fit what is kept must not pile up
+        native.empty((rows, LARGE), torch.float32)
+    kept = native.release_memory()
+    assert 0 < kept <= 64 * LARGE * 4
+    assert native.release_memory() == 0
+
+
+def test_another_thread_may_free_it() -> None:
+    native.release_memory()
+    held = [native.empty((LARGE,), torch.float32)]
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    assert native.release_memory() > 0
+
+
+def test_large_outputs_are_right_when_streamed() -> None:
+    """Beyond 8 MiB rows are written past the cache; the small tests never get there."""
+    from simmim_kernels import masked_l1_loss_from_tokens, substitute_mask_tokens
+
+    tokens = torch.randn(40, 600, 128, requires_grad=True)
+    token, mask = torch.randn(128, requires_grad=True), torch.rand(40, 600) < 0.6
+    prediction, image = torch.randn(40, 6, 6, 3072), torch.randn(40, 3, 192, 192)
+    units = torch.rand(40, 6, 6) < 0.6
+    found = []
+    for backend in ("reference", "native"):
+        out = substitute_mask_tokens(tokens, mask, token, backend=backend)
+        gradients = torch.autograd.grad(out, (tokens, token), torch.ones_like(out))
+        leaf = prediction.clone().requires_grad_()
+        loss = masked_l1_loss_from_tokens(leaf, image, units, 32, backend=backend)
+        loss.backward()
+        found.append((out, *gradients, loss, leaf.grad))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_targets() -> None:
+    best = native.extension.target()
+    assert best in ("baseline", "avx2", "avx512")
+    assert native.extension.use_target("baseline")
+    assert native.extension.target() == "baseline"
+    assert not native.extension.use_target("sse9")
+    assert native.extension.use_target(best)
