@@ -10,7 +10,7 @@ import torch
 
 from simmim_kernels import native
 
-TURN_SECONDS = 5e-3
+TURN_SECONDS = 30e-3
 
 
 def interleaved(
@@ -24,7 +24,7 @@ def interleaved(
 
     Args:
         sides: what to time; each has its turn once per round, the first side first in even rounds
-            and last in odd ones. A turn of the CPU is as many calls as fill a few milliseconds.
+            and last in odd ones. A turn of the CPU is as many calls as fill 30 ms.
         device: a CUDA device is timed by events after a warm-up, the CPU by the clock.
         seconds: about how long to measure.
         least_rounds: rounds at least, however slow a side is.

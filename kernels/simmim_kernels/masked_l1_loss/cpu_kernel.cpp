@@ -13,7 +13,7 @@ namespace {
 // Rows of an image-shaped prediction that one thread takes at a time.
 constexpr int64_t kRowsPerBand = 32;
 // Rows that are fetched ahead of their use.
-constexpr int64_t kAhead = 2;
+constexpr int64_t kAhead = 5;
 
 template <class T>
 struct Buffer {
@@ -228,6 +228,27 @@ template <bool kScaled, class P, class I>
     return total;
 }
 
+// One channel of a cell whose rows all have the same pixels hidden: its prediction is one stream.
+template <bool kScaled, class P, class I>
+void add_cell(Lanes& total, const P* prediction, const I* image, int64_t image_stride,
+              const HiddenLanes& hidden, int64_t index, const RunOf& run, int64_t rows,
+              int32_t* signs) {
+    const Hidden kind = hidden.kind_of_run(index);
+    if (kind == Hidden::none) {
+        if (signs) {
+            std::memset(signs, 0, sizeof(int32_t) * static_cast<size_t>(rows * run.groups));
+        }
+        return;
+    }
+    const uint16_t* lanes = hidden.of_run(index);
+    Lanes sum_of_cell = total;  // a local, so that it stays in a register
+    for (int64_t y = 0; y < rows; ++y) {
+        sum_of_cell = add_run<kScaled>(sum_of_cell, prediction + y * rows, image + y * image_stride,
+                                       lanes, kind, run, signs ? signs + y * run.groups : nullptr);
+    }
+    total = sum_of_cell;
+}
+
 template <class P, class I>
 double forward(const MaskedL1Forward& a) {
     constexpr bool kBytes = sizeof(I) == 1;
@@ -236,6 +257,7 @@ double forward(const MaskedL1Forward& a) {
     const int64_t run = a.stride ? a.stride : W, runs = W / larger(run, 1);
     const int64_t cell_height = H / t.grid[0], cell_width = W / t.grid[1];
     const int64_t band = a.stride ? a.stride : kRowsPerBand;
+    const bool by_cells = a.stride && !a.norm_target && t.strides[3] == 1;
     // the sliding window starts anew in every task, so there a task is a whole plane
     const int64_t rows_per_task = a.norm_target ? larger(H, 1) : band;
     const int64_t blocks = ceil_divide(H, rows_per_task), tasks = B * C * blocks;
@@ -271,13 +293,28 @@ double forward(const MaskedL1Forward& a) {
                 const int64_t bottom = smaller(end, top + band);
                 const int64_t first_cell = (b * (H / run) + top / run) * runs;
                 Lanes total = zero_lanes();
+                const auto read_mask = [&](int64_t y) {
+                    if (y < next_mask_row) return;
+                    const int64_t mask_row = y / cell_height;
+                    next_mask_row = (mask_row + 1) * cell_height;
+                    hidden.read(t.mask + (b * t.grid[0] + mask_row) * t.grid[1], cell_width);
+                };
+                read_mask(top);
+                if (by_cells && next_mask_row >= bottom) {
+                    for (int64_t x = 0; x < runs; ++x) {
+                        const int64_t cell = first_cell + x;
+                        const int64_t row = a.row_of_cell ? a.row_of_cell[cell] : cell;
+                        add_cell<kBytes>(
+                            total, prediction + (row * C + c) * run * run,
+                            plane + top * t.strides[2] + x * run, t.strides[2], hidden, x, of_run,
+                            run, a.signs ? a.signs + (cell * C + c) * run * groups : nullptr);
+                    }
+                    sum_of_task += sum(total);
+                    continue;
+                }
                 for (int64_t y = top; y < bottom; ++y) {
                     if (a.norm_target) statistics.normalise_row(y, pixel, normalised.data);
-                    if (y >= next_mask_row) {
-                        const int64_t mask_row = y / cell_height;
-                        next_mask_row = (mask_row + 1) * cell_height;
-                        hidden.read(t.mask + (b * t.grid[0] + mask_row) * t.grid[1], cell_width);
-                    }
+                    read_mask(y);
                     if (!hidden.any() && !a.signs) continue;
                     const int64_t width = hidden.any() ? W : 0;
                     const I* row = row_of(plane + y * t.strides[2], t.strides[3],
