@@ -13,186 +13,26 @@ launch, so that anybody can replay it elsewhere.
 """
 
 import argparse
-import functools
 import json
-import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 try:
     import triton
 
     from simmim_kernels.ahead_of_time import TARGETS, Launch, capture
+    from simmim_kernels.machine_code import Access, read_amdgcn, read_sass
+    from simmim_kernels.report_cases import Case, cases
 except ImportError as error:
     if __name__ != "__main__":
         raise
     raise SystemExit(f"the report needs Triton: {error} (`pip install triton`, Linux)") from error
-
-
-@dataclass(frozen=True)
-class Model:
-    """Shapes of a model whose ops are reported.
-
-    Attributes:
-        name: of the model, its image size and window.
-        batch: images per step on one GPU.
-        tokens: tokens of an image where they are masked.
-        width: channels of these tokens.
-        head_width: channels of the encoder's output, which the prediction head reads.
-        cells: side of the square grid of the encoder's output.
-        stride: pixels of the image along one cell.
-    """
-
-    name: str
-    batch: int
-    tokens: int
-    width: int
-    head_width: int
-    cells: int
-    stride: int
-
-
-MODELS = (
-    Model("swin_base_192_w6", 64, tokens=2304, width=128, head_width=1024, cells=6, stride=32),
-    Model("swin_large_192_w12", 64, tokens=2304, width=192, head_width=1536, cells=6, stride=32),
-    Model("vit_base_224", 64, tokens=196, width=768, head_width=768, cells=14, stride=16),
-)
-
-
-def cases() -> "list[Case]":
-    """Every op with Triton kernels on the tensors of every model, forward and backward."""
-    return [case for model in MODELS for case in _cases_of(model)]
-
-
-def _cases_of(model: Model) -> "list[Case]":
-    from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
-    from simmim_kernels.masked_l1_loss import triton_kernel as loss
-    from simmim_kernels.random_patch_mask import triton_kernel as random_mask
-    from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
-
-    bf16, byte = torch.bfloat16, torch.uint8
-    B, side, S = model.batch, model.cells * model.stride, model.stride
-    units = side // 32
-    share = math.ceil(units * units * 0.6) / units**2  # of hidden pixels: whole units of 32 px
-    token_side, cells = math.isqrt(model.tokens), B * model.cells**2
-    mean, std = torch.empty(3), torch.empty(3)
-    image = torch.empty(B, 3, side, side, dtype=byte)
-    unit_mask = torch.zeros(B, units, units, dtype=torch.bool)
-    pixels = image.numel()
-    hidden = int(pixels * share)
-    sign_bytes = pixels // 16 * 4
-
-    def make_mask() -> None:
-        ids = torch.empty(B, dtype=torch.int64)
-        random_mask.forward(ids, torch.tensor(0), 1 << 40, units, units, token_side // units, 1)
-
-    def make_substitute() -> None:
-        tokens = torch.empty(B, model.tokens, model.width, dtype=bf16)
-        mask = torch.empty(B, model.tokens, dtype=torch.bool)
-        substitute.forward(tokens, mask, tokens[0, 0], None)
-        substitute.backward(tokens, mask)
-
-    def make_loss(stride: int, dtype: torch.dtype) -> None:
-        shape = (B, model.cells, model.cells, 3 * S * S) if stride else (B, 3, side, side)
-        prediction = torch.empty(shape, dtype=dtype)
-        target = image if dtype == bf16 else torch.empty(image.shape)
-        of_bytes = dtype == bf16
-        found = loss.forward(
-            prediction,
-            target,
-            unit_mask,
-            mean if of_bytes else None,
-            std if of_bytes else None,
-            stride,
-            0,
-            True,
-        )
-        loss.backward(found[1], found[2], shape, dtype)
-
-    def make_linear() -> None:
-        features = torch.empty(B, model.cells, model.cells, model.head_width, dtype=bf16)
-        weight = torch.empty(3 * S * S, model.head_width, dtype=bf16)
-        bias = torch.empty(3 * S * S, dtype=bf16)
-        _, per_pixel, signs = linear.forward(
-            features, weight, bias, image, unit_mask, mean, std, S, 0, True
-        )
-        linear.backward(per_pixel, signs, features, weight, unit_mask, S, True, True)
-
-    elements = B * model.tokens * model.width
-    masked_tokens = 2 * B * model.tokens  # the mask, forward and backward
-    needed = int(elements * (1 - share)) * 2 + 3 * elements * 2 + masked_tokens + 4 * model.width
-    partial = -(-B * model.tokens // substitute.ROWS_PER_PROGRAM) * model.width * 4
-    masks = B * units * units
-    head = 3 * S * S * model.head_width
-    feature_bytes = cells * model.head_width * 2
-    found = [
-        Case("random_patch_mask", model.name, "int64", make_mask, B * (8 + model.tokens)),
-        Case(
-            "substitute_mask_tokens",
-            model.name,
-            "bfloat16",
-            make_substitute,
-            bytes_needed=needed,
-            bytes_moved=needed + 2 * partial,
-        ),
-    ]
-    for layout, stride in (("masked_l1_loss", 0), ("masked_l1_loss_from_tokens", S)):
-        for dtype, size, image_size in ((bf16, 2, 1), (torch.float32, 4, 4)):
-            # sign words go out once and in once; both are part of any split in two passes
-            floor = hidden * (size + image_size) + pixels * size + 2 * sign_bytes + 2 * masks
-            partials = -(-pixels // 16 // loss.GROUPS_PER_PROGRAM) * 8
-            make = functools.partial(make_loss, stride, dtype)
-            name = str(dtype).removeprefix("torch.")
-            found.append(Case(layout, model.name, name, make, floor, floor + partials))
-    # matrix products read their factors once per tile, from the L2 cache but for the first time:
-    # the model is that of an ideal cache
-    floor = (
-        int(feature_bytes * share) * 2  # features, forward and for the weight's gradient
-        + feature_bytes  # their gradient, zeros included
-        + head * 2 * 3  # weight twice, its gradient
-        + hidden  # bytes of the image
-        + sign_bytes
-        + int(sign_bytes * share) * 3
-    )
-    found.append(Case("linear_masked_l1_loss", model.name, "bfloat16", make_linear, floor, floor))
-    return found
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op on tensors of one shape.
-
-    Attributes:
-        op: name of the op's folder.
-        model: whose shapes these are.
-        dtype: of the activations, without "torch.".
-        make: calls the op's launch functions, forward and backward, on CPU tensors of the real
-            shapes, made by `torch.empty`.
-        bytes_needed: the fewest bytes that any implementation moves: each input read once and each
-            output written once, without what need not be read or may stay in registers.
-        bytes_moved: what ours moves; a formula that the op's tests compare with the interpreter's
-            byte counts. None models it: every launch moves each tensor that it is given once.
-    """
-
-    op: str
-    model: str
-    dtype: str
-    make: Callable[[], object]
-    bytes_needed: int
-    bytes_moved: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}/{self.model}/{self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -233,163 +73,6 @@ SHARED_BYTES_EVERYWHERE = 99 << 10
 LARGEST_BYTES_RATIO = 1.05
 LARGEST_GROWTH = 1.10
 NOT_MEASURED = "compiled ahead of time and modelled, not run on a GPU"
-
-
-# --- machine code ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Access:
-    """Instructions that access global memory, counted by width in bytes.
-
-    Attributes:
-        widths: instructions per width, everywhere in the kernel.
-        narrowest: the narrowest width that carries at least a quarter of the bytes on the hot path,
-            which is the loops if there is an access in one and else the whole kernel; 0 without
-            any access. Flags and other scalars, which are few, do not count this way.
-    """
-
-    widths: dict[int, int]
-    narrowest: int
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What is read from the code of one kernel."""
-
-    loads: Access
-    stores: Access
-    tensor_ops: dict[str, int]
-    atomics: int
-    instructions: int
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    opcode: str
-    operands: str
-
-
-def read_sass(text: str) -> MachineCode:
-    """Reads NVIDIA machine code as `nvdisasm -c` prints it."""
-    instructions, labels = _parse(
-        text,
-        re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"),
-        re.compile(r"(\.L_x_\d+):"),
-    )
-    return _summarise(
-        instructions,
-        labels,
-        load=lambda opcode: _sass_width(opcode, "LDG", "LDGSTS"),
-        store=lambda opcode: _sass_width(opcode, "STG"),
-        is_branch=lambda opcode: opcode.startswith("BRA"),
-        is_tensor_op=lambda opcode: opcode.split(".")[0].endswith("MMA"),
-        is_atomic=lambda opcode: opcode.split(".")[0] in ("RED", "REDG", "ATOM", "ATOMG"),
-    )
-
-
-def _sass_width(opcode: str, *bases: str) -> int | None:
-    """Bytes that a lane accesses, None for other instructions: LDG.E.128 is 16, LDG.E.U16 2."""
-    base, *suffixes = opcode.split(".")
-    if base not in bases:
-        return None
-    bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-    return next((bits[s] // 8 for s in suffixes if s in bits), 4)
-
-
-def read_amdgcn(text: str) -> MachineCode:
-    """Reads AMD assembly as Triton keeps it."""
-    instructions, labels = _parse(
-        text,
-        re.compile(r"\s+((?:[vs]_|ds_|buffer_|global_|flat_|scratch_)\w+)(.*)"),
-        re.compile(r"(\.LBB\w+):"),
-    )
-    return _summarise(
-        instructions,
-        labels,
-        load=lambda opcode: _amdgcn_width(opcode, "load"),
-        store=lambda opcode: _amdgcn_width(opcode, "store"),
-        is_branch=lambda opcode: opcode.startswith(("s_branch", "s_cbranch")),
-        is_tensor_op=lambda opcode: opcode.startswith("v_mfma"),
-        is_atomic=lambda opcode: re.match(r"(?:global|buffer|flat)_atomic", opcode) is not None,
-    )
-
-
-def _amdgcn_width(opcode: str, direction: str) -> int | None:
-    match = re.fullmatch(rf"(?:global|buffer|flat)_{direction}_(\w+)", opcode)
-    if match is None:
-        return None
-    words = re.match(r"dwordx?(\d?)", match[1])
-    if words:
-        return 4 * int(words[1] or 1)
-    return 1 if "byte" in match[1] else 2
-
-
-def _parse(
-    text: str, instruction: re.Pattern[str], label: re.Pattern[str]
-) -> tuple[list[_Instruction], dict[str, int]]:
-    """Instructions in order, and the index of the instruction after each label."""
-    instructions: list[_Instruction] = []
-    labels: dict[str, int] = {}
-    for line in text.splitlines():
-        if match := label.match(line):
-            labels[match[1]] = len(instructions)
-        elif match := instruction.match(line):
-            instructions.append(_Instruction(match[1], match[2]))
-    return instructions, labels
-
-
-def _summarise(
-    parsed: list[_Instruction],
-    labels: dict[str, int],
-    *,
-    load: Callable[[str], int | None],
-    store: Callable[[str], int | None],
-    is_branch: Callable[[str], bool],
-    is_tensor_op: Callable[[str], bool],
-    is_atomic: Callable[[str], bool],
-) -> MachineCode:
-    in_loop = _in_loops(parsed, labels, is_branch)
-    opcodes = [(i.opcode, looped) for i, looped in zip(parsed, in_loop) if i.opcode != "NOP"]
-    return MachineCode(
-        loads=_access((load(opcode), looped) for opcode, looped in opcodes),
-        stores=_access((store(opcode), looped) for opcode, looped in opcodes),
-        tensor_ops=dict(Counter(opcode for opcode, _ in opcodes if is_tensor_op(opcode))),
-        atomics=sum(is_atomic(opcode) for opcode, _ in opcodes),
-        instructions=len(opcodes),
-    )
-
-
-def _in_loops(
-    instructions: Sequence[_Instruction],
-    labels: dict[str, int],
-    is_branch: Callable[[str], bool],
-) -> list[bool]:
-    """For each instruction, whether a branch back to before it follows it."""
-    looped = [False] * len(instructions)
-    for index, instruction in enumerate(instructions):
-        if not is_branch(instruction.opcode):
-            continue
-        target = re.search(r"\.L[\w]+", instruction.operands)
-        start = labels.get(target[0], index) if target else index
-        looped[start:index] = [True] * max(0, index - start)
-    return looped
-
-
-def _access(widths_and_loops: Iterable[tuple[int | None, bool]]) -> Access:
-    everywhere: Counter[int] = Counter()
-    in_loops: Counter[int] = Counter()
-    for width, looped in widths_and_loops:
-        if width is not None:
-            everywhere[width] += 1
-            in_loops[width] += looped
-    hot = {w: n for w, n in in_loops.items() if n} or dict(everywhere)
-    hot_bytes = sum(w * n for w, n in hot.items())
-    narrowest = min((w for w, n in hot.items() if 4 * w * n >= hot_bytes), default=0)
-    return Access(dict(sorted(everywhere.items())), narrowest)
-
-
-# --- figures --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -559,9 +242,6 @@ def compile_case(case: Case, target: str) -> list[Launch]:
     if not launches:
         raise RuntimeError(f"{case.name}: make() launched no Triton kernel")
     return launches
-
-
-# --- output ---------------------------------------------------------------------------------------
 
 
 def as_table(figures: Sequence[CaseFigures]) -> str:

@@ -22,9 +22,9 @@ from triton.runtime.jit import JITFunction
 
 from gpu_sim.interpreter import interpret
 from simmim_kernels.ahead_of_time import TARGETS, Launch, capture
+from simmim_kernels.machine_code import read_amdgcn, read_sass
 from simmim_kernels.report import (
     CARDS,
-    Case,
     amd_resources,
     as_json,
     case_figures,
@@ -33,9 +33,8 @@ from simmim_kernels.report import (
     kernel_figures,
     main,
     occupancy,
-    read_amdgcn,
-    read_sass,
 )
+from simmim_kernels.report_cases import Case
 
 BFLOAT16 = torch.bfloat16
 
