@@ -70,9 +70,10 @@ def forward(
     total, num_hidden = 0.0, 0
     for first, last, rows in _chunks(cells):
         chunk = flat[rows].to(dtype)
-        prediction = (
-            chunk @ transposed if offset is None else torch.addmm(offset, chunk, transposed)
-        )
+        with torch.autocast("cpu", enabled=False):  # it would take the products back to 16 bits
+            prediction = (
+                chunk @ transposed if offset is None else torch.addmm(offset, chunk, transposed)
+            )
         # rounded as a head in the features' own dtype rounds it
         prediction = prediction.to(features.dtype)
         row_of_cell = torch.zeros(B * h * w, dtype=torch.int32)
