@@ -249,106 +249,155 @@ void add_cell(Lanes& total, const P* prediction, const I* image, int64_t image_s
     total = sum_of_cell;
 }
 
+// The loss on some rows of one plane (an image's channel); one object per thread.
+template <class P, class I>
+class PlaneLoss {
+  public:
+    explicit PlaneLoss(const MaskedL1Forward& a)
+        : a_(a),
+          t_(a.target),
+          channels_(t_.shape[1]),
+          height_(t_.shape[2]),
+          width_(t_.shape[3]),
+          run_(a.stride ? a.stride : width_),
+          runs_(width_ / run_),
+          hidden_(runs_, run_),
+          statistics_(height_, a.norm_target ? width_ : 0, a.norm_target),
+          normalised_(width_),
+          gathered_(width_),
+          gathered_image_(width_) {
+        of_run_.groups = hidden_.groups();
+        of_run_.next_prediction = kAhead * run_;
+        of_run_.next_image = a.norm_target ? 0 : kAhead * t_.strides[2];
+    }
+
+    // Σ|error| over the hidden pixels of the rows. A band is one row of cells of the prediction,
+    // short enough to sum in float32.
+    double sum_of_rows(int64_t image, int64_t channel, int64_t begin, int64_t end, int64_t band) {
+        image_ = image;
+        channel_ = channel;
+        plane_ = static_cast<const I*>(t_.image) + image * t_.strides[0] + channel * t_.strides[1];
+        if constexpr (kBytes) {
+            of_run_.scale = 1.0f / (255.0f * t_.std[channel]);
+            of_run_.shift = t_.mean[channel] / t_.std[channel];
+        }
+        next_mask_row_ = begin;
+        double total = 0.0;
+        for (int64_t top = begin; top < end; top += band) {
+            const int64_t bottom = smaller(end, top + band);
+            Lanes of_band = zero_lanes();
+            read_mask(top);
+            if (a_.stride && !a_.norm_target && t_.strides[3] == 1 && next_mask_row_ >= bottom) {
+                for (int64_t x = 0; x < runs_; ++x) add_whole_cell(of_band, top, x);
+            } else {
+                for (int64_t y = top; y < bottom; ++y) add_row(of_band, y, y - top);
+            }
+            total += sum(of_band);
+        }
+        return total;
+    }
+
+  private:
+    static constexpr bool kBytes = sizeof(I) == 1;
+
+    void read_mask(int64_t y) {
+        if (y < next_mask_row_) return;
+        const int64_t cell_height = height_ / t_.grid[0], mask_row = y / cell_height;
+        next_mask_row_ = (mask_row + 1) * cell_height;
+        hidden_.read(t_.mask + (image_ * t_.grid[0] + mask_row) * t_.grid[1], width_ / t_.grid[1]);
+    }
+
+    // Index of the cell of the prediction that begins at pixel (top, x · run).
+    int64_t cell_at(int64_t top, int64_t x) const {
+        return (image_ * (height_ / run_) + top / run_) * runs_ + x;
+    }
+
+    // First pixel of this channel in the prediction of a cell.
+    const P* prediction_of(int64_t cell) const {
+        const int64_t row = a_.row_of_cell ? a_.row_of_cell[cell] : cell;
+        return static_cast<const P*>(a_.prediction) + (row * channels_ + channel_) * run_ * run_;
+    }
+
+    // The first sign word of a row of this channel of a cell, or of the image; null if not kept.
+    int32_t* signs_of(int64_t cell_or_image, int64_t row, int64_t rows) const {
+        if (!a_.signs) return nullptr;
+        const int64_t run = (cell_or_image * channels_ + channel_) * rows + row;
+        return a_.signs + run * of_run_.groups;
+    }
+
+    void add_whole_cell(Lanes& total, int64_t top, int64_t x) {
+        const int64_t cell = cell_at(top, x);
+        add_cell<kBytes>(total, prediction_of(cell), plane_ + top * t_.strides[2] + x * run_,
+                         t_.strides[2], hidden_, x, of_run_, run_, signs_of(cell, 0, run_));
+    }
+
+    // Row y of the image, which is row `within` of its band.
+    void add_row(Lanes& total, int64_t y, int64_t within) {
+        const auto pixel = [&](int64_t row, int64_t column) {
+            const float value = to_float(plane_[row * t_.strides[2] + column * t_.strides[3]]);
+            return kBytes ? value * of_run_.scale - of_run_.shift : value;
+        };
+        if (a_.norm_target) statistics_.normalise_row(y, pixel, normalised_.data);
+        read_mask(y);
+        if (!hidden_.any() && !a_.signs) return;
+        const int64_t needed = hidden_.any() ? width_ : 0;  // pixels worth gathering
+        const I* image = row_of(plane_ + y * t_.strides[2], t_.strides[3],
+                                a_.norm_target ? 0 : needed, gathered_image_.data);
+        for (int64_t x = 0; x < runs_; ++x) {
+            const P* prediction;
+            int32_t* signs;
+            if (a_.stride) {
+                const int64_t cell = cell_at(y - within, x);
+                prediction = prediction_of(cell) + within * run_;
+                signs = signs_of(cell, within, run_);
+            } else {
+                const P* row = static_cast<const P*>(a_.prediction) + image_ * a_.strides[0] +
+                               channel_ * a_.strides[1] + y * a_.strides[2];
+                prediction = row_of(row, a_.strides[3], needed, gathered_.data);
+                signs = signs_of(image_, y, height_);
+            }
+            const uint16_t* lanes = hidden_.of_run(x);
+            const Hidden kind = hidden_.kind_of_run(x);
+            if (a_.norm_target) {
+                total = add_run<false>(total, prediction, normalised_.data + x * run_, lanes, kind,
+                                       of_run_, signs);
+            } else {
+                total = add_run<kBytes>(total, prediction, image + x * run_, lanes, kind, of_run_,
+                                        signs);
+            }
+        }
+    }
+
+    const MaskedL1Forward& a_;
+    const Target2d& t_;
+    int64_t channels_, height_, width_, run_, runs_;
+    HiddenLanes hidden_;
+    LocalStatistics statistics_;
+    Buffer<float> normalised_;
+    Buffer<P> gathered_;
+    Buffer<I> gathered_image_;
+    RunOf of_run_{};
+    const I* plane_ = nullptr;
+    int64_t image_ = 0, channel_ = 0;
+    int64_t next_mask_row_ = 0;  // where the next row of mask cells begins
+};
+
 template <class P, class I>
 double forward(const MaskedL1Forward& a) {
-    constexpr bool kBytes = sizeof(I) == 1;
-    const Target2d& t = a.target;
-    const int64_t B = t.shape[0], C = t.shape[1], H = t.shape[2], W = t.shape[3];
-    const int64_t run = a.stride ? a.stride : W, runs = W / larger(run, 1);
-    const int64_t cell_height = H / t.grid[0], cell_width = W / t.grid[1];
+    const int64_t C = a.target.shape[1], H = a.target.shape[2];
     const int64_t band = a.stride ? a.stride : kRowsPerBand;
-    const bool by_cells = a.stride && !a.norm_target && t.strides[3] == 1;
     // the sliding window starts anew in every task, so there a task is a whole plane
     const int64_t rows_per_task = a.norm_target ? larger(H, 1) : band;
-    const int64_t blocks = ceil_divide(H, rows_per_task), tasks = B * C * blocks;
-    const auto* prediction = static_cast<const P*>(a.prediction);
-    const auto* image = static_cast<const I*>(t.image);
+    const int64_t blocks = ceil_divide(H, rows_per_task), tasks = a.target.shape[0] * C * blocks;
     Buffer<double> partial(tasks);
 #pragma omp parallel num_threads(a.num_threads)
     {
-        HiddenLanes hidden(runs, run);
-        Buffer<float> normalised(W);
-        Buffer<P> gathered(W);
-        Buffer<I> gathered_image(W);
-        const int64_t groups = hidden.groups();
+        PlaneLoss<P, I> plane(a);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t b = task / blocks / C, c = task / blocks % C;
             const int64_t begin = task % blocks * rows_per_task;
-            const int64_t end = smaller(H, begin + rows_per_task);
-            const float scale = kBytes ? 1.0f / (255.0f * t.std[c]) : 1.0f;
-            const float shift = kBytes ? t.mean[c] / t.std[c] : 0.0f;
-            const I* plane = image + b * t.strides[0] + c * t.strides[1];
-            const auto pixel = [&](int64_t y, int64_t x) {
-                const float value = to_float(plane[y * t.strides[2] + x * t.strides[3]]);
-                return kBytes ? value * scale - shift : value;
-            };
-            LocalStatistics statistics(H, a.norm_target ? W : 0, a.norm_target);
-            const RunOf of_run{groups, scale, shift, kAhead * run,
-                               a.norm_target ? 0 : kAhead * t.strides[2]};
-            double sum_of_task = 0.0;
-            int64_t next_mask_row = begin;  // where the next row of mask cells begins
-            for (int64_t top = begin; top < end; top += band) {
-                // a band is one row of cells of the prediction, short enough to sum in float32
-                const int64_t bottom = smaller(end, top + band);
-                const int64_t first_cell = (b * (H / run) + top / run) * runs;
-                Lanes total = zero_lanes();
-                const auto read_mask = [&](int64_t y) {
-                    if (y < next_mask_row) return;
-                    const int64_t mask_row = y / cell_height;
-                    next_mask_row = (mask_row + 1) * cell_height;
-                    hidden.read(t.mask + (b * t.grid[0] + mask_row) * t.grid[1], cell_width);
-                };
-                read_mask(top);
-                if (by_cells && next_mask_row >= bottom) {
-                    for (int64_t x = 0; x < runs; ++x) {
-                        const int64_t cell = first_cell + x;
-                        const int64_t row = a.row_of_cell ? a.row_of_cell[cell] : cell;
-                        add_cell<kBytes>(
-                            total, prediction + (row * C + c) * run * run,
-                            plane + top * t.strides[2] + x * run, t.strides[2], hidden, x, of_run,
-                            run, a.signs ? a.signs + (cell * C + c) * run * groups : nullptr);
-                    }
-                    sum_of_task += sum(total);
-                    continue;
-                }
-                for (int64_t y = top; y < bottom; ++y) {
-                    if (a.norm_target) statistics.normalise_row(y, pixel, normalised.data);
-                    read_mask(y);
-                    if (!hidden.any() && !a.signs) continue;
-                    const int64_t width = hidden.any() ? W : 0;
-                    const I* row = row_of(plane + y * t.strides[2], t.strides[3],
-                                          a.norm_target ? 0 : width, gathered_image.data);
-                    for (int64_t x = 0; x < runs; ++x) {
-                        const int64_t cell = first_cell + x;
-                        const int64_t row_of_run =
-                            a.stride ? (cell * C + c) * run + (y - top) : (b * C + c) * H + y;
-                        int32_t* signs = a.signs ? a.signs + row_of_run * groups : nullptr;
-                        const P* p;
-                        if (!a.stride) {
-                            p = row_of(
-                                prediction + b * a.strides[0] + c * a.strides[1] + y * a.strides[2],
-                                a.strides[3], width, gathered.data);
-                        } else if (a.row_of_cell) {
-                            p = prediction +
-                                ((a.row_of_cell[cell] * C + c) * run + (y - top)) * run;
-                        } else {
-                            p = prediction + row_of_run * run;
-                        }
-                        const uint16_t* lanes = hidden.of_run(x);
-                        const Hidden kind = hidden.kind_of_run(x);
-                        if (a.norm_target) {
-                            total = add_run<false>(total, p, normalised.data + x * run, lanes, kind,
-                                                   of_run, signs);
-                        } else {
-                            total = add_run<kBytes>(total, p, row + x * run, lanes, kind, of_run,
-                                                    signs);
-                        }
-                    }
-                }
-                sum_of_task += sum(total);
-            }
-            partial.data[task] = sum_of_task;
+            partial.data[task] = plane.sum_of_rows(task / blocks / C, task / blocks % C, begin,
+                                                   smaller(H, begin + rows_per_task), band);
         }
     }
     double total = 0.0;
