@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The release that CI runs; any torch that pyproject.toml allows works: make test TORCH='torch==2.14.1'
 TORCH ?= torch==2.13.0
+# Beside a torch that brings no Triton (the CPU's): interprets, compiles and emulates the GPU kernels
+TRITON ?= triton==3.8.0
 VENV ?= .venv
 RUN ?= runs/quickstart
 
@@ -56,6 +58,7 @@ $(INSTALLED): pyproject.toml Makefile $(NATIVE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (torch is the large part) …"
 	@$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/pip install --quiet --disable-pip-version-check '$(TRITON)' || echo 'note: no Triton here; tests of the GPU kernels will be skipped'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[quickstart,test,check,bench]' cmake ninja
 	@$(BIN)/python -c 'from simmim_kernels.native import missing_reason as m; print(f"note: {m}") if m else None'
 	@touch $@
