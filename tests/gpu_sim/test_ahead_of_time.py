@@ -327,6 +327,10 @@ def ptxas_verbose(launch: Launch, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.8."),
+    reason="reads where triton 3.8 leaves ptxas's options",
+)
 @pytest.mark.parametrize("side", [32, 128])
 def test_registers_and_spills_are_what_ptxas_says(side: int, tmp_path: Path) -> None:
     (launch,) = compile_case(case("chain", lambda: matmul_chain(side)), "sm_90")

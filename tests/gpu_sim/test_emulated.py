@@ -227,7 +227,10 @@ MUTATIONS = {
     ),
     "barrier in the sum": (loss_bf16, without(r"bar\.sync", "_finish")),
     "barrier in the backward": (substitute_bf16, without(r"bar\.sync", "_substitute_backward")),
-    "barrier in the head": (linear_bf16, without(r"bar\.sync", "_linear_masked_l1", 1)),
+    "barriers in the head": (
+        linear_bf16,
+        replaced(r"bar\.sync[^;]*;", "", "_linear_masked_l1"),
+    ),
     "factor not transposed": (
         linear_bf16,
         replaced(TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4", "_grad_features"),

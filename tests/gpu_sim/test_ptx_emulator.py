@@ -1687,6 +1687,10 @@ BARRIERS = [
 ]
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.8."),
+    reason="the numbers are those of triton 3.8's barriers",
+)
 @pytest.mark.parametrize(("name", "occurrence"), BARRIERS)
 def test_dropped_barrier_is_caught(name: str, occurrence: int) -> None:
     case = MUTATED_CASES[name]()
