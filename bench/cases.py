@@ -5,8 +5,9 @@ with ours before anything is timed. Source of the eager sides' formulas: microso
 models/simmim.py and data/data_simmim.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,17 +56,11 @@ class Case:
                 assert error <= self.tolerance, f"{self.name}: ours and {name} differ by {error}"
 
 
-def cases(device: torch.device, backend: str) -> Iterator[Case]:
-    """Every op of the table; "ours" runs through `backend` and nothing else."""
+def make_case(name: str, device: torch.device, backend: str) -> Case:
+    """The case of that name in CASES; "ours" runs through `backend` and nothing else."""
     torch.manual_seed(0)
     units = random_patch_mask(BATCH, (IMAGE // UNIT,) * 2, seed=0, device=device)
-    yield _substitute(torch.bfloat16, units, backend)
-    yield _substitute(torch.float32, units, backend)
-    yield _loss_from_tokens(torch.float32, units, backend)
-    yield _loss_from_tokens(torch.bfloat16, units, backend)
-    yield _linear_loss(torch.bfloat16, units, backend)
-    yield _linear_loss(torch.float32, units, backend)
-    yield _random_mask(device, backend)
+    return CASES[name](units, backend)
 
 
 def _token_mask(units: Tensor) -> Tensor:
@@ -220,7 +215,8 @@ def _linear_loss(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
     )
 
 
-def _random_mask(device: torch.device, backend: str) -> Case:
+def _random_mask(units: Tensor, backend: str) -> Case:
+    device = units.device
     tokens, scale = IMAGE // PATCH, UNIT // PATCH
     side = IMAGE // UNIT
     hidden = int(np.ceil(side**2 * 0.6))
@@ -252,3 +248,14 @@ def _random_mask(device: torch.device, backend: str) -> Case:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+CASES: dict[str, Callable[[Tensor, str], Case]] = {
+    "substitute_mask_tokens bfloat16": partial(_substitute, torch.bfloat16),
+    "substitute_mask_tokens float32": partial(_substitute, torch.float32),
+    "masked_l1_loss_from_tokens float32": partial(_loss_from_tokens, torch.float32),
+    "masked_l1_loss_from_tokens bfloat16": partial(_loss_from_tokens, torch.bfloat16),
+    "linear_masked_l1_loss bfloat16": partial(_linear_loss, torch.bfloat16),
+    "linear_masked_l1_loss float32": partial(_linear_loss, torch.float32),
+    "random_patch_mask": _random_mask,
+}

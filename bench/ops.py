@@ -12,19 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from cases import Case, cases
+from cases import CASES, Case, make_case
 from timing import interleaved, peak_bytes
 
 DEVICE = torch.device("cpu")
-CASES = [
-    "substitute_mask_tokens bfloat16",
-    "substitute_mask_tokens float32",
-    "masked_l1_loss_from_tokens float32",
-    "masked_l1_loss_from_tokens bfloat16",
-    "linear_masked_l1_loss bfloat16",
-    "linear_masked_l1_loss float32",
-    "random_patch_mask",
-]
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
@@ -56,6 +47,6 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_op(benchmark: Any, name: str) -> None:
-    (case,) = (c for c in cases(DEVICE, "native") if c.name == name)
+    case = make_case(name, DEVICE, "native")
     benchmark.extra_info.update(measure(case, DEVICE))
     benchmark.pedantic(case.sides["ours"], rounds=9, warmup_rounds=2)

@@ -1,13 +1,12 @@
 """`simmim doctor`: what is installed, what each op runs on, and why not on something better."""
 
 import os
-from importlib import import_module
 
 import torch
 
 from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import native
-from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, Backend, choose
+from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 
 # Every op has the same backends, which reject an input for its device and dtype alone.
 OPS = ("random_patch_mask", "substitute_mask_tokens", "masked_l1_loss", "linear_masked_l1_loss")
@@ -16,12 +15,11 @@ OPS = ("random_patch_mask", "substitute_mask_tokens", "masked_l1_loss", "linear_
 def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     """For every op, the backend it would use on `device` and why the ones before it cannot run."""
     x = torch.zeros(1, dtype=dtype, device=device)
+    against = {b.name: b.reasons_against(x) for b in BACKENDS}
     lines: list[str] = []
     for op in OPS:
-        backends: tuple[Backend, ...] = import_module(f"simmim_kernels.{op}").BACKENDS
-        against = {b.name: b.reasons_against(x) for b in backends}
         try:
-            lines.append(f"  {op:<24} {choose(op, backends, (x,), None)}")
+            lines.append(f"  {op:<24} {choose(op, BACKENDS, (x,), None)}")
         except (RuntimeError, ValueError) as error:
             lines.append(f"  {op:<24} none: {error}")
     lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]

@@ -16,6 +16,8 @@ namespace simmim::SIMMIM_TARGET {
 constexpr int64_t kLanes = 16;
 constexpr uint32_t kAllLanes = 0xffff;
 
+// Lane by lane: values[1] where a bit of `up` is set, values[2] where one of `down` is, values[0]
+// elsewhere; the first `count` lanes only.
 template <class T>
 inline void store_one_by_one(T* p, uint32_t up, uint32_t down, const T* values, int64_t count) {
     for (int64_t e = 0; e < count; ++e) {
@@ -68,7 +70,7 @@ inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
 template <class T>
 class Choice {  // a 16-bit type
   public:
-    Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
+    Choice(T high, T low) : high_(all(high)), low_(all(low)) {}
 
     template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
@@ -77,22 +79,16 @@ class Choice {  // a 16-bit type
         auto* target = reinterpret_cast<__m256i*>(p);
         kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
     }
-    // The first `count` lanes only.
-    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
-        store_one_by_one(p, up, down, values_, count);
-    }
 
   private:
     static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
     __m256i high_, low_;
-    T values_[3];
 };
 
 template <>
 class Choice<float> {
   public:
-    Choice(float high, float low)
-        : high_(_mm512_set1_ps(high)), low_(_mm512_set1_ps(low)), values_{0.0f, high, low} {}
+    Choice(float high, float low) : high_(_mm512_set1_ps(high)), low_(_mm512_set1_ps(low)) {}
 
     template <bool kStream>
     void store(float* p, uint32_t up, uint32_t down) const {
@@ -100,13 +96,9 @@ class Choice<float> {
         out = _mm512_mask_mov_ps(out, static_cast<__mmask16>(down), low_);
         kStream ? _mm512_stream_ps(p, out) : _mm512_storeu_ps(p, out);
     }
-    void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
-        store_one_by_one(p, up, down, values_, count);
-    }
 
   private:
     __m512 high_, low_;
-    float values_[3];
 };
 
 #elif defined(__AVX2__)
@@ -189,7 +181,7 @@ inline __m256i spread_halves(uint32_t bits) {
 template <class T>
 class Choice {  // a 16-bit type
   public:
-    Choice(T high, T low) : high_(all(high)), low_(all(low)), values_{T{0}, high, low} {}
+    Choice(T high, T low) : high_(all(high)), low_(all(low)) {}
 
     template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
@@ -198,21 +190,16 @@ class Choice {  // a 16-bit type
         auto* target = reinterpret_cast<__m256i*>(p);
         kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
     }
-    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
-        store_one_by_one(p, up, down, values_, count);
-    }
 
   private:
     static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
     __m256i high_, low_;
-    T values_[3];
 };
 
 template <>
 class Choice<float> {
   public:
-    Choice(float high, float low)
-        : high_(_mm256_set1_ps(high)), low_(_mm256_set1_ps(low)), values_{0.0f, high, low} {}
+    Choice(float high, float low) : high_(_mm256_set1_ps(high)), low_(_mm256_set1_ps(low)) {}
 
     template <bool kStream>
     void store(float* p, uint32_t up, uint32_t down) const {
@@ -222,13 +209,9 @@ class Choice<float> {
             kStream ? _mm256_stream_ps(p, out) : _mm256_storeu_ps(p, out);
         }
     }
-    void store_some(float* p, uint32_t up, uint32_t down, int64_t count) const {
-        store_one_by_one(p, up, down, values_, count);
-    }
 
   private:
     __m256 high_, low_;
-    float values_[3];
 };
 
 #else
@@ -288,9 +271,6 @@ class Choice {
     template <bool kStream>
     void store(T* p, uint32_t up, uint32_t down) const {
         store_one_by_one(p, up, down, values_, kLanes);
-    }
-    void store_some(T* p, uint32_t up, uint32_t down, int64_t count) const {
-        store_one_by_one(p, up, down, values_, count);
     }
 
   private:

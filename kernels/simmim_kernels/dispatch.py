@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from simmim_kernels import native, triton_backend
+
 ENVIRONMENT_VARIABLE = "SIMMIM_BACKEND"
 KNOWN_BACKENDS = ("triton", "native", "reference")
 
@@ -39,6 +41,14 @@ def describe(**values: Tensor | int | None) -> str:
 def never(*tensors: Tensor | None) -> list[str]:
     """No reason against: the reference runs everywhere."""
     return []
+
+
+# Those of every op, in order of preference.
+BACKENDS = (
+    Backend("triton", triton_backend.reasons_against),
+    Backend("native", native.reasons_against),
+    Backend("reference", never),
+)
 
 
 def choose(

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_kernels import native, triton_backend
 from simmim_kernels.dispatch import (
-    Backend,
+    BACKENDS,
     choose,
     describe,
     implementation,
-    never,
     no_second_order,
 )
 from simmim_kernels.linear_masked_l1_loss import reference
@@ -20,12 +18,6 @@ from simmim_kernels.masked_l1_loss import check_target, signs_shape
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
 __all__ = ["BACKENDS", "linear_masked_l1_loss"]
-
-BACKENDS = (
-    Backend("triton", triton_backend.reasons_against),
-    Backend("native", native.reasons_against),
-    Backend("reference", never),
-)
 
 
 def linear_masked_l1_loss(

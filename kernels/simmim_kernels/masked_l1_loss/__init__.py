@@ -6,24 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_kernels import native, triton_backend
 from simmim_kernels.dispatch import (
-    Backend,
+    BACKENDS,
     choose,
     describe,
     implementation,
-    never,
     no_second_order,
 )
 from simmim_kernels.masked_l1_loss import reference
 
 __all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
-
-BACKENDS = (
-    Backend("triton", triton_backend.reasons_against),
-    Backend("native", native.reasons_against),
-    Backend("reference", never),
-)
 
 
 def masked_l1_loss(

@@ -422,7 +422,8 @@ double forward_of(const MaskedL1Forward& a) {
 template <bool kStream, class T>
 void expand_rows(const ExpandSigns& a) {
     const int64_t groups = ceil_divide(a.run, kLanes), full = a.run / kLanes;
-    const Choice<T> choice(from_float<T>(a.step), from_float<T>(-a.step));
+    const T values[3] = {from_float<T>(0.0f), from_float<T>(a.step), from_float<T>(-a.step)};
+    const Choice<T> choice(values[1], values[2]);
     auto* out = static_cast<T*>(a.out);
 #pragma omp parallel num_threads(a.num_threads)
     {
@@ -442,8 +443,8 @@ void expand_rows(const ExpandSigns& a) {
             for (int64_t i = 0; i < a.runs_per_row; ++i, signs += groups, target += a.run) {
                 for (int64_t g = 0; g < groups; ++g) {
                     const auto word = static_cast<uint32_t>(signs[g]);
-                    choice.store_some(target + g * kLanes, word & kAllLanes, word >> 16,
-                                      smaller(kLanes, a.run - g * kLanes));
+                    store_one_by_one(target + g * kLanes, word & kAllLanes, word >> 16, values,
+                                     smaller(kLanes, a.run - g * kLanes));
                 }
             }
         }

@@ -6,18 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simmim_kernels import native, triton_backend
-from simmim_kernels.dispatch import Backend, choose, implementation, never
+from simmim_kernels.dispatch import BACKENDS, choose, implementation
 from simmim_kernels.random_patch_mask import reference
 from simmim_kernels.splitmix import fold, signed
 
 __all__ = ["BACKENDS", "random_patch_mask"]
-
-BACKENDS = (
-    Backend("triton", triton_backend.reasons_against),
-    Backend("native", native.reasons_against),
-    Backend("reference", never),
-)
 
 # Keeps the mask's draws apart from those of other uses of the same (seed, epoch, id).
 STREAM = 0x6D61736B  # "mask"

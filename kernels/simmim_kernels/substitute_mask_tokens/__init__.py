@@ -5,24 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim_kernels import native, triton_backend
 from simmim_kernels.dispatch import (
-    Backend,
+    BACKENDS,
     choose,
     describe,
     implementation,
-    never,
     no_second_order,
 )
 from simmim_kernels.substitute_mask_tokens import reference
 
 __all__ = ["BACKENDS", "substitute_mask_tokens"]
-
-BACKENDS = (
-    Backend("triton", triton_backend.reasons_against),
-    Backend("native", native.reasons_against),
-    Backend("reference", never),
-)
 
 
 def substitute_mask_tokens(
