@@ -45,6 +45,32 @@ def interleaved(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def interleaved_samples(
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    least_rounds: int,
+) -> dict[str, list[float]]:
+    """Milliseconds of every call of every side, in the turns of `interleaved`.
+
+    For sides that take long, such as training steps, and have run before: a turn is one call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    begin, rounds = time.perf_counter(), 0
+    gc.disable()
+    try:
+        while rounds < least_rounds or time.perf_counter() - begin < seconds:
+            order = list(sides.items())
+            for name, side in order if rounds % 2 == 0 else reversed(order):
+                times[name].append(_turn(side, device, 1))
+            rounds += 1
+            gc.collect()  # between the turns: models that make cycles would fill the memory
+    finally:
+        gc.enable()
+    return times
+
+
 def _calls_per_turn(side: Callable[[], object], device: torch.device) -> int:
     side()
     if device.type == "cuda":

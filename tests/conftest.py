@@ -15,7 +15,15 @@ from simmim_kernels import native
 
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 
-BACKENDS = ["reference", "native", "native-avx2", "native-baseline", "triton-interpreted"]
+# "native-bfloat16" multiplies matrices in bfloat16, as on processors that have it
+BACKENDS = [
+    "reference",
+    "native",
+    "native-bfloat16",
+    "native-avx2",
+    "native-baseline",
+    "triton-interpreted",
+]
 SHARED_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample_400.tar"
 
 
@@ -87,6 +95,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if native.extension is None:
             pytest.skip(str(native.missing_reason))
         best = native.extension.target()
+        if how == "bfloat16":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(native, "FAST_BFLOAT16", True)
+                yield name
+            return
         if how and not native.extension.use_target(how):
             pytest.skip(f"this processor has no {how}")
         yield name

@@ -190,6 +190,8 @@ class KernelsConfig:
 
     backend: Literal["triton", "native", "reference"] | None = None
     """Backend that every op must use; unset takes the first that can run."""
+    attention: Literal["triton", "native", "xformers", "reference"] | None = None
+    """Backend of attention and its projections, where it is to be another; reference is PyTorch's scaled_dot_product_attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,34 @@ import torch
 from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import native
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
+from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
+from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
+from simmim_kernels.window_attention import xformers_kernel
 
-# Every op has the same backends, which reject an input for its device and dtype alone.
-OPS = ("random_patch_mask", "substitute_mask_tokens", "masked_l1_loss", "linear_masked_l1_loss")
+# An op's backends reject an input for its device and dtype alone.
+OPS = {
+    "random_patch_mask": BACKENDS,
+    "embed_patches": EMBED_BACKENDS,
+    "substitute_mask_tokens": BACKENDS,
+    "residual_attention": ATTENTION_BACKENDS,
+    "residual_mlp": BACKENDS,
+    "merge_patches": BACKENDS,
+    "masked_l1_loss": BACKENDS,
+    "linear_masked_l1_loss": BACKENDS,
+}
 
 
 def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     """For every op, the backend it would use on `device` and why the ones before it cannot run."""
     x = torch.zeros(1, dtype=dtype, device=device)
-    against = {b.name: b.reasons_against(x) for b in BACKENDS}
     lines: list[str] = []
-    for op in OPS:
+    for op, backends in OPS.items():
         try:
-            lines.append(f"  {op:<24} {choose(op, BACKENDS, (x,), None)}")
+            lines.append(f"  {op:<24} {choose(op, backends, (x,), None)}")
         except (RuntimeError, ValueError) as error:
             lines.append(f"  {op:<24} none: {error}")
+    # the backends of every op are among those of attention
+    against = {b.name: b.reasons_against(x) for b in ATTENTION_BACKENDS}
     lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]
     return lines
 
@@ -59,5 +72,7 @@ def report() -> str:
         )
         lines += backend_lines(device, torch.float32)
     lines.append("attention")
-    lines.append("  window and global        torch scaled_dot_product_attention")
+    lines.append("  reference                torch scaled_dot_product_attention")
+    without = xformers_kernel.missing_reason()
+    lines.append(f"  xformers                 {without or 'memory_efficient_attention, on CUDA'}")
     return "\n".join(lines)

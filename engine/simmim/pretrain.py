@@ -29,8 +29,8 @@ from simmim.reconstruct import FixedSamples, save_picture
 from simmim.run_folder import changes_since, record_start, run_folder
 from simmim.schedule import resolve_schedule
 from simmim.step import Metrics, TrainState, train_step
-from simmim_kernels import native, triton_backend
 from simmim_kernels.splitmix import fold, signed
+from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
 
 # Steps between checkpoints where an epoch is shorter than that.
 SHORTEST_INTERVAL = 100
@@ -321,12 +321,14 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
     """The configured model, initialised from the run's seed, on `device`.
 
     Raises:
-        RunError: `kernels.backend` names what cannot run here.
+        RunError: `kernels` names a backend that cannot run here.
     """
-    backend = config.kernels.backend
-    reasons = {"triton": triton_backend.reasons_against, "native": native.reasons_against}
-    if backend in reasons and (against := reasons[backend](torch.empty(0, device=device))):
-        raise RunError(f"kernels.backend={backend} cannot run: {'; '.join(against)}")
+    chosen = config.kernels
+    x = torch.empty(0, device=device)
+    against = {b.name: b.reasons_against(x) for b in ATTENTION_BACKENDS}
+    for key, name in (("backend", chosen.backend), ("attention", chosen.attention)):
+        if name is not None and against[name]:
+            raise RunError(f"kernels.{key}={name} cannot run: {'; '.join(against[name])}")
     torch.manual_seed(signed(fold(config.seed)))
     model = SimMIM(
         build_encoder(resolve_spec(config)),
@@ -335,7 +337,7 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
         std=config.data.std,
     )
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
-    model.use_backend(backend)
+    model.use_backend(chosen.backend, chosen.attention)
     if config.channels_last_on(device.type):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(device)

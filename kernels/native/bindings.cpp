@@ -13,11 +13,15 @@
 #include <utility>
 #include <vector>
 
+#include "embed_patches.h"
 #include "masked_l1_loss.h"
+#include "merge_patches.h"
 #include "random_patch_mask.h"
 #include "recycled_memory.h"
 #include "substitute_mask_tokens.h"
 #include "target.h"
+#include "transformer_block.h"
+#include "window_attention.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -149,6 +153,262 @@ void random_patch_mask(uintptr_t ids, uintptr_t epochs, int64_t epoch_stride, in
     SIMMIM_CALL(random_patch_mask, a);
 }
 
+simmim::WindowAttention attention(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
+                                  const std::array<int64_t, 5>& sizes,
+                                  const std::array<int64_t, 2>& window,
+                                  const std::array<int64_t, 2>& shift, float scale, int dtype,
+                                  int num_threads) {
+    simmim::WindowAttention a{};
+    a.qkv = pointer<const void>(qkv);
+    a.qkv_bias = pointer<const float>(qkv_bias);
+    a.bias = pointer<const float>(bias);
+    a.batch = sizes[0];
+    a.rows = sizes[1];
+    a.columns = sizes[2];
+    a.width = sizes[3];
+    a.num_heads = sizes[4];
+    for (size_t i = 0; i < 2; ++i) {
+        a.window[i] = window[i];
+        a.shift[i] = shift[i];
+    }
+    a.scale = scale;
+    a.dtype = dtype;
+    a.num_threads = num_threads;
+    return a;
+}
+
+void window_attention_forward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
+                              const std::array<int64_t, 5>& sizes,
+                              const std::array<int64_t, 2>& window,
+                              const std::array<int64_t, 2>& shift, float scale, int dtype,
+                              int num_threads, uintptr_t out, uintptr_t log_sums) {
+    const simmim::WindowAttentionForward a{
+        attention(qkv, qkv_bias, bias, sizes, window, shift, scale, dtype, num_threads),
+        pointer<void>(out), pointer<float>(log_sums)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(window_attention_forward, a);
+}
+
+void window_attention_backward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
+                               const std::array<int64_t, 5>& sizes,
+                               const std::array<int64_t, 2>& window,
+                               const std::array<int64_t, 2>& shift, float scale, int dtype,
+                               int num_threads, uintptr_t grad_out, uintptr_t log_sums,
+                               uintptr_t grad_qkv, uintptr_t grad_qkv_bias, uintptr_t grad_bias,
+                               int grad_dtype) {
+    const simmim::WindowAttentionBackward a{
+        attention(qkv, qkv_bias, bias, sizes, window, shift, scale, dtype, num_threads),
+        pointer<const void>(grad_out),
+        pointer<const float>(log_sums),
+        pointer<void>(grad_qkv),
+        pointer<float>(grad_qkv_bias),
+        pointer<float>(grad_bias),
+        grad_dtype};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(window_attention_backward, a);
+}
+
+using Shape = std::array<int64_t, 5>;  // rows, width, dtype, product_dtype, num_threads
+
+simmim::Rows rows_of(const Shape& shape) {
+    return {shape[0], shape[1], static_cast<int>(shape[2]), static_cast<int>(shape[3]),
+            static_cast<int>(shape[4])};
+}
+
+void layer_norm_forward(const Shape& shape, uintptr_t x, uintptr_t weight, uintptr_t bias,
+                        float eps, uintptr_t y, uintptr_t mean, uintptr_t rstd) {
+    const simmim::LayerNormForward a{rows_of(shape),
+                                     pointer<const void>(x),
+                                     pointer<const float>(weight),
+                                     pointer<const float>(bias),
+                                     eps,
+                                     pointer<void>(y),
+                                     pointer<float>(mean),
+                                     pointer<float>(rstd)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(layer_norm_forward, a);
+}
+
+void layer_norm_backward(const Shape& shape, uintptr_t x, uintptr_t grad_out, uintptr_t weight,
+                         uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t grad_y,
+                         uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias) {
+    const simmim::LayerNormBackward a{rows_of(shape),
+                                      pointer<const void>(x),
+                                      pointer<const void>(grad_out),
+                                      pointer<const float>(weight),
+                                      pointer<const float>(bias),
+                                      pointer<const float>(mean),
+                                      pointer<const float>(rstd),
+                                      pointer<void>(grad_y),
+                                      pointer<void>(grad_x),
+                                      pointer<float>(grad_weight),
+                                      pointer<float>(grad_bias)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(layer_norm_backward, a);
+}
+
+void merge_patches_forward(const Shape& shape, int64_t columns, uintptr_t x, uintptr_t weight,
+                           uintptr_t bias, float eps, uintptr_t y, uintptr_t mean, uintptr_t rstd) {
+    const simmim::MergeForward a{rows_of(shape),
+                                 columns,
+                                 pointer<const void>(x),
+                                 pointer<const float>(weight),
+                                 pointer<const float>(bias),
+                                 eps,
+                                 pointer<void>(y),
+                                 pointer<float>(mean),
+                                 pointer<float>(rstd)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(merge_patches_forward, a);
+}
+
+void merge_patches_backward(const Shape& shape, int64_t columns, uintptr_t x, uintptr_t weight,
+                            uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t grad_y,
+                            uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias) {
+    const simmim::MergeBackward a{rows_of(shape),
+                                  columns,
+                                  pointer<const void>(x),
+                                  pointer<const float>(weight),
+                                  pointer<const float>(bias),
+                                  pointer<const float>(mean),
+                                  pointer<const float>(rstd),
+                                  pointer<void>(grad_y),
+                                  pointer<void>(grad_x),
+                                  pointer<float>(grad_weight),
+                                  pointer<float>(grad_bias)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(merge_patches_backward, a);
+}
+
+void gelu_forward(const Shape& shape, uintptr_t product, uintptr_t bias, uintptr_t kept,
+                  uintptr_t out) {
+    const simmim::GeluForward a{rows_of(shape), pointer<const void>(product),
+                                pointer<const float>(bias), pointer<void>(kept),
+                                pointer<void>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(gelu_forward, a);
+}
+
+void gelu_backward(const Shape& shape, uintptr_t kept, uintptr_t bias, uintptr_t grad,
+                   uintptr_t out, uintptr_t grad_bias) {
+    const simmim::GeluBackward a{
+        rows_of(shape),      pointer<const void>(kept), pointer<const float>(bias),
+        pointer<void>(grad), pointer<void>(out),        pointer<float>(grad_bias)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(gelu_backward, a);
+}
+
+void residual_forward(const Shape& shape, uintptr_t x, uintptr_t product, uintptr_t bias,
+                      uintptr_t gamma, uintptr_t branch_scale, int64_t rows_per_image,
+                      uintptr_t out) {
+    const simmim::ResidualForward a{rows_of(shape),
+                                    pointer<const void>(x),
+                                    pointer<const void>(product),
+                                    pointer<const float>(bias),
+                                    pointer<const float>(gamma),
+                                    pointer<const float>(branch_scale),
+                                    rows_per_image,
+                                    pointer<void>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(residual_forward, a);
+}
+
+void residual_backward(const Shape& shape, uintptr_t grad_out, uintptr_t branch_scale,
+                       int64_t rows_per_image, uintptr_t grad_product, uintptr_t sum) {
+    const simmim::ResidualBackward a{
+        rows_of(shape), pointer<const void>(grad_out), pointer<const float>(branch_scale),
+        rows_per_image, pointer<void>(grad_product),   pointer<float>(sum)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(residual_backward, a);
+}
+
+void layer_scale_backward(int64_t rows, int64_t width, uintptr_t weight, uintptr_t gamma,
+                          uintptr_t grad, uintptr_t dot, int num_threads) {
+    const simmim::LayerScaleBackward a{rows,
+                                       width,
+                                       pointer<const float>(weight),
+                                       pointer<const float>(gamma),
+                                       pointer<float>(grad),
+                                       pointer<float>(dot),
+                                       num_threads};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(layer_scale_backward, a);
+}
+
+void gather_patches(uintptr_t image, int image_dtype, const std::array<int64_t, 4>& shape,
+                    const std::array<int64_t, 4>& strides, const std::vector<float>& mean,
+                    const std::vector<float>& std, int64_t patch, uintptr_t visible,
+                    int64_t num_visible, uintptr_t rows, int product_dtype, int num_threads) {
+    simmim::GatherPatches a{};
+    a.image = pointer<const void>(image);
+    a.image_dtype = image_dtype;
+    for (size_t i = 0; i < 4; ++i) {
+        a.shape[i] = shape[i];
+        a.strides[i] = strides[i];
+    }
+    a.mean = mean.data();
+    a.std = std.data();
+    a.patch = patch;
+    a.visible = pointer<const int64_t>(visible);
+    a.num_visible = num_visible;
+    a.rows = pointer<void>(rows);
+    a.product_dtype = product_dtype;
+    a.num_threads = num_threads;
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(gather_patches, a);
+}
+
+// sizes: tokens, tokens_per_image, width, dtype, product_dtype, num_threads
+simmim::PlaceTokens placing(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
+                            uintptr_t norm_weight, uintptr_t norm_bias, float eps) {
+    return {sizes[0],
+            sizes[1],
+            sizes[2],
+            static_cast<int>(sizes[3]),
+            static_cast<int>(sizes[4]),
+            pointer<const int64_t>(place),
+            pointer<const float>(bias),
+            pointer<const float>(norm_weight),
+            pointer<const float>(norm_bias),
+            eps,
+            static_cast<int>(sizes[5])};
+}
+
+void place_tokens_forward(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
+                          uintptr_t norm_weight, uintptr_t norm_bias, float eps, uintptr_t product,
+                          uintptr_t mask_token, uintptr_t position, uintptr_t kept, uintptr_t mean,
+                          uintptr_t rstd, uintptr_t out) {
+    const simmim::PlaceTokensForward a{placing(sizes, place, bias, norm_weight, norm_bias, eps),
+                                       pointer<const void>(product),
+                                       pointer<const void>(mask_token),
+                                       pointer<const float>(position),
+                                       pointer<void>(kept),
+                                       pointer<float>(mean),
+                                       pointer<float>(rstd),
+                                       pointer<void>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(place_tokens_forward, a);
+}
+
+void place_tokens_backward(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
+                           uintptr_t norm_weight, uintptr_t norm_bias, float eps,
+                           uintptr_t grad_out, uintptr_t kept, uintptr_t mean, uintptr_t rstd,
+                           uintptr_t grad_product, uintptr_t grad_bias, uintptr_t grad_norm_weight,
+                           uintptr_t grad_norm_bias, uintptr_t grad_mask_token) {
+    const simmim::PlaceTokensBackward a{placing(sizes, place, bias, norm_weight, norm_bias, eps),
+                                        pointer<const void>(grad_out),
+                                        pointer<const void>(kept),
+                                        pointer<const float>(mean),
+                                        pointer<const float>(rstd),
+                                        pointer<void>(grad_product),
+                                        pointer<float>(grad_bias),
+                                        pointer<float>(grad_norm_weight),
+                                        pointer<float>(grad_norm_bias),
+                                        pointer<float>(grad_mask_token)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(place_tokens_backward, a);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -170,4 +430,38 @@ NB_MODULE(_cpu, m) {
           "num_threads"_a);
     m.def("random_patch_mask", &random_patch_mask, "ids"_a, "epochs"_a, "epoch_stride"_a, "batch"_a,
           "rows"_a, "columns"_a, "unit"_a, "num_hidden"_a, "key"_a, "mask"_a, "num_threads"_a);
+    m.def("window_attention_forward", &window_attention_forward, "qkv"_a, "qkv_bias"_a, "bias"_a,
+          "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a, "out"_a,
+          "log_sums"_a);
+    m.def("window_attention_backward", &window_attention_backward, "qkv"_a, "qkv_bias"_a, "bias"_a,
+          "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a, "grad_out"_a,
+          "log_sums"_a, "grad_qkv"_a, "grad_qkv_bias"_a, "grad_bias"_a, "grad_dtype"_a);
+    m.def("layer_norm_forward", &layer_norm_forward, "shape"_a, "x"_a, "weight"_a, "bias"_a,
+          "eps"_a, "y"_a, "mean"_a, "rstd"_a);
+    m.def("layer_norm_backward", &layer_norm_backward, "shape"_a, "x"_a, "grad_out"_a, "weight"_a,
+          "bias"_a, "mean"_a, "rstd"_a, "grad_y"_a, "grad_x"_a, "grad_weight"_a, "grad_bias"_a);
+    m.def("merge_patches_forward", &merge_patches_forward, "shape"_a, "columns"_a, "x"_a,
+          "weight"_a, "bias"_a, "eps"_a, "y"_a, "mean"_a, "rstd"_a);
+    m.def("merge_patches_backward", &merge_patches_backward, "shape"_a, "columns"_a, "x"_a,
+          "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "grad_y"_a, "grad_x"_a, "grad_weight"_a,
+          "grad_bias"_a);
+    m.def("gelu_forward", &gelu_forward, "shape"_a, "product"_a, "bias"_a, "kept"_a, "out"_a);
+    m.def("gelu_backward", &gelu_backward, "shape"_a, "kept"_a, "bias"_a, "grad"_a, "out"_a,
+          "grad_bias"_a);
+    m.def("residual_forward", &residual_forward, "shape"_a, "x"_a, "product"_a, "bias"_a, "gamma"_a,
+          "branch_scale"_a, "rows_per_image"_a, "out"_a);
+    m.def("residual_backward", &residual_backward, "shape"_a, "grad_out"_a, "branch_scale"_a,
+          "rows_per_image"_a, "grad_product"_a, "sum"_a);
+    m.def("layer_scale_backward", &layer_scale_backward, "rows"_a, "width"_a, "weight"_a, "gamma"_a,
+          "grad"_a, "dot"_a, "num_threads"_a);
+    m.def("gather_patches", &gather_patches, "image"_a, "image_dtype"_a, "shape"_a, "strides"_a,
+          "mean"_a, "std"_a, "patch"_a, "visible"_a, "num_visible"_a, "rows"_a, "product_dtype"_a,
+          "num_threads"_a);
+    m.def("place_tokens_forward", &place_tokens_forward, "sizes"_a, "place"_a, "bias"_a,
+          "norm_weight"_a, "norm_bias"_a, "eps"_a, "product"_a, "mask_token"_a, "position"_a,
+          "kept"_a, "mean"_a, "rstd"_a, "out"_a);
+    m.def("place_tokens_backward", &place_tokens_backward, "sizes"_a, "place"_a, "bias"_a,
+          "norm_weight"_a, "norm_bias"_a, "eps"_a, "grad_out"_a, "kept"_a, "mean"_a, "rstd"_a,
+          "grad_product"_a, "grad_bias"_a, "grad_norm_weight"_a, "grad_norm_bias"_a,
+          "grad_mask_token"_a);
 }

@@ -63,7 +63,31 @@ inline Lanes keep(Lanes a, uint32_t lanes) {
     return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), a.v)};
 }
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.v); }
+inline Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes divide(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Lanes maximum(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Lanes rounded(Lanes a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a · 2^n for whole numbers n from -126 to 127.
+inline Lanes times_power_of_two(Lanes a, Lanes n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+inline void store(BFloat16* p, Lanes a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i out = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    out = _mm512_mask_or_epi32(out, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+}
+inline void store(Float16* p, Lanes a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 
 // Writes, per lane, `high` where a bit of `up` is set, `low` where one of `down` is, 0 elsewhere.
 // kStream: past the cache, to an address aligned to the lanes' size.
@@ -156,9 +180,60 @@ inline float sum(Lanes a) {
     _mm256_storeu_ps(v, _mm256_add_ps(a.low, a.high));
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
+inline float largest(Lanes a) {
+    float v[8];
+    _mm256_storeu_ps(v, _mm256_max_ps(a.low, a.high));
+    float found = v[0];
+    for (int e = 1; e < 8; ++e) found = v[e] > found ? v[e] : found;
+    return found;
+}
+inline Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes multiply(Lanes a, Lanes b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Lanes divide(Lanes a, Lanes b) {
+    return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Lanes maximum(Lanes a, Lanes b) {
+    return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+inline Lanes rounded(Lanes a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
+}
+// The float whose exponent field is that of 2^n.
+inline __m256 power_of_two(__m256 n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+// a · 2^n for whole numbers n from -126 to 127.
+inline Lanes times_power_of_two(Lanes a, Lanes n) {
+    return {_mm256_mul_ps(a.low, power_of_two(n.low)), _mm256_mul_ps(a.high, power_of_two(n.high))};
+}
 inline void store(float* p, Lanes a) {
     _mm256_storeu_ps(p, a.low);
     _mm256_storeu_ps(p + 8, a.high);
+}
+// Rounded to bfloat16 bits, in the lower half of every 32-bit lane.
+inline __m256i narrowed(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i out = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(out, quiet, nan), 16);
+}
+inline void store(BFloat16* p, Lanes a) {
+    const __m256i mixed = _mm256_packus_epi32(narrowed(a.low), narrowed(a.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+inline void store(Float16* p, Lanes a) {
+    auto* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
 }
 
 // All ones in the 32-bit lanes whose bit is set.
@@ -262,7 +337,51 @@ inline float sum(Lanes a) {
     for (int64_t e = 0; e < kLanes; ++e) total += a.v[e];
     return total;
 }
-inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
+inline float largest(Lanes a) {
+    float found = a.v[0];
+    for (int64_t e = 1; e < kLanes; ++e) found = a.v[e] > found ? a.v[e] : found;
+    return found;
+}
+inline Lanes all(float x) {
+    Lanes out;
+    for (int64_t e = 0; e < kLanes; ++e) out.v[e] = x;
+    return out;
+}
+inline Lanes multiply(Lanes a, Lanes b) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] *= b.v[e];
+    return a;
+}
+inline Lanes divide(Lanes a, Lanes b) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] /= b.v[e];
+    return a;
+}
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    for (int64_t e = 0; e < kLanes; ++e) c.v[e] += a.v[e] * b.v[e];
+    return c;
+}
+inline Lanes maximum(Lanes a, Lanes b) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = a.v[e] > b.v[e] ? a.v[e] : b.v[e];
+    return a;
+}
+inline Lanes rounded(Lanes a) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = __builtin_rintf(a.v[e]);
+    return a;
+}
+// a · 2^n for whole numbers n from -126 to 127.
+inline Lanes times_power_of_two(Lanes a, Lanes n) {
+    for (int64_t e = 0; e < kLanes; ++e) {
+        const int32_t whole = n.v[e] == n.v[e] ? static_cast<int32_t>(n.v[e]) : 0;
+        const uint32_t bits = static_cast<uint32_t>(whole + 127) << 23;
+        float power;
+        std::memcpy(&power, &bits, sizeof power);
+        a.v[e] *= power;
+    }
+    return a;
+}
+template <class T>
+inline void store(T* p, Lanes a) {
+    for (int64_t e = 0; e < kLanes; ++e) p[e] = from_float<T>(a.v[e]);
+}
 template <class T>
 class Choice {
   public:
@@ -299,6 +418,14 @@ inline void stream_lines(void* target, const void* source, size_t bytes) {
 #endif
 }
 
+// Asks for the cache lines of `bytes` bytes that will be read, or written, soon.
+inline void prefetch_to_read(const void* p, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0);
+}
+inline void prefetch_to_write(const void* p, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 1);
+}
+
 // Makes streamed lines visible to other threads; before a thread ends its part of the work.
 inline void finish_streaming() {
 #if defined(__AVX2__)
@@ -321,6 +448,53 @@ inline Lanes load_some(const T* p, uint32_t lanes) {
         if ((lanes >> e) & 1u) buffer[e] = p[e];
     }
     return load(buffer);
+}
+
+// The first `count` of 16 elements; the other lanes hold 0.
+template <class T>
+inline Lanes load_first(const T* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    T buffer[kLanes];
+    std::memset(buffer, 0, sizeof buffer);
+    std::memcpy(buffer, p, sizeof(T) * static_cast<size_t>(count));
+    return load(buffer);
+}
+
+// Writes the first `count` lanes.
+template <class T>
+inline void store_first(T* p, Lanes a, int64_t count) {
+    if (count >= kLanes) {
+        store(p, a);
+        return;
+    }
+    T buffer[kLanes];
+    store(buffer, a);
+    std::memcpy(p, buffer, sizeof(T) * static_cast<size_t>(count));
+}
+
+// Lanes 0 to count - 1, as `keep` takes them.
+inline uint32_t first_lanes(int64_t count) {
+    return count >= kLanes ? kAllLanes : (1u << count) - 1u;
+}
+
+// e^x within 2 units in the last place; 0 below the logarithm of the smallest normal float.
+inline Lanes exponential(Lanes x) {
+    const Lanes floor = all(-87.3f);
+    const uint32_t vanishing = above_zero(subtract(floor, x));
+    x = maximum(floor, x);  // in this order a NaN stays
+    const Lanes n = rounded(multiply(x, all(1.44269504f)));
+    // x - n·ln 2, in two parts of ln 2 of which the first has few bits
+    Lanes r = multiply_add(n, all(-0.693359375f), x);
+    r = multiply_add(n, all(2.12194440e-4f), r);
+    // Taylor's series: |r| ≤ 0.347, so the next term is below 6e-9
+    Lanes e = multiply_add(r, all(1.0f / 5040.0f), all(1.0f / 720.0f));
+    e = multiply_add(e, r, all(1.0f / 120.0f));
+    e = multiply_add(e, r, all(1.0f / 24.0f));
+    e = multiply_add(e, r, all(1.0f / 6.0f));
+    e = multiply_add(e, r, all(0.5f));
+    e = multiply_add(e, r, all(1.0f));
+    e = multiply_add(e, r, all(1.0f));
+    return keep(times_power_of_two(e, n), kAllLanes & ~vanishing);
 }
 
 }  // namespace simmim::SIMMIM_TARGET

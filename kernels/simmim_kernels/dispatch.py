@@ -11,7 +11,7 @@ from torch import Tensor
 from simmim_kernels import native, triton_backend
 
 ENVIRONMENT_VARIABLE = "SIMMIM_BACKEND"
-KNOWN_BACKENDS = ("triton", "native", "reference")
+KNOWN_BACKENDS = ("triton", "native", "xformers", "reference")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Backend:
     """One way to run an op.
 
     Attributes:
-        name: "triton", "native" or "reference".
+        name: "triton", "native", "xformers" or "reference".
         reasons_against: takes the op's tensors and lists why this backend cannot run on them.
     """
 

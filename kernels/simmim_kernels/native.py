@@ -18,6 +18,9 @@ except ImportError as error:
         "install g++ and run `pip install --force-reinstall --no-deps simmim`"
     )
 
+# Whether this processor multiplies bfloat16 matrices faster than float32 ones.
+FAST_BFLOAT16: bool = extension is not None and extension.has_fast_bfloat16()
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +43,32 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(0, dtype=dtype)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return out.set_(storage, 0, tuple(shape), strides)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's first element is; 0, the null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What matrix products of activations of `dtype` run in.
+
+    16-bit ones run in float32 where the processor would only emulate them, which is slower.
+    """
+    return dtype if dtype == torch.bfloat16 and FAST_BFLOAT16 else torch.float32
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a · b in their dtype, also under autocast; into recycled memory if there is no `out`."""
+    if out is None:
+        out = empty((a.shape[0], b.shape[1]), a.dtype)
+    with torch.autocast("cpu", enabled=False):  # it would take the product back to 16 bits
+        return torch.mm(a, b, out=out)
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` itself if it has `dtype`, else a copy in recycled memory."""
+    return tensor if tensor.dtype == dtype else empty(tensor.shape, dtype).copy_(tensor)
 
 
 def release_memory() -> int:

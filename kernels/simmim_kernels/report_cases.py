@@ -38,9 +38,99 @@ MODELS = (
 )
 
 
+@dataclass(frozen=True)
+class Block:
+    """A transformer block of a model, of which the passes between matrix products are reported.
+
+    Attributes:
+        model: its name, and the stage if it is not the first.
+        batch: images per step on one GPU.
+        tokens: tokens of an image.
+        width: channels.
+        hidden: channels inside the MLP.
+        scaled: with LayerScale and stochastic depth.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    width: int
+    hidden: int
+    scaled: bool = False
+
+
+BLOCKS = (
+    Block("swin_base_192_w6", 64, 2304, 128, 512),
+    Block("swin_base_192_w6_stage_3", 64, 144, 512, 2048),
+    Block("swin_large_192_w12", 64, 2304, 192, 768),
+    Block("vit_base_224", 64, 197, 768, 3072, scaled=True),
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one block of a model.
+
+    Attributes:
+        model: its name, and the stage if it is not the first.
+        batch: images per step on one GPU.
+        side: rows and columns of tokens.
+        num_heads: heads, each 32 or 64 wide.
+        head_width: channels of a head.
+        window: rows and columns of a window.
+        shift: of the windows.
+        biased: with a learned bias of positions.
+    """
+
+    model: str
+    batch: int
+    side: tuple[int, int]
+    num_heads: int
+    head_width: int
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    biased: bool = True
+
+
+ATTENTIONS = (
+    Attention("swin_base_192_w6", 64, (48, 48), 4, 32, (6, 6), (3, 3)),
+    Attention("swin_base_192_w6_stage_3", 64, (12, 12), 16, 32, (6, 6)),
+    Attention("swin_large_192_w12", 64, (48, 48), 6, 32, (12, 12), (6, 6)),
+    Attention("swin_large_192_w12_stage_3", 64, (12, 12), 24, 32, (12, 12)),
+    Attention("vit_base_224", 64, (1, 197), 12, 64, (1, 197), biased=False),
+)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The merging between two stages of a model, without its matrix products.
+
+    Attributes:
+        model: its name, and the stage before the merging if it is not the first.
+        batch: images per step on one GPU.
+        side: tokens along one side of the stage's square grid.
+        width: channels of these tokens.
+    """
+
+    model: str
+    batch: int
+    side: int
+    width: int
+
+
+MERGES = (
+    Merge("swin_base_192_w6", 64, 48, 128),
+    Merge("swin_base_192_w6_stage_3", 64, 12, 512),
+    Merge("swin_large_192_w12", 64, 48, 192),
+)
+
+
 def cases() -> "list[Case]":
     """Every op with Triton kernels on the tensors of every model, forward and backward."""
-    return [case for model in MODELS for case in _cases_of(model)]
+    found = [case for model in MODELS for case in _cases_of(model)]
+    found += [case for block in BLOCKS for case in block_cases(block)]
+    found += [merge_case(merge) for merge in MERGES]
+    return found + [attention_case(attention) for attention in ATTENTIONS]
 
 
 def _cases_of(model: Model) -> "list[Case]":
@@ -135,6 +225,125 @@ def _cases_of(model: Model) -> "list[Case]":
     )
     found.append(Case("linear_masked_l1_loss", model.name, "bfloat16", make_linear, floor, floor))
     return found
+
+
+def block_cases(block: Block) -> "list[Case]":
+    """The row passes of both branches of a block.
+
+    Matrix products and attention are not among them, and neither is their traffic: the fewest bytes
+    possible are those of one read of what they leave and one write of what they are given.
+    """
+    from simmim_kernels.transformer_block import triton_rows as rows
+
+    T, C, M = block.batch * block.tokens, block.width, block.hidden
+    bf16 = torch.bfloat16
+    tokens, wide, vector = torch.empty(T, C, dtype=bf16), torch.empty(T, M, dtype=bf16), (C,)
+    gamma = torch.empty(vector) if block.scaled else None
+    branch_scale = torch.empty(block.batch) if block.scaled else None
+
+    def norm_and_sum() -> None:
+        weight, bias = torch.empty(vector), torch.empty(vector)
+        _, mean, rstd = rows.layer_norm(tokens, weight, bias, 1e-5)
+        rows.add_branch(torch.empty_like(tokens), tokens, bias, gamma, branch_scale)
+        grad_out, dy = torch.empty_like(tokens), torch.empty_like(tokens)
+        rows.layer_norm_backward(
+            grad_out, dy, tokens, mean, rstd, weight, bias, branch_scale, None, True
+        )
+
+    def make_mlp() -> None:
+        norm_and_sum()
+        bias = torch.empty(M)
+        rows.gelu(wide, bias)
+        rows.gelu_backward(torch.empty_like(wide), wide, bias, branch_scale, True)
+
+    def make_attention() -> None:
+        norm_and_sum()
+        if branch_scale is not None:
+            rows.scale_images(tokens, branch_scale)
+        rows.column_sum(torch.empty(T, 3 * C, dtype=bf16))
+
+    def partial_bytes(columns: int, across: int) -> int:
+        """Partial sums over the tokens, written and read."""
+        return 2 * 4 * columns * -(-T // rows.rows_per_program(T, across))
+
+    def across(columns: int) -> int:
+        return -(-columns // rows.tile(columns)[1])
+
+    image_factors = 4 * block.batch if block.scaled else 0
+    # x to y and statistics; x and branch to the output; grad_out, dy, x and statistics to dx and y
+    shared = 2 * T * C * (2 + 3 + 5) + 2 * 8 * T
+    shared += 4 * C * (2 + 1 + 2 + 3 + block.scaled) + 2 * image_factors
+    # hidden to a; hidden and da to a and dh
+    mlp = shared + 2 * T * M * (2 + 4) + 4 * M * 3 + image_factors
+    attention = shared + 2 * T * 3 * C + 4 * 3 * C
+    if block.scaled:
+        attention += 2 * T * C * 2 + image_factors
+    of_norm = 3 * partial_bytes(C, 1)
+    of_mlp, of_attention = partial_bytes(M, across(M)), partial_bytes(3 * C, across(3 * C))
+    return [
+        Case("residual_mlp", block.model, "bfloat16", make_mlp, mlp, mlp + of_norm + of_mlp),
+        Case(
+            "residual_attention",
+            block.model,
+            "bfloat16",
+            make_attention,
+            attention,
+            attention + of_norm + of_attention,
+        ),
+    ]
+
+
+def attention_case(attention: Attention) -> "Case":
+    """Attention and all its gradients."""
+    from simmim_kernels.window_attention import triton_kernel as kernel
+
+    (H, W), N, S = attention.side, attention.num_heads, math.prod(attention.window)
+    C = N * attention.head_width
+    settings = (N, attention.window, attention.shift, attention.head_width**-0.5)
+
+    def make() -> None:
+        qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=torch.bfloat16)
+        bias = torch.empty(N, S, S) if attention.biased else None
+        out, log_sums = kernel.forward(qkv, bias, *settings)
+        kernel.backward(out, qkv, bias, out, log_sums, *settings, attention.biased)
+
+    tokens = attention.batch * H * W
+    tiled, windows = kernel.is_tiled(S, torch.bfloat16), tokens // S
+    per_head = 4 * tokens * N  # statistics of a query, in float32
+    # q, k, v to out; q, k, v and the gradient of out to those of q, k, v. A row of scores that is
+    # not all in one place takes the product of its weights with their gradients from out.
+    needed = 2 * tokens * C * (3 + 1 + 3 + 1 + 3 + tiled) + 2 * per_head
+    moved = needed
+    if attention.biased:
+        row = -(-S // 8) * 8
+        needed += 3 * 4 * N * S * S  # the bias twice, its gradient
+        # the copy that kernels read is made and read in the forward and the backward
+        moved += 2 * N * S * (4 * S + 2 * S + 2 * row) + 4 * N * S * S
+        if (programs := kernel.bias_programs(windows, N, S, torch.bfloat16)) > 1:
+            moved += 2 * 4 * programs * N * S * S
+        if tiled:  # the gradient of the bias reads all that the others have read, and their sums
+            moved += 2 * tokens * C * (3 + 1) + 3 * per_head + 2 * N * S * row
+    return Case("window_attention", attention.model, "bfloat16", make, needed, moved)
+
+
+def merge_case(merge: Merge) -> "Case":
+    """The passes that gather and scatter; as of a block, without the products' own traffic."""
+    from simmim_kernels.merge_patches import triton_kernel as kernel
+    from simmim_kernels.transformer_block.triton_rows import rows_per_program
+
+    B, side, C = merge.batch, merge.side, merge.width
+    T = B * (side // 2) ** 2
+
+    def make() -> None:
+        x = torch.empty(B, side, side, C, dtype=torch.bfloat16)
+        weight, bias = torch.empty(4 * C), torch.empty(4 * C)
+        dy, mean, rstd = kernel.gather(x, weight, bias, 1e-5)
+        kernel.scatter(dy, x, mean, rstd, weight, bias, True)
+
+    # x to y and statistics; dy, x and statistics to dx and y; weight and bias twice, gradients
+    needed = 2 * T * 4 * C * (2 + 4) + 2 * 8 * T + 4 * 4 * C * 6
+    partial = 2 * 4 * 4 * C * -(-T // rows_per_program(T, 1))
+    return Case("merge_patches", merge.model, "bfloat16", make, needed, needed + 2 * partial)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,17 @@ from simmim_kernels.linear_masked_l1_loss import reference as linear_reference
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import reference as loss_reference
 from simmim_kernels.masked_l1_loss import triton_kernel as loss
+from simmim_kernels.merge_patches import reference as merge_reference
+from simmim_kernels.merge_patches import triton_kernel as merge
 from simmim_kernels.random_patch_mask import reference as mask_reference
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
 from simmim_kernels.substitute_mask_tokens import reference as substitute_reference
 from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
+from simmim_kernels.transformer_block import reference as block_reference
+from simmim_kernels.transformer_block import triton_kernel as block
+from simmim_kernels.transformer_block import triton_rows
+from simmim_kernels.window_attention import reference as attention_reference
+from simmim_kernels.window_attention import triton_kernel as attention
 
 TARGETS = ["sm_80", "sm_90"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,6 +121,89 @@ def check_linear(dtype: torch.dtype, stride: int, grid: tuple[int, int], D: int 
     assert_as_exact_as([value, *grads], expected, dtype)
 
 
+def check_mlp(dtype: torch.dtype, shape: tuple[int, int, int, int], scaled: bool) -> None:
+    """The row passes of the block are emulated; the matrix products between them are torch's."""
+    B, L, C, M = shape
+    x, grad = (torch.randn(B, L, C) * 2 + 1).to(dtype), torch.randn(B, L, C).to(dtype)
+    fc1, fc2 = (torch.randn(M, C) / C**0.5).to(dtype), (torch.randn(C, M) / M**0.5).to(dtype)
+    leaves = [x, torch.rand(C) + 0.5, torch.randn(C), fc1, torch.randn(M), fc2, torch.randn(C)]
+    branch_scale = torch.tensor([1.25, 0.0, 1.25])[:B] if scaled else None
+    leaves += [torch.randn(C)] if scaled else []
+    options = (*([] if scaled else [None]), branch_scale)
+
+    def exact(*leaves: Tensor) -> Tensor:
+        return block_reference.residual_mlp(*leaves, *options, 1e-5)
+
+    out, *kept = block.mlp_forward(*leaves, *options, 1e-5)
+    grads = block.mlp_backward(grad, *leaves, *options, *kept, True)[: len(leaves)]
+    assert_as_exact_as([out, *grads], gradients(exact, grad, *leaves), dtype)
+
+
+def check_norm(dtype: torch.dtype, T: int, C: int) -> None:
+    x, grad, dy = (torch.randn(T, C).to(dtype) for _ in range(3))
+    weight, bias, scale = torch.rand(C) + 0.5, torch.randn(C), torch.tensor([2.0])
+    y, *statistics = triton_rows.layer_norm(x, weight, bias, 1e-5)
+    found = triton_rows.layer_norm_backward(
+        grad, y_again := dy.clone(), x, *statistics, weight, bias, scale, None, True
+    )
+
+    def exact(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (C,), weight, bias)
+
+    expected = gradients(exact, dy, x, weight, bias)
+    expected[1] += grad
+    assert torch.equal(y, y_again)
+    assert_as_exact_as([y, *found], [*expected, 2 * grad.double().sum(0)], dtype)
+
+
+def check_gelu(dtype: torch.dtype, T: int, M: int) -> None:
+    hidden, bias, grad = torch.randn(T, M).to(dtype), torch.randn(M), torch.randn(T, M).to(dtype)
+
+    def exact(hidden: Tensor, bias: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(hidden + bias)
+
+    expected = gradients(exact, grad, hidden, bias)
+    out, grad_bias = triton_rows.gelu_backward(grad, hidden, bias, None, True)
+    assert_as_exact_as([out, grad, grad_bias], expected, dtype)
+
+
+def check_attention(
+    dtype: torch.dtype,
+    side: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    spread: float = 1.0,
+) -> None:
+    S, D = window[0] * window[1], 32
+    qkv, grad = torch.randn(1, *side, 3 * D).to(dtype), torch.randn(1, *side, D).to(dtype)
+    bias = torch.randn(1, S, S).to(dtype).float() * spread
+
+    def exact(qkv: Tensor, bias: Tensor) -> Tensor:
+        return attention_reference.window_attention(qkv, bias, 1, window, shift, D**-0.5)
+
+    settings = (1, window, shift, D**-0.5)
+    out, log_sums = attention.forward(qkv, bias, *settings)
+    grads = attention.backward(grad, qkv, bias, out, log_sums, *settings, True)
+    assert_as_exact_as([out, *grads], gradients(exact, grad, qkv, bias), dtype)
+
+
+def check_merge(dtype: torch.dtype, shape: tuple[int, int, int, int], M: int = 20) -> None:
+    """The passes that gather and scatter are emulated; the matrix products are torch's."""
+    B, H, W, C = shape
+    x, grad = (torch.randn(shape) * 2 + 1).to(dtype), torch.randn(B, H // 2, W // 2, M).to(dtype)
+    weight = (torch.randn(M, 4 * C) / C**0.5).to(dtype)
+    leaves = [x, torch.rand(4 * C) + 0.5, torch.randn(4 * C), weight]
+
+    def exact(*leaves: Tensor) -> Tensor:
+        return merge_reference.merge_patches(*leaves, 1e-5)
+
+    out, *statistics = merge.forward(*leaves, 1e-5)
+    grads = merge.backward(grad, *leaves, *statistics, True)
+    assert_as_exact_as([out, *grads], gradients(exact, grad, *leaves), dtype)
+    (grad_x, *_) = merge.backward(grad, *leaves, *statistics, False)
+    assert torch.equal(grad_x, grads[0])
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("grid", "unit"), [((6, 6), 1), ((3, 5), 2), ((12, 12), 1)])
 def test_random_patch_mask(target: str, grid: tuple[int, int], unit: int) -> None:
@@ -158,12 +248,74 @@ def test_linear_masked_l1_loss(target: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "scaled"), [((2, 9, 48, 80), True), ((1, 7, 20, 36), False)], ids=str
+)
+def test_residual_mlp(
+    target: str, dtype: torch.dtype, shape: tuple[int, int, int, int], scaled: bool
+) -> None:
+    with emulate(target):
+        check_mlp(dtype, shape, scaled)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("C", [264, 2056])
+def test_rows_that_several_warps_share(target: str, C: int) -> None:
+    with emulate(target):
+        check_norm(torch.bfloat16, 2, C)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "side", "window", "shift"),
+    [
+        *((dtype, (6, 12), (6, 6), (3, 3)) for dtype in DTYPES),
+        (torch.bfloat16, (7, 7), (7, 7), (0, 0)),
+        (torch.bfloat16, (12, 12), (12, 12), (6, 6)),
+    ],
+    ids=str,
+)
+def test_window_attention(
+    target: str,
+    dtype: torch.dtype,
+    side: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+) -> None:
+    with emulate(target) as done:
+        check_attention(dtype, side, window, shift)
+    products = [c.mma_flops for launch, c in done if launch.kernel != "_sum_rows"]
+    assert len(products) == (3 if attention.is_tiled(window[0] * window[1], dtype) else 2)
+    # float32 products are exact, so they stay off the tensor cores
+    assert all(flops > 0 for flops in products) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((dtype, (2, 4, 6, 10)) for dtype in DTYPES),
+        (torch.bfloat16, (1, 6, 4, 48)),
+        (torch.bfloat16, (1, 2, 4, 264)),
+    ],
+    ids=str,
+)
+def test_merge_patches(target: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    with emulate(target):
+        check_merge(dtype, shape)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_warp_schedule_gives_the_same(target: str) -> None:
     for seed in range(8):
         with emulate(target, seed=seed):
+            check_norm(torch.bfloat16, 5, 24)
+            check_merge(torch.bfloat16, (1, 4, 6, 24))
             check_mask((6, 6), 1)
             check_substitute(torch.bfloat16, (1, 36, 48), False)
             check_loss(torch.bfloat16, 16, (2, 2), "bytes")
+            check_attention(torch.bfloat16, (6, 6), (6, 6), (3, 3))
 
 
 @pytest.mark.slow
@@ -172,6 +324,14 @@ def test_every_warp_schedule_gives_the_same(target: str) -> None:
 def test_linear_head_under_every_warp_schedule(target: str, seed: int) -> None:
     with emulate(target, seed=seed):
         check_linear(torch.bfloat16, 8, (4, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("seed", range(8))
+def test_tiled_attention_under_every_warp_schedule(target: str, seed: int) -> None:
+    with emulate(target, seed=seed):
+        check_attention(torch.bfloat16, (9, 8), (9, 8), (4, 0))
 
 
 def without(pattern: str, kernel: str, which: int = 0) -> Callable[[Launch, str], str]:
@@ -215,6 +375,27 @@ def linear_bf16() -> None:
     check_linear(torch.bfloat16, 8, (2, 2), D=144)
 
 
+def norm_bf16() -> None:
+    check_norm(torch.bfloat16, 5, 24)
+
+
+def gelu_bf16() -> None:
+    check_gelu(torch.bfloat16, 5, 24)
+
+
+def merge_bf16() -> None:
+    check_merge(torch.bfloat16, (2, 4, 6, 24))
+
+
+def attention_bf16() -> None:
+    check_attention(torch.bfloat16, (6, 6), (6, 6), (3, 3))
+
+
+def steep_attention_bf16() -> None:
+    """Scores far apart: only the largest of a row may be subtracted before the exponential."""
+    check_attention(torch.bfloat16, (6, 6), (6, 6), (0, 0), spread=100.0)
+
+
 LOAD, STORE = r"@%p\d+ (ld\.global)", r"@%p\d+ (st\.global)"
 TRANSPOSED = r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans"
 MUTATIONS = {
@@ -236,6 +417,40 @@ MUTATIONS = {
         replaced(TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4", "_grad_features"),
     ),
     "wait for a copy": (linear_bf16, without(r"cp\.async\.wait_group", "_linear_masked_l1")),
+    "rows normalised over the wrong lanes": (
+        norm_bf16,
+        replaced(r"(shfl\.sync\.bfly\.b32.*), 1, 31", r"\1, 2, 31", "_layer_norm"),
+    ),
+    "normalised rows stored without a mask": (norm_bf16, replaced(STORE, r"\1", "_layer_norm")),
+    "barrier in the sums of the norm": (norm_bf16, without(r"bar\.sync", "_layer_norm_backward")),
+    "partial sums read without a mask": (norm_bf16, replaced(LOAD, r"\1", "_add_partials")),
+    "barrier in the sum of the GELU": (gelu_bf16, without(r"bar\.sync", "_gelu_backward")),
+    "pairs across a seam": (attention_bf16, replaced("0fC2C80000", "0f00000000", "_attend_window")),
+    "keys beyond the window": (
+        attention_bf16,
+        replaced("0fFF800000", "0f00000000", "_attend_window"),
+    ),
+    "smallest score of a row": (
+        steep_attention_bf16,
+        replaced(r"max\.f32", "min.f32", "_attend_window"),
+    ),
+    "barriers in attention": (
+        attention_bf16,
+        replaced(r"bar\.sync[^;]*;", "", "_attend_window_backward"),
+    ),
+    "weights not transposed": (
+        attention_bf16,
+        replaced(TRANSPOSED, "ldmatrix.sync.aligned.m8n8.x4", "_attend_window_backward"),
+    ),
+    "neighbours of another row": (
+        merge_bf16,
+        replaced(r"div\.s32", "min.s32", "_merge_patches"),
+    ),
+    "merged rows stored without a mask": (merge_bf16, replaced(STORE, r"\1", "_merge_patches")),
+    "barrier in the sums of merged rows": (
+        merge_bf16,
+        without(r"bar\.sync", "_merge_patches_backward"),
+    ),
     "steps of a word swapped": (loss_bf16, replaced(r"(shl\.b32.*), 16;", r"\1, 8;", "_masked_l1")),
 }
 

@@ -14,12 +14,17 @@ from gpu_sim.interpreter import interpret
 from simmim_kernels import (
     masked_l1_loss,
     masked_l1_loss_from_tokens,
+    merge_patches,
     random_patch_mask,
     report,
     substitute_mask_tokens,
 )
 from simmim_kernels.masked_l1_loss.triton_kernel import GROUPS_PER_PROGRAM
+from simmim_kernels.report_cases import Attention, Block, Merge, block_cases, merge_case
+from simmim_kernels.report_cases import attention_case as case_of_attention
 from simmim_kernels.substitute_mask_tokens.triton_kernel import ROWS_PER_PROGRAM
+from simmim_kernels.transformer_block import residual_attention, residual_mlp, triton_rows
+from simmim_kernels.window_attention import window_attention
 
 GOLDEN = Path(__file__).parent / "report.json"
 FIGURES = json.loads(GOLDEN.read_text())
@@ -51,15 +56,21 @@ def test_swin_base_compiles_to_the_golden_figures(
 def test_the_others_compile_to_the_golden_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    check_against_golden(["swin_large_192_w12", "vit_base_224"], tmp_path, capsys)
+    models = {case.model for case in report.cases()} - {"swin_base_192_w6"}
+    check_against_golden(sorted(models), tmp_path, capsys)
 
 
 def test_golden_figures_are_good() -> None:
     """Whoever regenerates the file cannot let these slip."""
     wide = {"_substitute", "_substitute_backward", "_masked_l1", "_masked_l1_backward"}
+    wide |= {"_layer_norm", "_layer_norm_backward", "_gelu", "_gelu_backward", "_add_branch"}
+    wide |= {"_merge_patches", "_merge_patches_backward"}
+    # windows of more than 64 tokens: the gradient of the bias reads qkv and grad_out once more
+    tiled = "window_attention/swin_large_192_w12"
     seen = set()
     for case in FIGURES["cases"]:
-        assert case["bytes_ratio"] <= 1.05, case["case"]
+        most = 1.37 if case["case"].startswith(tiled) else 1.05
+        assert case["bytes_ratio"] <= most, case["case"]
         for launch in case["launches"]:
             where = (case["case"], case["target"], launch["kernel"])
             assert launch["spill_bytes"] == 0, where
@@ -118,3 +129,63 @@ def test_bytes_of_random_patch_mask() -> None:
     with interpret() as counted:
         random_patch_mask(5, (12, 12), unit=3, seed=0, backend="triton")
     assert moved(counted.launches) == 5 * (8 + 144) + 8  # ids and mask; the epoch
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_bytes_of_a_block(scaled: bool) -> None:
+    B, L, C, M = 2, 35, 32, 80
+    mlp_case, attention_case = block_cases(Block("small", B, L, C, M, scaled))
+    scales = {"gamma": torch.ones(C), "branch_scale": torch.ones(B)} if scaled else {}
+    options = {"backend": "triton"} | scales
+    x = torch.randn(B, 5, 7, C).bfloat16().requires_grad_()
+    norm = torch.ones(C, requires_grad=True), torch.zeros(C, requires_grad=True)
+    qkv, proj, fc1, fc2 = (
+        torch.randn(n, m).bfloat16() for n, m in ((3 * C, C), (C, C), (M, C), (C, M))
+    )
+    qkv_bias, fc1_bias = torch.zeros(3 * C, requires_grad=True), torch.zeros(M)
+    with interpret() as counted:
+        out = residual_mlp(x, *norm, fc1, fc1_bias, fc2, norm[1], **options)
+        out.backward(torch.ones_like(out))
+    assert moved(counted.launches) == mlp_case.bytes_moved
+    assert mlp_case.bytes_moved > mlp_case.bytes_needed
+    options |= {"num_heads": 1, "window": (5, 7)}
+    with interpret() as counted:
+        out = residual_attention(x, *norm, qkv, qkv_bias, None, proj, norm[1], **options)
+        out.backward(torch.ones_like(out))
+    rows = [launch for launch in counted.launches if hasattr(triton_rows, launch.kernel)]
+    assert len(rows) < len(counted.launches)
+    assert moved(rows) == attention_case.bytes_moved
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Attention("one tile", 1, (6, 18), 2, 16, (6, 6), (3, 3)),
+        Attention("unbiased", 2, (4, 4), 2, 16, (4, 4), biased=False),
+        Attention("tiled", 1, (9, 16), 2, 16, (9, 8), (0, 4)),
+        Attention("tiled, unbiased", 1, (1, 70), 1, 16, (1, 70), biased=False),
+    ],
+    ids=lambda attention: attention.model,
+)
+def test_bytes_of_window_attention(attention: Attention) -> None:
+    N, S = attention.num_heads, attention.window[0] * attention.window[1]
+    qkv = torch.randn(attention.batch, *attention.side, 3 * N * attention.head_width).bfloat16()
+    bias = torch.randn(N, S, S, requires_grad=True) if attention.biased else None
+    with interpret() as counted:
+        out = window_attention(
+            qkv.requires_grad_(), bias, N, attention.window, attention.shift, backend="triton"
+        )
+        out.backward(torch.ones_like(out))
+    copies = 2 * N * S * S * (4 + 2) if attention.biased else 0  # torch's, forward and backward
+    assert moved(counted.launches) + copies == case_of_attention(attention).bytes_moved
+
+
+def test_bytes_of_merge_patches() -> None:
+    B, side, C, M = 2, 12, 48, 20
+    x = torch.randn(B, side, side, C).bfloat16().requires_grad_()
+    norm = torch.ones(4 * C, requires_grad=True), torch.zeros(4 * C, requires_grad=True)
+    with interpret() as counted:
+        out = merge_patches(x, *norm, torch.randn(M, 4 * C).bfloat16(), backend="triton")
+        out.backward(torch.ones_like(out))
+    case = merge_case(Merge("small", B, side, C))
+    assert moved(counted.launches) == case.bytes_moved

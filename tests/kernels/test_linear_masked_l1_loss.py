@@ -98,7 +98,6 @@ def test_bytes_without_bias_and_with_a_convolutions_weight(backend: str) -> None
 @pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
 def test_autocast_leaves_the_native_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs are cast, but the products run in the dtype that the processor is fast in."""
-    from simmim_kernels.linear_masked_l1_loss import native_kernel
 
     features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
     seen, product = [], torch.addmm
@@ -110,7 +109,7 @@ def test_autocast_leaves_the_native_products_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "addmm", addmm)
     with torch.autocast("cpu", torch.bfloat16):
         linear_masked_l1_loss(features, weight, bias, image, mask, stride, backend="native")
-    assert [t.dtype for t in seen] == [native_kernel._product_dtype(torch.bfloat16)]
+    assert [t.dtype for t in seen] == [native.product_dtype(torch.bfloat16)]
 
 
 def test_normalised_target(backend: str) -> None:

@@ -1,10 +1,25 @@
 """Layers that several backbones share."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from simmim_kernels import residual_mlp
+
+
+class Backends(NamedTuple):
+    """What runs the kernels of a backbone; None takes the first backend that can.
+
+    Attributes:
+        ops: of every op.
+        attention: of attention with its projections, where it is not that of the other ops.
+    """
+
+    ops: str | None = None
+    attention: str | None = None
 
 
 def check_image(image: Tensor, channels: int, size: tuple[int, int]) -> None:
@@ -17,16 +32,35 @@ def check_image(image: Tensor, channels: int, size: tuple[int, int]) -> None:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
+    """Two linear layers with exact GELU between, as a residual branch."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        branch_scale: Tensor | None,
+        backend: str | None,
+        gamma: Tensor | None = None,
+    ) -> Tensor:
+        """x + branch_scale · gamma · mlp(norm(x)), [B, …, C]."""
+        return residual_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            gamma=gamma,
+            branch_scale=branch_scale,
+            eps=norm.eps,
+            backend=backend,
+        )
 
 
 class DropPath(nn.Module):
@@ -36,11 +70,12 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
+        """Factor of every image's branch, float32 [B]; None where all of them are 1."""
         if self.rate == 0.0 or not self.training:
-            return x
-        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        return x * x.new_empty(shape).bernoulli_(1.0 - self.rate).div_(1.0 - self.rate)
+            return None
+        scale = torch.empty(len(x), device=x.device)
+        return scale.bernoulli_(1.0 - self.rate).div_(1.0 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.4f}"
@@ -51,7 +86,7 @@ def drop_path_rates(rate: float, num_blocks: int) -> list[float]:
     return [rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
 
 
-def run_block(block: Callable[..., Tensor], recompute: bool, *inputs: Tensor | None) -> Tensor:
+def run_block(block: Callable[..., Tensor], recompute: bool, *inputs: object) -> Tensor:
     """Run a block; with `recompute` its activations are computed again in the backward."""
     if not recompute:
         return block(*inputs)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from simmim.backbone.attention import relative_position_bias, shift_mask, window_attention
 from simmim.backbone.layers import (
+    Backends,
     DropPath,
     Mlp,
     check_image,
@@ -18,7 +18,7 @@ from simmim.backbone.layers import (
     init_linear,
     run_block,
 )
-from simmim_kernels import substitute_mask_tokens
+from simmim_kernels import embed_patches, merge_patches, residual_attention
 
 NORM_EPS = 1e-5
 
@@ -132,50 +132,50 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches → tokens [B, H, W, C]."""
+    """Parameters of the projection of patches and its norm."""
 
     def __init__(self, spec: SwinSpec) -> None:
         super().__init__()
         self.proj = nn.Conv2d(spec.channels, spec.embed_dim, spec.patch_size, spec.patch_size)
         self.norm = nn.LayerNorm(spec.embed_dim, NORM_EPS) if spec.patch_norm else nn.Identity()
 
-    def forward(self, image: Tensor) -> Tensor:
-        tokens: Tensor = self.norm(self.proj(image).permute(0, 2, 3, 1))
-        return tokens
-
 
 class WindowAttention(nn.Module):
-    """Projections and position table around `window_attention`."""
-
-    shift_mask: Tensor | None
+    """Attention inside windows with its projections and position table, as a residual branch."""
 
     def __init__(self, spec: SwinSpec, stage: int, block: int) -> None:
         super().__init__()
-        width = spec.embed_dim << stage
-        side, shift = spec.window(stage), spec.shift(stage, block)
+        width, side = spec.embed_dim << stage, spec.window(stage)
         self.num_heads = spec.num_heads[stage]
-        self.window, self.shift = (side, side), (shift, shift)
-        self.scale = spec.qk_scale or (width // self.num_heads) ** -0.5
+        self.window, self.shift = (side, side), spec.shift(stage, block)
+        self.scale = spec.qk_scale
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * side - 1) ** 2, self.num_heads)
         )
         self.qkv = nn.Linear(width, 3 * width, bias=spec.qkv_bias)
         self.proj = nn.Linear(width, width)
-        mask = shift_mask(spec.resolution(stage), self.window, self.shift) if shift else None
-        self.register_buffer("shift_mask", mask, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = window_attention(
-            self.qkv(x),
-            relative_position_bias(self.relative_position_bias_table, self.window),
-            self.shift_mask,
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, branch_scale: Tensor | None, backend: str | None
+    ) -> Tensor:
+        """x + branch_scale · attention(norm(x)), [B, H, W, C]."""
+        return residual_attention(
+            x,
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            self.qkv.bias,
+            self.relative_position_bias_table,
+            self.proj.weight,
+            self.proj.bias,
             num_heads=self.num_heads,
             window=self.window,
             shift=self.shift,
             scale=self.scale,
+            branch_scale=branch_scale,
+            eps=norm.eps,
+            backend=backend,
         )
-        projected: Tensor = self.proj(out)
-        return projected
 
 
 class SwinBlock(nn.Module):
@@ -190,9 +190,9 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, NORM_EPS)
         self.mlp = Mlp(width, int(width * spec.mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, backends: Backends) -> Tensor:
+        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention or backends.ops)
+        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops)
         return x
 
 
@@ -204,12 +204,15 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
         self.norm = nn.LayerNorm(4 * width, NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        # the published order of the neighbours is (0,0), (1,0), (0,1), (1,1): column, then row
-        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)
-        out: Tensor = self.reduction(self.norm(x.reshape(B, H // 2, W // 2, 4 * C)))
-        return out
+    def forward(self, x: Tensor, backend: str | None) -> Tensor:
+        return merge_patches(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.reduction.weight,
+            eps=self.norm.eps,
+            backend=backend,
+        )
 
 
 class SwinStage(nn.Module):
@@ -223,10 +226,10 @@ class SwinStage(nn.Module):
         last = stage == len(spec.depths) - 1
         self.downsample = None if last else PatchMerging(spec.embed_dim << stage)
 
-    def forward(self, x: Tensor, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool, backends: Backends) -> Tensor:
         for block in self.blocks:
-            x = run_block(block, recompute, x)
-        return x if self.downsample is None else self.downsample(x)
+            x = run_block(block, recompute, x, backends)
+        return x if self.downsample is None else self.downsample(x, backends.ops)
 
 
 class Swin(nn.Module):
@@ -249,7 +252,7 @@ class Swin(nn.Module):
         self.spec = spec
         self.num_features = spec.embed_dim << (len(spec.depths) - 1)
         self.activation_checkpointing = False
-        self.kernel_backend: str | None = None
+        self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
@@ -269,29 +272,44 @@ class Swin(nn.Module):
             if name.endswith(("relative_position_bias_table", "absolute_pos_embed", "mask_token")):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        *,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
         """Features of an image whose hidden tokens are replaced by the mask token.
 
         Args:
-            image: [B, channels, height, width], normalised.
+            image: [B, channels, height, width], normalised, or uint8 with mean and std.
             mask: bool [B, *grid], True marks a hidden token; None hides nothing.
+            mean: [channels], on the 0-1 scale.
+            std: [channels], on the 0-1 scale.
 
         Returns:
             [B, num_features, height / stride, width / stride].
         """
         check_image(image, self.spec.channels, self.spec.image_size)
-        tokens = self.patch_embed(image)  # [B, H, W, C]
-        B, H, W, C = tokens.shape
-        if mask is not None:
-            tokens = substitute_mask_tokens(
-                tokens.view(B, H * W, C),
-                mask.reshape(B, H * W),
-                self.mask_token.view(C),
-                backend=self.kernel_backend,
-            ).view(B, H, W, C)
-        if self.spec.absolute_position:
-            tokens = tokens + self.absolute_pos_embed.view(1, H, W, C)
+        embed, C = self.patch_embed, self.spec.embed_dim
+        norm = embed.norm if isinstance(embed.norm, nn.LayerNorm) else None
+        tokens = embed_patches(
+            image,
+            mask,
+            embed.proj.weight,
+            embed.proj.bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            self.mask_token.view(C),
+            pos_embed=self.absolute_pos_embed[0] if self.spec.absolute_position else None,
+            mean=mean,
+            std=std,
+            eps=NORM_EPS,
+            backend=self.backends.ops,
+        ).view(len(image), *self.spec.grid, C)
+        recompute = self.activation_checkpointing and self.training
         for stage in self.layers:
-            tokens = stage(tokens, self.activation_checkpointing and self.training)
+            tokens = stage(tokens, recompute, self.backends)
         features: Tensor = self.norm(tokens).permute(0, 3, 1, 2)
         return features

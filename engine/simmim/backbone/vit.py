@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.backbone.attention import global_attention, relative_position_bias_with_cls
+from simmim.backbone.attention import relative_position_bias_with_cls
 from simmim.backbone.layers import (
+    Backends,
     DropPath,
     Mlp,
     check_image,
@@ -20,7 +20,7 @@ from simmim.backbone.layers import (
     init_linear,
     run_block,
 )
-from simmim_kernels import substitute_mask_tokens
+from simmim_kernels import embed_patches, residual_attention
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,11 @@ class ViTSpec:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches → tokens [B, L, C]."""
+    """Parameters of the projection of patches."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
         self.proj = nn.Conv2d(spec.channels, spec.embed_dim, spec.patch_size, spec.patch_size)
-
-    def forward(self, image: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(image).flatten(2).transpose(1, 2)
-        return tokens
 
 
 class RelativePositionBias(nn.Module):
@@ -123,13 +119,13 @@ def position_table(spec: ViTSpec) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections around `global_attention`."""
+    """Attention over all tokens with its projections, as a residual branch."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
         width = spec.embed_dim
         self.num_heads, self.grid = spec.num_heads, spec.grid
-        self.scale = spec.qk_scale or (width // spec.num_heads) ** -0.5
+        self.scale = spec.qk_scale
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
@@ -138,7 +134,16 @@ class Attention(nn.Module):
         )
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        branch_scale: Tensor | None,
+        backend: str | None,
+        gamma: Tensor | None,
+        shared_bias: Tensor | None,
+    ) -> Tensor:
+        """x + branch_scale · gamma · attention(norm(x)), [B, L, C]."""
         qkv_bias = None
         if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
@@ -146,11 +151,24 @@ class Attention(nn.Module):
         if self.relative_position_bias_table is not None:
             own = relative_position_bias_with_cls(self.relative_position_bias_table, self.grid)
             bias = own if bias is None else own + bias
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        out: Tensor = self.proj(
-            global_attention(qkv, bias, num_heads=self.num_heads, scale=self.scale)
+        out = residual_attention(
+            x.unsqueeze(1),  # one row of tokens, one window
+            norm.weight,
+            norm.bias,
+            self.qkv.weight,
+            qkv_bias,
+            bias,
+            self.proj.weight,
+            self.proj.bias,
+            num_heads=self.num_heads,
+            window=(1, x.shape[1]),
+            scale=self.scale,
+            gamma=gamma,
+            branch_scale=branch_scale,
+            eps=norm.eps,
+            backend=backend,
         )
-        return out
+        return out.squeeze(1)
 
 
 class Block(nn.Module):
@@ -169,11 +187,10 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(gain.clone()) if scaled else None
         self.gamma_2 = nn.Parameter(gain.clone()) if scaled else None
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:
-        branch = self.attn(self.norm1(x), shared_bias)
-        x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
-        branch = self.mlp(self.norm2(x))
-        x = x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
+    def forward(self, x: Tensor, shared_bias: Tensor | None, backends: Backends) -> Tensor:
+        backend = backends.attention or backends.ops
+        x = self.attn(x, self.norm1, self.drop_path(x), backend, self.gamma_1, shared_bias)
+        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops, self.gamma_2)
         return x
 
 
@@ -197,7 +214,7 @@ class ViT(nn.Module):
         self.spec = spec
         self.num_features = spec.embed_dim
         self.activation_checkpointing = False
-        self.kernel_backend: str | None = None
+        self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
@@ -226,28 +243,43 @@ class ViT(nn.Module):
                 number = int(name.split(".")[1]) + 1
                 parameter.data.div_(math.sqrt(2.0 * number))
 
-    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        *,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
         """Features of an image whose hidden tokens are replaced by the mask token.
 
         Args:
-            image: [B, channels, height, width], normalised.
+            image: [B, channels, height, width], normalised, or uint8 with mean and std.
             mask: bool [B, *grid], True marks a hidden token; None hides nothing.
+            mean: [channels], on the 0-1 scale.
+            std: [channels], on the 0-1 scale.
 
         Returns:
             [B, num_features, height / patch_size, width / patch_size], without the class token.
         """
         check_image(image, self.spec.channels, self.spec.image_size)
-        tokens = self.patch_embed(image)  # [B, L, C]
-        B = tokens.shape[0]
-        if mask is not None:
-            tokens = substitute_mask_tokens(
-                tokens, mask.flatten(1), self.mask_token.view(-1), backend=self.kernel_backend
-            )
+        B = len(image)
+        tokens = embed_patches(
+            image,
+            mask,
+            self.patch_embed.proj.weight,
+            self.patch_embed.proj.bias,
+            mask_token=self.mask_token.view(-1),
+            mean=mean,
+            std=std,
+            backend=self.backends.ops,
+        )
         tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(B, -1, -1), tokens), dim=1)
         if self.spec.absolute_position:
             tokens = tokens + self.pos_embed
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        recompute = self.activation_checkpointing and self.training
         for block in self.blocks:
-            tokens = run_block(block, self.activation_checkpointing and self.training, tokens, bias)
+            tokens = run_block(block, recompute, tokens, bias, self.backends)
         features: Tensor = self.norm(tokens)[:, 1:].transpose(1, 2)
         return features.reshape(B, self.num_features, *self.spec.grid)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
+from simmim.backbone.layers import Backends
 from simmim_kernels import linear_masked_l1_loss
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
@@ -63,9 +64,15 @@ class SimMIM(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def use_backend(self, name: str | None) -> None:
-        """Make every op use the backend `name`; None lets each op choose."""
-        self.encoder.kernel_backend = self.loss_backend = name
+    def use_backend(self, name: str | None, attention: str | None = None) -> None:
+        """Make every op use the backend `name`; None lets each op choose.
+
+        Args:
+            name: "triton", "native" or "reference".
+            attention: another backend for attention and its projections, such as "xformers".
+        """
+        self.encoder.backends = Backends(name, attention)
+        self.loss_backend = name
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std; floating point passes unchanged."""
@@ -102,9 +109,7 @@ class SimMIM(nn.Module):
 
     def encode(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
         """Feature map of the image, [B, D, h, w]; hidden tokens see the mask token instead."""
-        token_mask = None if mask is None else self.token_mask(mask)
-        features: Tensor = self.encoder(self.normalise(image), token_mask)
-        return features
+        return self._features(image, None if mask is None else self.token_mask(mask))
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
         """Prediction of every pixel, [B, C, H, W], in normalised units."""
@@ -116,7 +121,7 @@ class SimMIM(nn.Module):
 
         The head is applied by the loss, to the cells with hidden pixels alone.
         """
-        features = self.encoder(self.normalise(image), self.token_mask(mask))
+        features = self._features(image, self.token_mask(mask))
         head = self.decoder[0]
         assert isinstance(head, nn.Conv2d)
         is_bytes = image.dtype == torch.uint8
@@ -132,3 +137,14 @@ class SimMIM(nn.Module):
             norm_target=self.norm_target,
             backend=self.loss_backend,
         )
+
+    def _features(self, image: Tensor, token_mask: Tensor | None) -> Tensor:
+        # bytes go in as they are: the embedding normalises those that it reads
+        is_bytes = image.dtype == torch.uint8
+        features: Tensor = self.encoder(
+            image,
+            token_mask,
+            mean=self.mean if is_bytes else None,
+            std=self.std if is_bytes else None,
+        )
+        return features

@@ -5,7 +5,6 @@ a factor; it is rebuilt from the sign words a few images at a time.
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,14 +16,6 @@ from simmim_kernels.masked_l1_loss.native_kernel import gradient_per_pixel, imag
 
 # Predictions that exist at one time: enough rows to keep the matrix product efficient.
 ROWS_AT_ONCE = 512
-
-
-@cache
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What matrix products run in: float32 where the processor only emulates 16-bit ones."""
-    assert native.extension is not None
-    fast = dtype == torch.bfloat16 and native.extension.has_fast_bfloat16()
-    return dtype if fast else torch.float32
 
 
 def _chunks(cells: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -62,7 +53,7 @@ def forward(
     B, h, w, D = features.shape
     cells = hidden_cells(mask, (h, w), stride)
     flat = features.view(-1, D)
-    dtype = _product_dtype(features.dtype)
+    dtype = native.product_dtype(features.dtype)
     transposed = weight.to(dtype).t()
     offset = None if bias is None else bias.to(dtype)
     shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
@@ -109,7 +100,7 @@ def backward(
     assert native.extension is not None
     _, h, w, D = features.shape
     outputs = weight.shape[0]
-    dtype = _product_dtype(features.dtype)
+    dtype = native.product_dtype(features.dtype)
     value = float(step.detach())
     flat = features.view(-1, D)
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)

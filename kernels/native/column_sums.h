@@ -1,0 +1,65 @@
+// Sums over the rows of a matrix that do not depend on the number of threads: made in sections of
+// rows, float32 within one and double across, added in order.
+#pragma once
+
+#include <cstring>
+
+#include "lanes.h"
+
+namespace simmim::SIMMIM_TARGET {
+
+constexpr int64_t kSections = 64;
+constexpr int64_t kLeastRowsPerSection = 8, kMostRowsPerSection = 256;
+
+// Sums of columns: each section of rows has its own, `finish` adds them.
+class ColumnSums {
+  public:
+    ColumnSums(int64_t rows, int64_t width, int arrays)
+        : width_(width), rows_(rows), arrays_(arrays) {
+        per_section = (rows + kSections - 1) / kSections;
+        per_section = per_section < kLeastRowsPerSection  ? kLeastRowsPerSection
+                      : per_section > kMostRowsPerSection ? kMostRowsPerSection
+                                                          : per_section;
+        sections = (rows + per_section - 1) / per_section;
+        parts_ = new float[static_cast<size_t>(sections * arrays * width_)];
+    }
+    ~ColumnSums() { delete[] parts_; }
+    ColumnSums(const ColumnSums&) = delete;
+    ColumnSums& operator=(const ColumnSums&) = delete;
+
+    int64_t end(int64_t section) const {
+        const int64_t row = (section + 1) * per_section;
+        return row < rows_ ? row : rows_;
+    }
+    // Zeros for the sums of a section; the arrays lie one after the other.
+    float* start(int64_t section) {
+        float* part = parts_ + section * arrays_ * width_;
+        std::memset(part, 0, sizeof(float) * static_cast<size_t>(arrays_ * width_));
+        return part;
+    }
+    void finish(int array, float* total) const {
+        constexpr int64_t kAtOnce = 256;
+        for (int64_t first = 0; first < width_; first += kAtOnce) {
+            const int64_t count = width_ - first < kAtOnce ? width_ - first : kAtOnce;
+            double sum[kAtOnce] = {};
+            for (int64_t section = 0; section < sections; ++section) {
+                const float* part = parts_ + (section * arrays_ + array) * width_ + first;
+                for (int64_t d = 0; d < count; ++d) sum[d] += part[d];
+            }
+            for (int64_t d = 0; d < count; ++d) total[first + d] = static_cast<float>(sum[d]);
+        }
+    }
+
+    int64_t per_section, sections;
+
+  private:
+    int64_t width_, rows_;
+    int arrays_;
+    float* parts_;
+};
+
+inline void add_to(float* total, Lanes x, int64_t count) {
+    store_first(total, add(load_first(total, count), x), count);
+}
+
+}  // namespace simmim::SIMMIM_TARGET

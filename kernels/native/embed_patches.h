@@ -1,0 +1,59 @@
+// Patch embedding of the visible patches; see kernels/simmim_kernels/embed_patches.
+#pragma once
+
+#include <cstdint>
+
+#include "target.h"
+
+namespace simmim {
+
+// Visible patches as rows [num_visible, channels · patch²], in the order of a convolution's weight.
+struct GatherPatches {
+    const void* image;
+    int image_dtype;          // 0 float32, 1 bfloat16, 2 float16, 3 uint8
+    int64_t shape[4];         // B, channels, H, W
+    int64_t strides[4];       // in elements
+    const float *mean, *std;  // [channels], on the 0-1 scale; uint8 only
+    int64_t patch;            // side in pixels
+    const int64_t* visible;   // [num_visible]: index among all patches of the batch
+    int64_t num_visible;
+    void* rows;
+    int product_dtype;
+    int num_threads;
+};
+
+// Tokens have `dtype`; what goes into and comes out of matrix products has `product_dtype`.
+struct PlaceTokens {
+    int64_t tokens, tokens_per_image, width;
+    int dtype, product_dtype;
+    const int64_t* place;  // [tokens]: the token's row among the visible ones, -1 where hidden
+    const float* bias;     // [width] or null
+    const float *norm_weight, *norm_bias;  // [width], null without a norm
+    float eps;
+    int num_threads;
+};
+
+struct PlaceTokensForward {
+    PlaceTokens shared;
+    const void* product;     // [num_visible, width], without bias
+    const void* mask_token;  // [width] in `dtype`, null where nothing is hidden
+    const float* position;   // [tokens_per_image, width] or null
+    void* kept;              // product in `dtype`, null where it is the product itself
+    float *mean, *rstd;      // [num_visible]
+    void* out;               // [tokens, width]
+};
+
+struct PlaceTokensBackward {
+    PlaceTokens shared;
+    const void* grad_out;  // [tokens, width]
+    const void* kept;
+    const float *mean, *rstd;
+    void* grad_product;                                                      // [num_visible, width]
+    float *grad_bias, *grad_norm_weight, *grad_norm_bias, *grad_mask_token;  // [width] each
+};
+
+}  // namespace simmim
+
+SIMMIM_DECLARE(void gather_patches(const GatherPatches& a))
+SIMMIM_DECLARE(void place_tokens_forward(const PlaceTokensForward& a))
+SIMMIM_DECLARE(void place_tokens_backward(const PlaceTokensBackward& a))

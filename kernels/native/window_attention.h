@@ -1,0 +1,41 @@
+// Attention inside (shifted) windows; see kernels/simmim_kernels/window_attention.
+#pragma once
+
+#include <cstdint>
+
+#include "target.h"
+
+namespace simmim {
+
+// dtype: 0 float32, 1 bfloat16, 2 float16. All arrays are contiguous; sizes count elements.
+struct WindowAttention {
+    const void* qkv;        // [B, H, W, 3C], without its bias
+    const float* qkv_bias;  // [3C] or null
+    const float* bias;      // [N, S, S] or null
+    int64_t batch, rows, columns, width, num_heads;
+    int64_t window[2], shift[2];
+    float scale;
+    int dtype;  // of qkv and out
+    int num_threads;
+};
+
+struct WindowAttentionForward {
+    WindowAttention shared;
+    void* out;        // [B, H, W, C]
+    float* log_sums;  // [B, H, W, N]
+};
+
+struct WindowAttentionBackward {
+    WindowAttention shared;
+    const void* grad_out;  // [B, H, W, C]
+    const float* log_sums;
+    void* grad_qkv;        // [B, H, W, 3C]
+    float* grad_qkv_bias;  // [3C] or null
+    float* grad_bias;      // [N, S, S] or null
+    int grad_dtype;        // of grad_out and grad_qkv: float32 or the dtype of qkv
+};
+
+}  // namespace simmim
+
+SIMMIM_DECLARE(void window_attention_forward(const WindowAttentionForward& a))
+SIMMIM_DECLARE(void window_attention_backward(const WindowAttentionBackward& a))

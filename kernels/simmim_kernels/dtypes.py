@@ -1,0 +1,40 @@
+"""Which dtypes the tensors of an op with matrix products have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import native
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype of autocast where that is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def of_reference(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Any:
+    """Parameters as plain PyTorch wants them beside `x`: under autocast it casts them itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return list(tensors)
+    return [None if t is None else t.to(x.dtype) for t in tensors]
+
+
+def product_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """What matrix products of `backend` run in when activations have `dtype`."""
+    return native.product_dtype(dtype) if backend == "native" else dtype
+
+
+def check_dtypes(
+    x: Tensor, parameters: tuple[Tensor | None, ...], error: Callable[[str], ValueError]
+) -> None:
+    """Raises `error` unless x is floating point and its parameters fit it."""
+    if not x.dtype.is_floating_point:
+        raise error("expected floating point x")
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if parameter.device != x.device or parameter.dtype not in (x.dtype, torch.float32):
+            raise error("parameters must be on the device of x, of its dtype or float32")

@@ -1,0 +1,243 @@
+"""Patch embedding of masked images: only visible patches are projected.
+
+B batch, C channels, H W pixels, p side of a patch, h w grid of patches, L = h·w, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import native
+from simmim_kernels.dispatch import (
+    Backend,
+    choose,
+    describe,
+    implementation,
+    never,
+    no_second_order,
+)
+from simmim_kernels.embed_patches import reference
+from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
+
+__all__ = ["BACKENDS", "embed_patches"]
+
+# On a GPU all patches are projected: how many are visible is not known to the host, and the product
+# is a thousandth of a step. `substitute_mask_tokens` then does the rest in one pass.
+BACKENDS = (Backend("native", native.reasons_against), Backend("reference", never))
+
+
+def embed_patches(
+    image: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Tokens of the visible patches, the mask token in place of the hidden ones.
+
+    The native backend reads the image as it is (bytes, any strides), normalises pixels on the way
+    and projects visible patches only; hidden pixels have no influence, whatever they hold.
+
+    Args:
+        image: [B, C, H, W]; uint8 with mean and std, or floating point and normalised. No gradient.
+        mask: bool [B, h, w], True hides; None hides nothing.
+        weight: [D, C, p, p], as of a convolution of stride p.
+        bias: [D] or None.
+        norm_weight: [D], LayerNorm after the projection; None has none.
+        norm_bias: [D], with norm_weight.
+        mask_token: [D]; needed with a mask.
+        pos_embed: [L, D] or None; added to every token, hidden or not.
+        mean: per channel, on the 0-1 scale, for uint8.
+        std: as mean.
+        eps: of the LayerNorm.
+        backend: "native" (CPU) or "reference"; None takes the first that can run. "triton" projects
+            all patches in PyTorch and puts the mask token in with a Triton kernel.
+
+    Dtypes are those of `residual_attention`: the result has the autocast dtype, or that of weight.
+
+    Returns:
+        [B, L, D]. Gradient (first order) flows to every parameter.
+
+    Raises:
+        ValueError: shapes or dtypes disagree; the message prints all of them.
+        RuntimeError: the named backend cannot run; the message lists why.
+
+    Source: microsoft/SimMIM models/simmim.py SwinTransformerForSimMIM.forward and
+        models/swin_transformer.py PatchEmbed.
+    """
+
+    def error(what: str) -> ValueError:
+        given = describe(
+            image=image,
+            mask=mask,
+            weight=weight,
+            bias=bias,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            mask_token=mask_token,
+            pos_embed=pos_embed,
+        )
+        return ValueError(f"{what}: {given}")
+
+    if image.dim() != 4 or weight.dim() != 4 or weight.shape[1] != image.shape[1]:
+        raise error("expected image [B, C, H, W] and weight [D, C, p, p]")
+    patch = weight.shape[2]
+    if weight.shape[3] != patch or image.shape[2] % patch or image.shape[3] % patch:
+        raise error("patches must be square and fill the image")
+    B, h, w = image.shape[0], image.shape[2] // patch, image.shape[3] // patch
+    vectors = (bias, norm_weight, norm_bias, mask_token)
+    if any(v is not None and v.shape != weight.shape[:1] for v in vectors):
+        raise error("bias, norm_weight, norm_bias and mask_token must be [D]")
+    if (norm_weight is None) != (norm_bias is None):
+        raise error("norm_weight and norm_bias come together")
+    if pos_embed is not None and pos_embed.shape != (h * w, weight.shape[0]):
+        raise error("expected pos_embed [L, D]")
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != (B, h, w):
+            raise error("expected a bool mask [B, h, w]")
+        if mask_token is None:
+            raise error("a mask needs a mask_token")
+    tensors = (image, mask, weight, *vectors, pos_embed)
+    if any(t is not None and t.device != weight.device for t in tensors):
+        raise error("all tensors must be on one device")
+    if image.dtype.is_floating_point:
+        if mean is not None or std is not None:
+            raise error("mean and std go with a uint8 image; a floating point one is normalised")
+    elif mean is None or std is None or image.dtype != torch.uint8:
+        raise error("image must be floating point, or uint8 with mean and std")
+    else:
+        mean = torch.as_tensor(mean, dtype=torch.float32, device=image.device)
+        std = torch.as_tensor(std, dtype=torch.float32, device=image.device)
+        if mean.shape != image.shape[1:2] or std.shape != image.shape[1:2]:
+            raise error("mean and std need one value per channel")
+    image = image.detach()
+    chosen = choose(
+        "embed_patches", BACKENDS, tensors, "reference" if backend == "triton" else backend
+    )
+    if chosen == "reference":
+        tokens = reference.project_patches(
+            image, weight, bias, norm_weight, norm_bias, mean, std, eps
+        )
+        if mask is None or mask_token is None:
+            return tokens if pos_embed is None else tokens + pos_embed.to(tokens.dtype)
+        return substitute_mask_tokens(
+            tokens, mask.flatten(1), mask_token, pos_embed=pos_embed, backend=backend
+        )
+    device = image.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    out: Tensor = torch.ops.simmim.embed_patches(
+        image,
+        mask,
+        weight.to(native.product_dtype(dtype)),
+        *(None if v is None else v.float() for v in vectors),
+        None if pos_embed is None else pos_embed.float(),
+        mean,
+        std,
+        eps,
+        dtype,
+        _room(mask, B * h * w),
+    )[0]
+    return out
+
+
+def _room(mask: Tensor | None, tokens: int) -> int:
+    """Visible patches; while torch.compile traces, what they are at most."""
+    if mask is None or torch.compiler.is_compiling():
+        return tokens
+    return tokens - int(mask.numpy().sum())  # a look at CPU memory, nothing to wait for
+
+
+# Tokens, and for the backward, with room for `visible` rows: the projection without its bias, mean
+# and reciprocal deviation ([0] without a norm). Vectors come as float32, weight in the dtype of
+# the products.
+torch.library.define(
+    "simmim::embed_patches",
+    "(Tensor image, Tensor? mask, Tensor weight, Tensor? bias, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? mask_token, Tensor? pos_embed, Tensor? mean, Tensor? std, "
+    "float eps, ScalarType dtype, SymInt visible) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+# Gradients of weight, bias, norm_weight, norm_bias and mask_token; float32 but for the weight's.
+torch.library.define(
+    "simmim::embed_patches_backward",
+    "(Tensor grad_out, Tensor image, Tensor? mask, Tensor weight, Tensor? bias, "
+    "Tensor? norm_weight, Tensor? mean, Tensor? std, Tensor kept, Tensor norm_mean, "
+    "Tensor norm_rstd, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("simmim::embed_patches", "CompositeExplicitAutograd")
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = implementation("embed_patches", "native").forward(*arguments)
+    return found
+
+
+@torch.library.impl("simmim::embed_patches_backward", "CompositeExplicitAutograd")
+def _backward_kernel(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernel = implementation("embed_patches", "native")
+    grads: tuple[Tensor, ...] = kernel.backward(grad_out.contiguous(), *arguments)
+    return grads
+
+
+def _forward_fake(
+    image: Tensor, mask: Tensor | None, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    norm_weight, dtype, visible = arguments[1], arguments[-2], arguments[-1]
+    B, D, patch = image.shape[0], weight.shape[0], weight.shape[2]
+    L = (image.shape[2] // patch) * (image.shape[3] // patch)
+    rows = 0 if norm_weight is None else visible
+    per_row = weight.new_empty((rows,), dtype=torch.float32)
+    return (
+        weight.new_empty((B, L, D), dtype=dtype),
+        weight.new_empty((rows, D), dtype=dtype),
+        per_row,
+        torch.empty_like(per_row),
+    )
+
+
+torch.library.register_fake("simmim::embed_patches", _forward_fake)
+
+
+def _backward_fake(
+    grad_out: Tensor, image: Tensor, mask: Tensor | None, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    vectors = [weight.new_empty(weight.shape[:1], dtype=torch.float32) for _ in range(4)]
+    return weight.new_empty(weight.shape), *vectors
+
+
+torch.library.register_fake("simmim::embed_patches_backward", _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    image, mask, weight, bias, norm_weight, _, mask_token, pos_embed, mean, std, ctx.eps, *_ = (
+        inputs
+    )
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image, mask, weight, bias, norm_weight, mean, std, *kept)
+    ctx.has = [t is not None for t in (weight, bias, norm_weight, norm_weight, mask_token)]
+    ctx.has_position = pos_embed is not None
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 13
+    found = torch.ops.simmim.embed_patches_backward(grad_out, *ctx.saved_tensors, ctx.eps)
+    of_position = grad_out.sum(0, dtype=torch.float32) if ctx.has_position else None
+    grads = (g if there else None for g, there in zip(found, ctx.has, strict=True))
+    return None, None, *grads, of_position, *(None,) * 5
+
+
+torch.library.register_autograd("simmim::embed_patches", _backward, setup_context=_setup_context)
+torch.library.register_autograd("simmim::embed_patches_backward", no_second_order)

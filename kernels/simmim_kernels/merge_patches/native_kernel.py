@@ -1,0 +1,77 @@
+"""Patch merging on the CPU: PyTorch's matrix products, one C++ pass before or after them.
+
+T rows of four neighbours, M width of the output. Products run in the dtype of the weight, which is
+float32 where the processor has no 16-bit products.
+"""
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import native
+from simmim_kernels.native import DTYPE_CODES, converted, multiply
+
+
+def forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, mean and rstd [T]; all inputs contiguous."""
+    assert native.extension is not None
+    B, H, W, _ = x.shape
+    M, width = weight.shape
+    y = native.empty((B * (H // 2) * (W // 2), width), weight.dtype)
+    mean, rstd = torch.empty(len(y)), torch.empty(len(y))
+    native.extension.merge_patches_forward(
+        _shape(x, y),
+        W // 2,
+        x.data_ptr(),
+        norm_weight.data_ptr(),
+        norm_bias.data_ptr(),
+        eps,
+        y.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+    )
+    out = native.empty((B, H // 2, W // 2, M), weight.dtype)
+    multiply(y, weight.t(), out=out.view(len(y), M))
+    return converted(out, x.dtype), mean, rstd
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, norm_weight, norm_bias and weight; [0] where it is not wanted."""
+    assert native.extension is not None
+    M, width = weight.shape
+    grad_out = converted(grad_out, weight.dtype).view(len(mean), M)
+    grad_y = multiply(grad_out, weight)
+    grad_x = native.empty(x.shape, x.dtype)
+    grad_norm_weight = torch.zeros(width if of_parameters else 0)
+    grad_norm_bias = torch.zeros_like(grad_norm_weight)
+    native.extension.merge_patches_backward(
+        _shape(x, grad_y),
+        x.shape[2] // 2,
+        x.data_ptr(),
+        norm_weight.data_ptr(),
+        norm_bias.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        grad_y.data_ptr(),
+        grad_x.data_ptr(),
+        grad_norm_weight.data_ptr(),
+        grad_norm_bias.data_ptr(),
+    )
+    y = grad_y  # whose place it took
+    grad_weight = multiply(grad_out.t(), y) if of_parameters else torch.zeros(0)
+    return grad_x, grad_norm_weight, grad_norm_bias, grad_weight
+
+
+def _shape(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
+    """What the pass wants to know: rows, columns, both dtypes, threads."""
+    return *y.shape, DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype], torch.get_num_threads()

@@ -1,0 +1,493 @@
+"""What a transformer block does between its matrix products, in Triton: one pass over memory each.
+
+T tokens, C width, M hidden width of the MLP; R rows and K columns of a tile. Arithmetic is float32
+in registers. Sums over tokens take two steps, a partial sum of some rows per program and a kernel
+that adds these, in an order that depends on the shape only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile; 16-byte accesses for each of 128 threads in every dtype.
+_TILE = 2048
+# Rows of a tile at most, and rows that a program sums at least: partial sums are then a small part
+# of the bytes that it moves.
+_ROWS = 32
+
+
+@triton.jit
+def _layer_norm(
+    p_x,
+    p_weight,
+    p_bias,
+    p_y,
+    p_mean,
+    p_rstd,
+    rows,
+    C,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_column = tl.arange(0, K)
+    m_row, m_column = o_row < rows, o_column < C
+    m_tile = m_row[:, None] & m_column[None, :]
+    o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+    b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    weight = tl.load(p_weight + o_column, mask=m_column, other=0.0)
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    mean = tl.sum(b_x, axis=1) / C
+    # deviations from the mean: a difference of sums would cancel where the mean is large
+    b_x = tl.where(m_tile, b_x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / C + eps)
+    b_y = b_x * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(p_y + o_tile, b_y.to(p_y.dtype.element_ty), mask=m_tile)
+    tl.store(p_mean + o_row, mean, mask=m_row)
+    tl.store(p_rstd + o_row, rstd, mask=m_row)
+
+
+@triton.jit
+def _layer_norm_backward(
+    p_grad_out,
+    p_dy,
+    p_x,
+    p_mean,
+    p_rstd,
+    p_weight,
+    p_bias,
+    p_branch_scale,
+    p_unit,
+    p_dx,
+    p_partial,
+    rows,
+    rows_per_program,
+    tokens_per_image,
+    C,
+    HAS_BRANCH_SCALE: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    OF_PARAMETERS: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_column = tl.arange(0, K)
+    m_column = o_column < C
+    weight = tl.load(p_weight + o_column, mask=m_column, other=0.0)
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    b_weight = tl.zeros((R, K), dtype=tl.float32)
+    b_bias = tl.zeros((R, K), dtype=tl.float32)
+    b_branch = tl.zeros((R, K), dtype=tl.float32)
+    for start in range(0, rows_per_program, R):
+        o_row = tl.program_id(0) * rows_per_program + start + tl.arange(0, R)
+        m_row = o_row < rows
+        m_tile = m_row[:, None] & m_column[None, :]
+        o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+        b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dy + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad = tl.load(p_grad_out + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        mean = tl.load(p_mean + o_row, mask=m_row, other=0.0)
+        rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)
+        b_x = (b_x - mean[:, None]) * rstd[:, None]
+        if HAS_UNIT:
+            b_dy *= tl.load(p_unit)
+        if OF_PARAMETERS:
+            # the input of the product whose weight gradient comes next takes the place of dy
+            b_y = b_x * weight[None, :] + bias[None, :]
+            tl.store(p_dy + o_tile, b_y.to(p_dy.dtype.element_ty), mask=m_tile)
+            b_weight += b_dy * b_x
+            b_bias += b_dy
+            if HAS_BRANCH_SCALE:
+                o_image = o_row // tokens_per_image
+                branch_scale = tl.load(p_branch_scale + o_image, mask=m_row, other=0.0)
+                b_branch += b_grad * branch_scale[:, None]
+            else:
+                b_branch += b_grad
+        # beyond the width dy is 0, and so are its products
+        b_dy *= weight[None, :]
+        shift = tl.sum(b_dy, axis=1) / C
+        slope = tl.sum(b_dy * b_x, axis=1) / C
+        b_dx = b_grad + (b_dy - shift[:, None] - b_x * slope[:, None]) * rstd[:, None]
+        tl.store(p_dx + o_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+    if OF_PARAMETERS:
+        size = tl.num_programs(0).to(tl.int64) * C
+        o_partial = tl.program_id(0).to(tl.int64) * C + o_column
+        tl.store(p_partial + o_partial, tl.sum(b_weight, axis=0), mask=m_column)
+        tl.store(p_partial + size + o_partial, tl.sum(b_bias, axis=0), mask=m_column)
+        tl.store(p_partial + 2 * size + o_partial, tl.sum(b_branch, axis=0), mask=m_column)
+
+
+@triton.jit
+def _normal(x, EXACT: tl.constexpr):
+    """The normal distribution: what is below x, and exp(-x²/2).
+
+    `EXACT` is for float32. For 16-bit results the tail is 5 terms times the exponential that the
+    backward needs anyway (Abramowitz & Stegun 7.1.26, off by 1e-7 at most): with erf the pass would
+    have too many instructions per byte to run at the speed of an A100's memory.
+    """
+    b_exp = tl.exp2(x * x * -0.7213475204444817)
+    if EXACT:
+        b_below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    else:
+        t = 1.0 / (1.0 + 0.2316418883 * tl.abs(x))
+        b_tail = t * (-0.7265760135 + t * 0.5307027145) + 0.7107068705
+        b_tail = (t * (t * (t * b_tail - 0.142248368) + 0.127414796)) * b_exp
+        b_below = tl.where(x < 0, b_tail, 1.0 - b_tail)
+    return b_below, b_exp
+
+
+@triton.jit
+def _gelu(p_hidden, p_bias, p_out, rows, M, R: tl.constexpr, K: tl.constexpr):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_column = tl.program_id(1) * K + tl.arange(0, K)
+    m_column = o_column < M
+    m_tile = (o_row < rows)[:, None] & m_column[None, :]
+    o_tile = o_row[:, None].to(tl.int64) * M + o_column[None, :]
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    b_x = tl.load(p_hidden + o_tile, mask=m_tile, other=0.0).to(tl.float32) + bias[None, :]
+    b_below, _ = _normal(b_x, p_out.dtype.element_ty == tl.float32)
+    b_out = b_x * b_below
+    tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _gelu_backward(
+    p_grad,
+    p_hidden,
+    p_bias,
+    p_branch_scale,
+    p_out,
+    p_partial,
+    rows,
+    rows_per_program,
+    tokens_per_image,
+    M,
+    HAS_BRANCH_SCALE: tl.constexpr,
+    OF_PARAMETERS: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_column = tl.program_id(1) * K + tl.arange(0, K)
+    m_column = o_column < M
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    b_sum = tl.zeros((R, K), dtype=tl.float32)
+    for start in range(0, rows_per_program, R):
+        o_row = tl.program_id(0) * rows_per_program + start + tl.arange(0, R)
+        m_row = o_row < rows
+        m_tile = m_row[:, None] & m_column[None, :]
+        o_tile = o_row[:, None].to(tl.int64) * M + o_column[None, :]
+        b_x = tl.load(p_hidden + o_tile, mask=m_tile, other=0.0).to(tl.float32) + bias[None, :]
+        b_grad = tl.load(p_grad + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_below, b_exp = _normal(b_x, p_grad.dtype.element_ty == tl.float32)
+        b_out = b_x * b_below
+        b_slope = b_below + b_x * 0.3989422804014327 * b_exp
+        if HAS_BRANCH_SCALE:
+            o_image = o_row // tokens_per_image
+            branch_scale = tl.load(p_branch_scale + o_image, mask=m_row, other=0.0)
+            b_out *= branch_scale[:, None]
+            b_grad *= branch_scale[:, None]
+        b_grad *= b_slope
+        tl.store(p_grad + o_tile, b_grad.to(p_grad.dtype.element_ty), mask=m_tile)
+        if OF_PARAMETERS:
+            tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+            b_sum += b_grad
+    if OF_PARAMETERS:
+        o_partial = tl.program_id(0).to(tl.int64) * M + o_column
+        tl.store(p_partial + o_partial, tl.sum(b_sum, axis=0), mask=m_column)
+
+
+@triton.jit
+def _add_branch(
+    p_branch,
+    p_x,
+    p_bias,
+    p_gamma,
+    p_branch_scale,
+    rows,
+    tokens_per_image,
+    C,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BRANCH_SCALE: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_column = tl.program_id(1) * K + tl.arange(0, K)
+    m_row, m_column = o_row < rows, o_column < C
+    m_tile = m_row[:, None] & m_column[None, :]
+    o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+    b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    b_branch = tl.load(p_branch + o_tile, mask=m_tile, other=0.0).to(tl.float32) + bias[None, :]
+    if HAS_GAMMA:
+        b_branch *= tl.load(p_gamma + o_column, mask=m_column, other=0.0)[None, :]
+    if HAS_BRANCH_SCALE:
+        o_image = o_row // tokens_per_image
+        b_branch *= tl.load(p_branch_scale + o_image, mask=m_row, other=0.0)[:, None]
+    tl.store(p_branch + o_tile, (b_x + b_branch).to(p_branch.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _scale_images(
+    p_x, p_branch_scale, p_out, rows, tokens_per_image, C, R: tl.constexpr, K: tl.constexpr
+):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_column = tl.program_id(1) * K + tl.arange(0, K)
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_column < C)[None, :]
+    o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+    branch_scale = tl.load(p_branch_scale + o_row // tokens_per_image, mask=m_row, other=0.0)
+    b_out = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32) * branch_scale[:, None]
+    tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def _column_sum(p_x, p_partial, rows, rows_per_program, C, R: tl.constexpr, K: tl.constexpr):
+    o_column = tl.program_id(1) * K + tl.arange(0, K)
+    m_column = o_column < C
+    b_sum = tl.zeros((R, K), dtype=tl.float32)
+    for start in range(0, rows_per_program, R):
+        o_row = tl.program_id(0) * rows_per_program + start + tl.arange(0, R)
+        m_tile = (o_row < rows)[:, None] & m_column[None, :]
+        o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+        b_sum += tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    o_partial = tl.program_id(0).to(tl.int64) * C + o_column
+    tl.store(p_partial + o_partial, tl.sum(b_sum, axis=0), mask=m_column)
+
+
+@triton.jit
+def _add_partials(p_partial, p_first, p_second, p_third, rows, C, R: tl.constexpr, K: tl.constexpr):
+    """Adds [sums, rows, C] over the rows, each sum to a tensor of its own."""
+    o_column = tl.program_id(0) * K + tl.arange(0, K)
+    m_column = o_column < C
+    i_sum = tl.program_id(1)
+    p_partial += i_sum.to(tl.int64) * rows * C
+    b_sum = tl.zeros((R, K), dtype=tl.float32)
+    for start in range(0, rows, R):
+        o_row = start + tl.arange(0, R)
+        m_tile = (o_row < rows)[:, None] & m_column[None, :]
+        o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+        b_sum += tl.load(p_partial + o_tile, mask=m_tile, other=0.0)
+    total = tl.sum(b_sum, axis=0)
+    tl.store(p_first + o_column, total, mask=m_column & (i_sum == 0))
+    tl.store(p_second + o_column, total, mask=m_column & (i_sum == 1))
+    tl.store(p_third + o_column, total, mask=m_column & (i_sum == 2))
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised rows of x [T, C], and the mean and reciprocal deviation of each."""
+    T, C = x.shape
+    y = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
+    if T:
+        R, K, num_warps = whole_rows(C, 16)
+        _layer_norm[(triton.cdiv(T, R),)](
+            x, weight, bias, y, mean, rstd, T, C, eps, R=R, K=K, num_warps=num_warps
+        )
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad_out: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_scale: Tensor | None,
+    unit: Tensor | None,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of x, to which grad_out goes both directly and by the branch.
+
+    Args:
+        grad_out: [T, C], gradient of the block's output.
+        dy: [T, C], gradient of the normalised rows; with `of_parameters` these take its place.
+        x: [T, C], with its statistics mean and rstd.
+        mean: [T].
+        rstd: [T].
+        weight: [C].
+        bias: [C].
+        branch_scale: [B]; T/B rows share one.
+        unit: a factor of dy that it does not contain yet.
+        of_parameters: whether the last three are wanted ([0] if not).
+
+    Returns:
+        Gradients of x, weight and bias, and the column sums of branch_scale · grad_out.
+    """
+    T, C = x.shape
+    dx = x.new_empty(x.shape)
+    R, K, num_warps = whole_rows(C, 8)
+    per_program = rows_per_program(T, 1)
+    programs = triton.cdiv(T, per_program)
+    partial = x.new_empty((3, programs, C) if of_parameters else 0, dtype=torch.float32)
+    if T:
+        _layer_norm_backward[(programs,)](
+            grad_out,
+            dy,
+            x,
+            mean,
+            rstd,
+            weight,
+            bias,
+            weight if branch_scale is None else branch_scale,
+            weight if unit is None else unit,
+            dx,
+            partial,
+            T,
+            per_program,
+            1 if branch_scale is None else T // branch_scale.numel(),
+            C,
+            HAS_BRANCH_SCALE=branch_scale is not None,
+            HAS_UNIT=unit is not None,
+            OF_PARAMETERS=of_parameters,
+            R=R,
+            K=K,
+            num_warps=num_warps,
+        )
+    if not of_parameters:
+        return dx, partial, partial, partial
+    first, second, third = added(partial)
+    return dx, first, second, third
+
+
+def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
+    """GELU of hidden + bias, [T, M]."""
+    T, M = hidden.shape
+    out = hidden.new_empty(hidden.shape)
+    if T:
+        R, K = tile(M)
+        grid = (triton.cdiv(T, R), triton.cdiv(M, K))
+        _gelu[grid](hidden, bias, out, T, M, R=R, K=K, num_warps=4)
+    return out
+
+
+def gelu_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    bias: Tensor,
+    branch_scale: Tensor | None,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor]:
+    """Turns the gradient of `gelu`'s output, [T, M], into branch_scale · that of its input.
+
+    Returns:
+        branch_scale · the output, computed again, and the gradient of the bias; [0] each unless
+        `of_parameters`.
+    """
+    T, M = hidden.shape
+    R, K = tile(M)
+    per_program = rows_per_program(T, triton.cdiv(M, K))
+    programs = triton.cdiv(T, per_program)
+    out = hidden.new_empty(hidden.shape if of_parameters else 0)
+    partial = hidden.new_empty((1, programs, M) if of_parameters else 0, dtype=torch.float32)
+    if T:
+        _gelu_backward[(programs, triton.cdiv(M, K))](
+            grad,
+            hidden,
+            bias,
+            bias if branch_scale is None else branch_scale,
+            out,
+            partial,
+            T,
+            per_program,
+            1 if branch_scale is None else T // branch_scale.numel(),
+            M,
+            HAS_BRANCH_SCALE=branch_scale is not None,
+            OF_PARAMETERS=of_parameters,
+            R=R,
+            K=K,
+            num_warps=4,
+        )
+    return out, added(partial)[0] if of_parameters else partial
+
+
+def add_branch(
+    branch: Tensor, x: Tensor, bias: Tensor, gamma: Tensor | None, branch_scale: Tensor | None
+) -> None:
+    """branch becomes x + branch_scale · gamma · (branch + bias); both [T, C]."""
+    T, C = x.shape
+    if T:
+        R, K = tile(C)
+        _add_branch[(triton.cdiv(T, R), triton.cdiv(C, K))](
+            branch,
+            x,
+            bias,
+            bias if gamma is None else gamma,
+            bias if branch_scale is None else branch_scale,
+            T,
+            1 if branch_scale is None else T // branch_scale.numel(),
+            C,
+            HAS_GAMMA=gamma is not None,
+            HAS_BRANCH_SCALE=branch_scale is not None,
+            R=R,
+            K=K,
+            num_warps=4,
+        )
+
+
+def scale_images(x: Tensor, branch_scale: Tensor) -> Tensor:
+    """branch_scale [B] · x [T, C]; T/B rows share one."""
+    T, C = x.shape
+    out = x.new_empty(x.shape)
+    if T:
+        R, K = tile(C)
+        grid = (triton.cdiv(T, R), triton.cdiv(C, K))
+        per_image = T // branch_scale.numel()
+        _scale_images[grid](x, branch_scale, out, T, per_image, C, R=R, K=K, num_warps=4)
+    return out
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Sum over the rows of x [T, C], float32 [C]."""
+    T, C = x.shape
+    R, K = tile(C)
+    across = triton.cdiv(C, K)
+    per_program = rows_per_program(T, across)
+    programs = triton.cdiv(T, per_program)
+    partial = x.new_empty((1, programs, C), dtype=torch.float32)
+    if T:
+        _column_sum[(programs, across)](x, partial, T, per_program, C, R=R, K=K, num_warps=4)
+    return added(partial)[0]
+
+
+def added(partial: Tensor) -> list[Tensor]:
+    """The sums over the rows of up to three partial sums, [sums, rows, C]."""
+    sums, rows, C = partial.shape
+    total = [partial.new_empty(C) for _ in range(sums)]
+    _add_partials[(triton.cdiv(C, 16), sums)](
+        partial, total[0], total[sums // 2], total[-1], rows, C, R=128, K=16, num_warps=4
+    )
+    return total
+
+
+def rows_per_program(rows: int, across: int) -> int:
+    """Rows that one of `across` programs side by side sums.
+
+    Many, but not so many that fewer than 400 programs are left: three per multiprocessor of an
+    H100.
+    """
+    per_program = 256
+    while per_program > _ROWS and triton.cdiv(rows, per_program) * across < 400:
+        per_program //= 2
+    return per_program
+
+
+def whole_rows(C: int, per_thread: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile as wide as a row, and warps that hold `per_thread` elements."""
+    columns = max(triton.next_power_of_2(C), 16)
+    rows = max(min(128 * per_thread // columns, _ROWS), 1)
+    return rows, columns, min(max(columns // (32 * per_thread), 4), 32)
+
+
+def tile(C: int) -> tuple[int, int]:
+    """Rows and columns of a tile: columns that divide the width where a power of two does."""
+    columns = triton.next_power_of_2(C)
+    while columns > 512 or (columns > 64 and C % columns):
+        columns //= 2
+    columns = max(columns, 16)
+    return min(_TILE // columns, _ROWS), columns

@@ -1,0 +1,239 @@
+"""Attention inside (shifted) windows, read from and written to the feature map in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import dispatch
+from simmim_kernels.dispatch import Backend, choose, describe, implementation, no_second_order
+from simmim_kernels.window_attention import reference, xformers_kernel
+from simmim_kernels.window_attention.reference import relative_position_bias
+
+__all__ = ["BACKENDS", "relative_position_bias", "window_attention"]
+
+# Last, so that it runs only where it is named: it was never run on a GPU by us.
+BACKENDS = (*dispatch.BACKENDS, Backend("xformers", xformers_kernel.reasons_against))
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    window: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-head attention of every token to the tokens of its window.
+
+    Cyclic shift, partition into windows, position bias, the mask between regions that the shift
+    brought together (-100, as published), softmax and the way back are one pass: neither shifted
+    copies nor probabilities are written to memory; the backward computes them again.
+
+    Args:
+        qkv: [B, H, W, 3C]; per token the heads of q, then of k, then of v. float32, bfloat16 or
+            float16.
+        bias: the table of relative positions [(2h-1)·(2w-1), N] as published, or the bias of every
+            pair of positions [N, h·w, h·w], or None. float32 or the dtype of qkv.
+        num_heads: N; divides C.
+        window: side of a window in tokens, or (h, w); divides (H, W). (H, W) itself is global
+            attention; [B, L, 3C] goes in as [B, 1, L, 3C] with a window of (1, L).
+        shift: rows and columns of the cyclic shift; below the window's.
+        scale: factor of q·k; None is 1/√(C/N).
+        backend: "triton" (GPU), "native" (CPU), "reference" (PyTorch's
+            scaled_dot_product_attention) or "xformers" (CUDA: memory_efficient_attention); None
+            takes the first that can run.
+
+    Returns:
+        [B, H, W, C] in the dtype of qkv. Gradient (first order) flows to qkv and bias; that of the
+        bias is summed in a fixed order.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message prints all of them.
+        RuntimeError: the named backend cannot run; the message lists why.
+
+    Source: microsoft/SimMIM models/swin_transformer.py. The softmax statistics that replace saved
+        probabilities are those of FlashAttention (arXiv 2205.14135).
+    """
+    window = (window, window) if isinstance(window, int) else window
+    shift = (shift, shift) if isinstance(shift, int) else shift
+
+    def error(what: str) -> ValueError:
+        given = describe(qkv=qkv, bias=bias, num_heads=num_heads)
+        return ValueError(f"{what}: {given}, window {window}, shift {shift}")
+
+    if qkv.dim() != 4 or num_heads < 1 or qkv.shape[3] % (3 * num_heads):
+        raise error("expected qkv [B, H, W, 3C] with num_heads dividing C")
+    if min(window) < 1 or qkv.shape[1] % window[0] or qkv.shape[2] % window[1]:
+        raise error("the window must divide the feature map")
+    if any(not 0 <= s < w for s, w in zip(shift, window)):
+        raise error("the shift must be below the window")
+    if not qkv.dtype.is_floating_point:
+        raise error("expected floating point qkv")
+    if bias is not None:
+        bias = pair_bias(bias, num_heads, window, error)
+        if bias.device != qkv.device or bias.dtype not in (qkv.dtype, torch.float32):
+            raise error("bias must be float32 or of the dtype of qkv, on its device")
+    scale = scale or (qkv.shape[3] // (3 * num_heads)) ** -0.5
+    chosen = choose("window_attention", BACKENDS, (qkv, bias), backend)
+    if chosen in ("reference", "xformers"):
+        return plain(chosen)(qkv, bias, num_heads, window, shift, scale)
+    out: Tensor = torch.ops.simmim.window_attention(
+        qkv,
+        None if bias is None else bias.float(),
+        num_heads,
+        list(window),
+        list(shift),
+        scale,
+        chosen,
+    )[0]
+    return out
+
+
+def plain(backend: str) -> Callable[..., Tensor]:
+    """The function of a backend that is made of PyTorch's operations and differentiable itself."""
+    if backend == "xformers":
+        return xformers_kernel.window_attention
+    return reference.window_attention
+
+
+def pair_bias(bias: Tensor, num_heads: int, window: tuple[int, int], error: Any) -> Tensor:
+    """[N, S, S] from either form of a position bias; `error` makes the exception of a wrong one."""
+    h, w = window
+    if bias.shape == ((2 * h - 1) * (2 * w - 1), num_heads):
+        return relative_position_bias(bias, window)
+    if bias.shape != (num_heads, h * w, h * w):
+        raise error("expected a bias of [(2h-1)·(2w-1), N] or [N, h·w, h·w]")
+    return bias
+
+
+# The attended values and, for the backward, the logarithm of each query's sum of exponentials
+# (float32 [B, H, W, N]).
+torch.library.define(
+    "simmim::window_attention",
+    "(Tensor qkv, Tensor? bias, SymInt num_heads, SymInt[] window, SymInt[] shift, float scale, "
+    "str backend) -> (Tensor, Tensor)",
+)
+# Gradients of qkv and of the pair bias (float32, [0] where it is not wanted).
+torch.library.define(
+    "simmim::window_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor out, Tensor log_sums, SymInt num_heads, "
+    "SymInt[] window, SymInt[] shift, float scale, bool of_bias, str backend) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("simmim::window_attention", "CompositeExplicitAutograd")
+def _forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = implementation("window_attention", backend)
+    found: tuple[Tensor, Tensor] = kernel.forward(
+        qkv.contiguous(),
+        None if bias is None else bias.contiguous(),
+        num_heads,
+        (window[0], window[1]),
+        (shift[0], shift[1]),
+        scale,
+    )
+    return found
+
+
+@torch.library.impl("simmim::window_attention_backward", "CompositeExplicitAutograd")
+def _backward_kernel(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    of_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = implementation("window_attention", backend)
+    grads: tuple[Tensor, Tensor] = kernel.backward(
+        grad_out.contiguous(),
+        qkv.contiguous(),
+        None if bias is None else bias.contiguous(),
+        out,
+        log_sums,
+        num_heads,
+        (window[0], window[1]),
+        (shift[0], shift[1]),
+        scale,
+        of_bias,
+    )
+    return grads
+
+
+def _forward_fake(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    B, H, W, C3 = qkv.shape
+    log_sums = qkv.new_empty((B, H, W, num_heads), dtype=torch.float32)
+    return qkv.new_empty((B, H, W, C3 // 3)), log_sums
+
+
+torch.library.register_fake("simmim::window_attention", _forward_fake)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    num_heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+    of_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    pairs = window[0] * window[1]
+    shape = (num_heads, pairs, pairs) if of_bias else (0,)
+    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=torch.float32)
+
+
+torch.library.register_fake("simmim::window_attention_backward", _backward_fake)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, *ctx.settings = inputs
+    out, log_sums = output
+    ctx.mark_non_differentiable(log_sums)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, bias, out, log_sums)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, unused: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
+    qkv, bias, out, log_sums = ctx.saved_tensors
+    *settings, backend = ctx.settings
+    of_bias = bias is not None and ctx.needs_input_grad[1]
+    grad_qkv, grad_bias = torch.ops.simmim.window_attention_backward(
+        grad_out, qkv, bias, out, log_sums, *settings, of_bias, backend
+    )
+    return grad_qkv, grad_bias if of_bias else None, None, None, None, None, None
+
+
+torch.library.register_autograd("simmim::window_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("simmim::window_attention_backward", no_second_order)

@@ -1,0 +1,106 @@
+"""Calls the C++ kernels of window_attention with the addresses of contiguous tensors."""
+
+import torch
+from torch import Tensor
+
+from simmim_kernels import native
+
+
+def forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    qkv_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attended values [B, H, W, C] and log_sums float32 [B, H, W, N].
+
+    `qkv_bias`, float32 [3C], is added to every token of qkv as it is read.
+    """
+    assert native.extension is not None
+    B, H, W, C3 = qkv.shape
+    out = native.empty((B, H, W, C3 // 3), qkv.dtype)
+    log_sums = native.empty((B, H, W, num_heads), torch.float32)
+    native.extension.window_attention_forward(
+        *_shared(qkv, qkv_bias, bias, num_heads, window, shift, scale),
+        out.data_ptr(),
+        log_sums.data_ptr(),
+    )
+    return out, log_sums
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and, if wanted, of the bias."""
+    grad_qkv, _, grad_bias = backward_with_bias(
+        grad_out, qkv, None, bias, log_sums, num_heads, window, shift, scale, of_bias
+    )
+    return grad_qkv, grad_bias
+
+
+def backward_with_bias(
+    grad_out: Tensor,
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor | None,
+    log_sums: Tensor,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv (in the dtype of grad_out: float32 or that of qkv), qkv_bias and bias.
+
+    Those of the biases are float32, [0] unless `of_bias` and the bias is there.
+    """
+    assert native.extension is not None
+    grad_qkv = native.empty(qkv.shape, grad_out.dtype)
+    pairs = window[0] * window[1] if of_bias and bias is not None else 0
+    grad_bias = torch.zeros((num_heads, pairs, pairs) if pairs else (0,))
+    grad_qkv_bias = torch.zeros(qkv.shape[-1] if of_bias and qkv_bias is not None else 0)
+    native.extension.window_attention_backward(
+        *_shared(qkv, qkv_bias, bias, num_heads, window, shift, scale),
+        grad_out.data_ptr(),
+        log_sums.data_ptr(),
+        grad_qkv.data_ptr(),
+        grad_qkv_bias.data_ptr(),
+        grad_bias.data_ptr(),
+        native.DTYPE_CODES[grad_out.dtype],
+    )
+    return grad_qkv, grad_qkv_bias, grad_bias
+
+
+def _shared(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> tuple[object, ...]:
+    B, H, W, C3 = qkv.shape
+    return (
+        qkv.data_ptr(),
+        native.address(qkv_bias),
+        native.address(bias),
+        (B, H, W, C3 // 3, num_heads),
+        window,
+        shift,
+        scale,
+        native.DTYPE_CODES[qkv.dtype],
+        torch.get_num_threads(),
+    )

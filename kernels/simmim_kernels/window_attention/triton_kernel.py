@@ -1,0 +1,712 @@
+"""Window attention in Triton: q, k and v are read from the feature map where they lie.
+
+Up to 64 tokens (32 in float32), a window is one tile of scores: its program needs no statistics of
+others, and in the backward neither the forward's output. A backward program takes several windows
+of one head and keeps the gradient of their bias in registers. A larger window is cut in tiles:
+- forward: a program attends one tile of queries to all keys, with running statistics;
+- backward: a program takes one tile, first as keys against all queries, then as queries against
+  all keys; the scores are computed twice, so that no two programs add to one number;
+- gradient of the bias: a program sums one tile of it over several windows.
+Partial sums of the bias's gradient are added by a small kernel, in a fixed order.
+
+H W rows and columns of the map in tokens, h w of a window, S = h·w, N heads, D head width; M rows
+and T columns of a tile of scores, K a head width padded to a power of two. A position is the index
+of a token in its window.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simmim_kernels.substitute_mask_tokens.triton_kernel import _sum_rows
+
+# Programs that share the windows of a launch where the gradient of the bias is summed: enough to
+# fill a GPU, and few, since each writes a partial sum. A constant keeps sums alike on every GPU.
+PROGRAMS = 432
+
+_LOG2E = tl.constexpr(1.4426950408889634)  # exp2 and log2 are instructions, exp and log are not
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tokens(
+    i_window,
+    o_position,
+    H,
+    W,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+):
+    """Positions of a window as indices of tokens in the map."""
+    across = W // w
+    in_image = H // h * across
+    row = i_window % in_image // across * h + SHIFT_ROWS + o_position // w
+    column = i_window % across * w + SHIFT_COLUMNS + o_position % w
+    if SHIFT_ROWS > 0:
+        row = tl.where(row >= H, row - H, row)
+    if SHIFT_COLUMNS > 0:
+        column = tl.where(column >= W, column - W, column)
+    return (i_window // in_image * H + row).to(tl.int64) * W + column
+
+
+@triton.jit
+def _sides(
+    o_position,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+):
+    """Bits of a position: beyond the seam in a window where the shift joins the first and last
+    columns of the map (1), and where it joins rows (2).
+    """
+    below = o_position >= (h - SHIFT_ROWS) * w
+    right = o_position % w >= w - SHIFT_COLUMNS
+    return below.to(tl.int32) * 2 + right.to(tl.int32)
+
+
+@triton.jit
+def _seams(i_window, H, W, h: tl.constexpr, w: tl.constexpr):
+    """The seams that run through a window, as bits of _sides."""
+    across = W // w
+    last_row = i_window // across % (H // h) == H // h - 1
+    last_column = i_window % across == across - 1
+    return last_row.to(tl.int32) * 2 + last_column.to(tl.int32)
+
+
+@triton.jit
+def _tile(p_map, token, width, i_head, D: tl.constexpr, K: tl.constexpr):
+    """Pointers [rows, K] to one head of tokens in a map `width` wide."""
+    return p_map + (token * width + i_head * D)[:, None] + tl.arange(0, K)[None, :]
+
+
+@triton.jit
+def _within(o_position, S: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
+    return (o_position < S)[:, None] & (tl.arange(0, K) < D)[None, :]
+
+
+@triton.jit
+def _scores(
+    q,
+    k,
+    scale,
+    p_bias,
+    i_head,
+    o_query,
+    o_key,
+    seams,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+):
+    """Scores [queries, keys] of a tile, with bias, -100 for pairs that a seam divides (as
+    published), and -inf for keys beyond the window.
+    """
+    S: tl.constexpr = h * w
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if ROW > 0:
+        o_bias = (i_head * S + o_query)[:, None] * ROW + o_key[None, :]
+        m_bias = (o_query < S)[:, None] & (o_key < ROW)[None, :]  # so masked, loads stay wide
+        score += tl.load(p_bias + o_bias, mask=m_bias, other=0.0).to(tl.float32)
+    if SHIFT_ROWS + SHIFT_COLUMNS > 0:  # noqa: SIM102 (known when the kernel is compiled)
+        if seams != 0:  # most windows have none
+            # masked here, as vectors: the tile of their difference, which no window changes, would
+            # be computed ahead of the loop and hold 32 registers all the while
+            query_side = _sides(o_query, SHIFT_ROWS, SHIFT_COLUMNS, h, w) & seams
+            key_side = _sides(o_key, SHIFT_ROWS, SHIFT_COLUMNS, h, w) & seams
+            score = tl.where(query_side[:, None] == key_side[None, :], score, score - 100.0)
+    return tl.where((o_key < S)[None, :], score, float("-inf"))
+
+
+@triton.jit
+def _attend_window(
+    p_qkv,
+    p_bias,
+    p_out,
+    p_log_sums,
+    H,
+    W,
+    N,
+    scale,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+):
+    S: tl.constexpr = h * w
+    i_head, i_window = tl.program_id(0) % N, tl.program_id(0) // N
+    o = tl.arange(0, T)
+    token = _tokens(i_window, o, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+    m_tile = _within(o, S, D, K)
+    p_q = _tile(p_qkv, token, 3 * N * D, i_head, D, K)
+    q = tl.load(p_q, mask=m_tile, other=0.0)
+    k = tl.load(p_q + N * D, mask=m_tile, other=0.0)
+    v = tl.load(p_q + 2 * N * D, mask=m_tile, other=0.0)
+    score = _scores(
+        q,
+        k,
+        scale,
+        p_bias,
+        i_head,
+        o,
+        o,
+        _seams(i_window, H, W, h, w),
+        SHIFT_ROWS,
+        SHIFT_COLUMNS,
+        ROW,
+        PRECISION,
+        h,
+        w,
+    )
+    highest = tl.max(score, axis=1)
+    weight = tl.exp2(score * _LOG2E - (highest * _LOG2E)[:, None])
+    total = tl.sum(weight, axis=1)
+    b_out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+    p_out = _tile(p_out, token, N * D, i_head, D, K)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_log_sums + token * N + i_head, highest + tl.log2(total) * _LN2, mask=o < S)
+
+
+@triton.jit
+def _attend_window_backward(
+    p_grad_out,
+    p_qkv,
+    p_bias,
+    p_log_sums,
+    p_grad_qkv,
+    p_partial,
+    windows,
+    programs,
+    H,
+    W,
+    N,
+    scale,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    OF_BIAS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+):
+    S: tl.constexpr = h * w
+    i_head, i_program = tl.program_id(0) % N, tl.program_id(0) // N
+    o = tl.arange(0, T)
+    m_tile = _within(o, S, D, K)
+    grad_bias = tl.zeros((T, T), dtype=tl.float32)
+    for i_window in tl.range(i_program, windows, programs, disable_licm=True):
+        token = _tokens(i_window, o, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        p_q = _tile(p_qkv, token, 3 * N * D, i_head, D, K)
+        q = tl.load(p_q, mask=m_tile, other=0.0)
+        k = tl.load(p_q + N * D, mask=m_tile, other=0.0)
+        log_sum = tl.load(p_log_sums + token * N + i_head, mask=o < S, other=0.0)
+        p_grad = _tile(p_grad_qkv, token, 3 * N * D, i_head, D, K)
+
+        score = _scores(
+            q,
+            k,
+            scale,
+            p_bias,
+            i_head,
+            o,
+            o,
+            _seams(i_window, H, W, h, w),
+            SHIFT_ROWS,
+            SHIFT_COLUMNS,
+            ROW,
+            PRECISION,
+            h,
+            w,
+        )
+        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        grad = tl.load(_tile(p_grad_out, token, N * D, i_head, D, K), mask=m_tile, other=0.0)
+        # loaded where they are needed, stored before the next is computed: registers are short
+        grad_v = tl.dot(tl.trans(weight.to(grad.dtype)), grad, input_precision=PRECISION)
+        tl.store(p_grad + 2 * N * D, grad_v.to(q.dtype), mask=m_tile)
+        v = tl.load(p_q + 2 * N * D, mask=m_tile, other=0.0)
+        grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        delta = tl.sum(weight * grad_weight, axis=1)
+        grad_score = weight * (grad_weight - delta[:, None])
+        if OF_BIAS:
+            grad_bias += grad_score
+        grad_score = grad_score.to(q.dtype)
+        grad_q = tl.dot(grad_score, k, input_precision=PRECISION) * scale
+        tl.store(p_grad, grad_q.to(q.dtype), mask=m_tile)
+        grad_k = tl.dot(tl.trans(grad_score), q, input_precision=PRECISION) * scale
+        tl.store(p_grad + N * D, grad_k.to(k.dtype), mask=m_tile)
+    if OF_BIAS:
+        o_partial = (tl.program_id(0) * S + o[:, None]) * S + o[None, :]
+        tl.store(p_partial + o_partial, grad_bias, mask=(o < S)[:, None] & (o < S)[None, :])
+
+
+@triton.jit
+def _attend_tile(
+    p_qkv,
+    p_bias,
+    p_out,
+    p_log_sums,
+    H,
+    W,
+    N,
+    scale,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+):
+    S: tl.constexpr = h * w
+    TILES: tl.constexpr = (S + M - 1) // M
+    i_head = tl.program_id(0) // TILES % N
+    i_window = tl.program_id(0) // TILES // N
+    o_query = tl.program_id(0) % TILES * M + tl.arange(0, M)
+    token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+    m_query = _within(o_query, S, D, K)
+    q = tl.load(_tile(p_qkv, token, 3 * N * D, i_head, D, K), mask=m_query, other=0.0)
+    highest = tl.full((M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((M,), dtype=tl.float32)
+    b_out = tl.zeros((M, K), dtype=tl.float32)
+    for start in range(0, S, T):
+        o_key = start + tl.arange(0, T)
+        other = _tokens(i_window, o_key, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        p_k = _tile(p_qkv, other, 3 * N * D, i_head, D, K) + N * D
+        m_key = _within(o_key, S, D, K)
+        k = tl.load(p_k, mask=m_key, other=0.0)
+        v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        score = _scores(
+            q,
+            k,
+            scale,
+            p_bias,
+            i_head,
+            o_query,
+            o_key,
+            _seams(i_window, H, W, h, w),
+            SHIFT_ROWS,
+            SHIFT_COLUMNS,
+            ROW,
+            PRECISION,
+            h,
+            w,
+        )
+        now_highest = tl.maximum(highest, tl.max(score, axis=1))
+        shrunk = tl.exp2((highest - now_highest) * _LOG2E)
+        weight = tl.exp2(score * _LOG2E - (now_highest * _LOG2E)[:, None])
+        total = total * shrunk + tl.sum(weight, axis=1)
+        b_out = b_out * shrunk[:, None]
+        b_out = tl.dot(weight.to(v.dtype), v, b_out, input_precision=PRECISION)
+        highest = now_highest
+    b_out = b_out / total[:, None]
+    p_out = _tile(p_out, token, N * D, i_head, D, K)
+    tl.store(p_out, b_out.to(p_out.dtype.element_ty), mask=m_query)
+    tl.store(p_log_sums + token * N + i_head, highest + tl.log2(total) * _LN2, mask=o_query < S)
+
+
+@triton.jit
+def _attend_tile_backward(
+    p_grad_out,
+    p_qkv,
+    p_bias,
+    p_out,
+    p_log_sums,
+    p_grad_qkv,
+    p_delta,
+    positions,
+    H,
+    W,
+    N,
+    scale,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    OF_BIAS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+):
+    S: tl.constexpr = h * w
+    TILES: tl.constexpr = (S + M - 1) // M
+    i_head = tl.program_id(0) // TILES % N
+    i_window = tl.program_id(0) // TILES // N
+    first = tl.program_id(0) % TILES * M
+
+    # The tile as keys, T at a time. Inner loops end at `positions`, which is S, but not known when
+    # the kernel is compiled: loops of three rounds are unrolled, and registers are short then.
+    for first_key in range(first, tl.minimum(first + M, S), T):
+        o_key = first_key + tl.arange(0, T)
+        key_token = _tokens(i_window, o_key, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        m_key = _within(o_key, S, D, K)
+        p_k = _tile(p_qkv, key_token, 3 * N * D, i_head, D, K) + N * D
+        k = tl.load(p_k, mask=m_key, other=0.0)
+        v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        grad_k = tl.zeros((T, K), dtype=tl.float32)
+        grad_v = tl.zeros((T, K), dtype=tl.float32)
+        for first_query in range(0, positions, M):
+            o_query = first_query + tl.arange(0, M)
+            token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+            m_query = _within(o_query, S, D, K)
+            p_grad = _tile(p_grad_out, token, N * D, i_head, D, K)
+            p_o = _tile(p_out, token, N * D, i_head, D, K)
+            q = tl.load(_tile(p_qkv, token, 3 * N * D, i_head, D, K), mask=m_query, other=0.0)
+            log_sum = tl.load(p_log_sums + token * N + i_head, mask=o_query < S, other=0.0)
+            score = _scores(
+                q,
+                k,
+                scale,
+                p_bias,
+                i_head,
+                o_query,
+                o_key,
+                _seams(i_window, H, W, h, w),
+                SHIFT_ROWS,
+                SHIFT_COLUMNS,
+                ROW,
+                PRECISION,
+                h,
+                w,
+            )
+            weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+            # loaded where they are needed: registers are short here
+            grad = tl.load(p_grad, mask=m_query, other=0.0)
+            grad_v = tl.dot(
+                tl.trans(weight.to(grad.dtype)), grad, grad_v, input_precision=PRECISION
+            )
+            grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+            out = tl.load(p_o, mask=m_query, other=0.0)
+            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+            grad_score = (weight * (grad_weight - delta[:, None])).to(q.dtype)
+            grad_k = tl.dot(tl.trans(grad_score), q, grad_k, input_precision=PRECISION)
+        p_grad_k = _tile(p_grad_qkv, key_token, 3 * N * D, i_head, D, K) + N * D
+        tl.store(p_grad_k, (grad_k * scale).to(k.dtype), mask=m_key)
+        tl.store(p_grad_k + N * D, grad_v.to(v.dtype), mask=m_key)
+
+    # The tile as queries.
+    o_query = first + tl.arange(0, M)
+    token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+    m_query = _within(o_query, S, D, K)
+    p_grad = _tile(p_grad_out, token, N * D, i_head, D, K)
+    p_o = _tile(p_out, token, N * D, i_head, D, K)
+    q = tl.load(_tile(p_qkv, token, 3 * N * D, i_head, D, K), mask=m_query, other=0.0)
+    log_sum = tl.load(p_log_sums + token * N + i_head, mask=o_query < S, other=0.0)
+    grad = tl.load(p_grad, mask=m_query, other=0.0)
+    out = tl.load(p_o, mask=m_query, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    if OF_BIAS:
+        tl.store(p_delta + token * N + i_head, delta, mask=o_query < S)
+    grad_q = tl.zeros((M, K), dtype=tl.float32)
+    for first_key in range(0, positions, T):
+        o_key = first_key + tl.arange(0, T)
+        key_token = _tokens(i_window, o_key, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        m_key = _within(o_key, S, D, K)
+        p_k = _tile(p_qkv, key_token, 3 * N * D, i_head, D, K) + N * D
+        k = tl.load(p_k, mask=m_key, other=0.0)
+        v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        score = _scores(
+            q,
+            k,
+            scale,
+            p_bias,
+            i_head,
+            o_query,
+            o_key,
+            _seams(i_window, H, W, h, w),
+            SHIFT_ROWS,
+            SHIFT_COLUMNS,
+            ROW,
+            PRECISION,
+            h,
+            w,
+        )
+        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_score = (weight * (grad_weight - delta[:, None])).to(k.dtype)
+        grad_q = tl.dot(grad_score, k, grad_q, input_precision=PRECISION)
+    p_grad_q = _tile(p_grad_qkv, token, 3 * N * D, i_head, D, K)
+    tl.store(p_grad_q, (grad_q * scale).to(q.dtype), mask=m_query)
+
+
+@triton.jit
+def _grad_bias_tile(
+    p_grad_out,
+    p_qkv,
+    p_bias,
+    p_log_sums,
+    p_delta,
+    p_partial,
+    windows,
+    programs,
+    H,
+    W,
+    N,
+    scale,
+    SHIFT_ROWS: tl.constexpr,
+    SHIFT_COLUMNS: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+):
+    S: tl.constexpr = h * w
+    i_head, i_program = tl.program_id(0) % N, tl.program_id(0) // N
+    o_query = tl.program_id(1) * M + tl.arange(0, M)
+    o_key = tl.program_id(2) * T + tl.arange(0, T)
+    m_query, m_key = _within(o_query, S, D, K), _within(o_key, S, D, K)
+    grad_bias = tl.zeros((M, T), dtype=tl.float32)
+    for i_window in range(i_program, windows, programs):
+        token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        other = _tokens(i_window, o_key, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
+        p_k = _tile(p_qkv, other, 3 * N * D, i_head, D, K) + N * D
+        q = tl.load(_tile(p_qkv, token, 3 * N * D, i_head, D, K), mask=m_query, other=0.0)
+        k = tl.load(p_k, mask=m_key, other=0.0)
+        v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        grad = tl.load(_tile(p_grad_out, token, N * D, i_head, D, K), mask=m_query, other=0.0)
+        o_row = token * N + i_head
+        log_sum = tl.load(p_log_sums + o_row, mask=o_query < S, other=0.0)
+        delta = tl.load(p_delta + o_row, mask=o_query < S, other=0.0)
+        score = _scores(
+            q,
+            k,
+            scale,
+            p_bias,
+            i_head,
+            o_query,
+            o_key,
+            _seams(i_window, H, W, h, w),
+            SHIFT_ROWS,
+            SHIFT_COLUMNS,
+            ROW,
+            PRECISION,
+            h,
+            w,
+        )
+        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_bias += weight * (grad_weight - delta[:, None])
+    o_partial = (tl.program_id(0) * S + o_query[:, None]).to(tl.int64) * S + o_key[None, :]
+    m_pair = (o_query < S)[:, None] & (o_key < S)[None, :]
+    tl.store(p_partial + o_partial, grad_bias, mask=m_pair)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """That of torch's own float32 matrix products; it does not matter for 16-bit ones."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 or dtype != torch.float32 else "ieee"
+
+
+def _plain_bias(bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, int]:
+    """The bias for the many programs that read it, and the length of its rows (0 if there is none).
+
+    It gets the dtype of qkv, as under autocast, and rows of whole 16 bytes: wide loads need that.
+    """
+    if bias is None:
+        return qkv, 0
+    N, S, _ = bias.shape
+    wide = 16 // qkv.element_size()
+    row = triton.cdiv(S, wide) * wide
+    if row == S and bias.dtype == qkv.dtype:
+        return bias, row
+    plain = torch.empty(N, S, row, dtype=qkv.dtype, device=qkv.device)
+    plain[..., :S] = bias
+    return plain, row
+
+
+def _settings(
+    qkv: Tensor, row: int, num_heads: int, window: tuple[int, int], shift: tuple[int, int]
+) -> dict[str, Any]:
+    D = qkv.shape[3] // (3 * num_heads)
+    return {
+        "SHIFT_ROWS": shift[0],
+        "SHIFT_COLUMNS": shift[1],
+        "ROW": row,
+        "PRECISION": _precision(qkv.dtype),
+        "h": window[0],
+        "w": window[1],
+        "D": D,
+        "K": max(16, triton.next_power_of_2(D)),
+    }
+
+
+def is_tiled(S: int, dtype: torch.dtype) -> bool:
+    """Whether a window is too large for one tile; float32 products take more registers."""
+    largest = 32 if dtype == torch.float32 else 64
+    return largest < S
+
+
+def _tile_sides(dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and keys of a tile of a large window's scores."""
+    return (32, 32) if dtype == torch.float32 else (64, 32)
+
+
+def bias_programs(windows: int, num_heads: int, S: int, dtype: torch.dtype) -> int:
+    """Partial sums of the bias's gradient, each over a share of the windows."""
+    tiles = 1
+    if is_tiled(S, dtype):
+        M, T = _tile_sides(dtype)
+        tiles = triton.cdiv(S, M) * triton.cdiv(S, T)
+    return min(windows, max(PROGRAMS // (num_heads * tiles), 1))
+
+
+def _partial(grad_bias: Tensor, programs: int) -> Tensor:
+    return grad_bias if programs == 1 else grad_bias.new_empty((programs, *grad_bias.shape))
+
+
+def forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """[B, H, W, C], and the logarithms of the sums of exponentials, float32 [B, H, W, N]."""
+    B, H, W, C3 = qkv.shape
+    S, N = window[0] * window[1], num_heads
+    out = qkv.new_empty((B, H, W, C3 // 3))
+    log_sums = qkv.new_empty((B, H, W, N), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, log_sums
+    plain_bias, row = _plain_bias(bias, qkv)
+    tensors = (qkv, plain_bias, out, log_sums, H, W, N, scale)
+    settings = _settings(qkv, row, N, window, shift)
+    windows = B * H * W // S
+    exact = qkv.dtype == torch.float32
+    if not is_tiled(S, qkv.dtype):
+        T = max(16, triton.next_power_of_2(S))
+        _attend_window[(windows * N,)](
+            *tensors, **settings, T=T, num_warps=T // 8 if exact else max(T // 32, 1), num_stages=1
+        )
+    else:
+        M = 64
+        _attend_tile[(windows * N * triton.cdiv(S, M),)](
+            *tensors, **settings, M=M, T=32, num_warps=8 if exact else 4, num_stages=1
+        )
+    return out, log_sums
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    of_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv [B, H, W, 3C] and of the bias, float32 [N, S, S] ([0] if not wanted)."""
+    B, H, W, _ = qkv.shape
+    S, N = window[0] * window[1], num_heads
+    grad_qkv = torch.empty_like(qkv)
+    grad_bias = qkv.new_empty((N, S, S) if of_bias else (0,), dtype=torch.float32)
+    if qkv.numel() == 0:
+        return grad_qkv, grad_bias.zero_()
+    plain_bias, row = _plain_bias(bias, qkv)
+    settings = _settings(qkv, row, N, window, shift)
+    windows = B * H * W // S
+    exact = qkv.dtype == torch.float32
+    if not is_tiled(S, qkv.dtype):
+        T = max(16, triton.next_power_of_2(S))
+        programs = bias_programs(windows, N, S, qkv.dtype) if of_bias else windows
+        partial = _partial(grad_bias, programs) if of_bias else grad_bias
+        _attend_window_backward[(programs * N,)](
+            grad_out,
+            qkv,
+            plain_bias,
+            log_sums,
+            grad_qkv,
+            partial,
+            windows,
+            programs,
+            H,
+            W,
+            N,
+            scale,
+            OF_BIAS=of_bias,
+            **settings,
+            T=T,
+            num_warps=T // 4 if exact else max(T // 16, 1),
+            num_stages=1,
+        )
+    else:
+        M, T = _tile_sides(qkv.dtype)
+        delta = torch.empty_like(log_sums)
+        _attend_tile_backward[(windows * N * triton.cdiv(S, M),)](
+            grad_out,
+            qkv,
+            plain_bias,
+            out,
+            log_sums,
+            grad_qkv,
+            delta,
+            S,
+            H,
+            W,
+            N,
+            scale,
+            OF_BIAS=of_bias,
+            **settings,
+            M=M,
+            T=T,
+            num_warps=8 if exact and settings["K"] > 32 else 4,
+            num_stages=1,
+        )
+        if of_bias:
+            tiles = (triton.cdiv(S, M), triton.cdiv(S, T))
+            programs = bias_programs(windows, N, S, qkv.dtype)
+            partial = _partial(grad_bias, programs)
+            _grad_bias_tile[(programs * N, *tiles)](
+                grad_out,
+                qkv,
+                plain_bias,
+                log_sums,
+                delta,
+                partial,
+                windows,
+                programs,
+                H,
+                W,
+                N,
+                scale,
+                **settings,
+                M=M,
+                T=T,
+                num_warps=4,
+                num_stages=1,
+            )
+    if of_bias and programs > 1:
+        pairs = N * S * S
+        _sum_rows[(triton.cdiv(pairs, 64),)](
+            partial, grad_bias, programs, pairs, R=32, K=64, num_warps=4
+        )
+    return grad_qkv, grad_bias

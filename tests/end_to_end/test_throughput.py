@@ -1,0 +1,164 @@
+"""bench/throughput.py on models small enough for a test: its checks, numbers and errors."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import throughput
+from peers import BUILDERS, Mismatch, Unavailable
+from simmim.backbone.build import PRESETS
+from simmim.config import Config, DataConfig, ModelConfig, TrainConfig
+from throughput import EngineRow, Images, PeerRow
+
+CPU = torch.device("cpu")
+SMALL = ["--device=cpu", "--model=vit_tiny", "--image-size=64", "--batch=1", "--dtype=float32"]
+SHORT = ["--rounds=1", "--seconds=0"]
+
+# warnings of the peers themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("throughput") / "out" / "vit.json"
+    assert throughput.main([*SMALL, *SHORT, f"--json={path}"]) == 0
+    assert [p.name for p in path.parent.iterdir()] == ["vit.json"]
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_every_row_runs_or_says_why_not(written: dict[str, Any]) -> None:
+    names = [row["name"] for row in written["rows"]]
+    assert names[:2] == ["simmim", "reference PyTorch"]
+    skipped = {row["name"]: row["reason"] for row in written["skipped"]}
+    assert sorted([*names[2:], *skipped]) == sorted(BUILDERS)
+    for reason in skipped.values():
+        assert "pip install" in reason or "does not import here" in reason
+    assert written["checks"].keys() == set(names) - {"simmim"}
+
+
+def test_numbers(written: dict[str, Any]) -> None:
+    floor, ours = written["floor"], written["rows"][0]
+    assert set(floor["by_dtype"]) == {"float32"}
+    assert floor["ms"] == pytest.approx(floor["by_dtype"]["float32"])
+    for row in written["rows"]:
+        assert row["images_per_s"] == pytest.approx(1e3 / row["ms"])
+        assert row["spread_ms"][0] <= row["ms"] <= row["spread_ms"][1]
+        assert row["ratio"] == pytest.approx(row["ms"] / ours["ms"])
+        assert row["floor_ratio"] == pytest.approx(floor["ms"] / row["ms"])
+        assert row["flops_per_s"] == pytest.approx(floor["flops"] / row["ms"] * 1e3)
+        assert row["first_step_s"] > 0
+        # the gradients are there at the end of a backward pass
+        assert row["peak_bytes"] > 4 * 5_000_000
+        assert 1e5 < row["saved_bytes_per_image"] < 1e7
+        assert (row["batch"], row["dtype"], row["model"]) == (1, "float32", "vit_tiny")
+        assert row["mfu"] is None
+
+
+def test_machine_and_settings(written: dict[str, Any]) -> None:
+    machine = written["machine"]
+    assert machine["cores"] >= 1
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["versions"].keys() >= {"torch", "triton", "timm", "transformers", "lightly"}
+    assert written["settings"]["image_size"] == [64, 64]
+
+
+def make_base(**model: Any) -> EngineRow:
+    config = Config(
+        model=ModelConfig(**model),
+        data=DataConfig(path="random images", image_size=64),
+        train=TrainConfig(precision="float32"),
+    )
+    return EngineRow("simmim", config, CPU, "")
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("model", ["swin", "vit", "vit-plain"])
+def test_peers_compute_the_same(name: str, model: str) -> None:
+    if model == "swin":
+        base = make_base(
+            name="swin_tiny", embed_dim=12, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=4
+        )
+    else:
+        preset = "vit_base_plain" if model == "vit-plain" else "vit_tiny"
+        base = make_base(name=preset, embed_dim=24, depths=[2], num_heads=[2], patch_size=8)
+    with torch.no_grad():
+        for parameter in base.model.parameters():  # fresh norms and biases would all look alike
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    try:
+        row = PeerRow(BUILDERS[name](base.spec), base.config, CPU)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    loss, gradient = throughput.check_equal(base, row)
+    assert loss < 2e-6
+    assert gradient < 5e-5
+
+
+def test_products_are_those_of_torch() -> None:
+    base = make_base(name="vit_tiny", depths=[2])
+    images = Images.make(2, base.model, base.config)
+    counts = throughput.products_of(base.model, images, base.config)
+    base.model.use_backend("reference")
+    with FlopCounterMode(display=False) as counter:
+        throughput.engine_loss(base.model, images, base.config, "float32").backward()
+    found = sum(product.flops * times for product, times in counts.items())
+    assert found == counter.get_total_flops()
+
+
+def test_a_row_that_differs_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = EngineRow.load
+
+    def wrong(self: EngineRow, weights: dict[str, torch.Tensor]) -> None:
+        original(self, weights)
+        with torch.no_grad():
+            self.model.encoder.blocks[3].attn.proj.weight.mul_(1.01)
+
+    monkeypatch.setattr(EngineRow, "load", wrong)
+    assert throughput.main([*SMALL, *SHORT, "--only=simmim,reference"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("throughput.py: reference PyTorch: ")
+    assert "off by" in last
+
+
+def test_a_gradient_that_differs_is_named() -> None:
+    base = make_base(name="vit_tiny", depths=[1])
+    row = EngineRow("other", base.config, CPU, "")
+    row.pairs = [throughput.Pair("decoder.0.bias", lambda w: w["decoder.0.bias"] * 1.01)]
+    with pytest.raises(Mismatch, match=r"other: gradient of decoder\.0\.bias is off by 0\.0099"):
+        throughput.check_equal(base, row)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=swin_bse"], "--model swin_bse is unknown; did you mean swin_base?"),
+        (["--model=swin_tiny", "--image-size=64"], "a window of 6 tokens does not fit"),
+        (["--batch=0"], "at least 1 image"),
+        (["--dtype=fp8"], "invalid choice: 'fp8'"),
+        (["--only=simmim,tim"], "--only tim is no row; did you mean timm?"),
+        (["--json=/proc/nowhere/x.json"], "cannot be written"),
+    ],
+)
+def test_wrong_options(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        throughput.main(flags)
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_window_that_transformers_cannot_shrink() -> None:
+    with pytest.raises(Unavailable) as reason:
+        BUILDERS["transformers"](PRESETS["swin_large"])
+    if "install" in str(reason.value) or "import" in str(reason.value):
+        pytest.skip(str(reason.value))
+    assert "12 tokens to the 6 of the last stage" in str(reason.value)
