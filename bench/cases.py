@@ -18,11 +18,15 @@ from simmim_kernels import (
     linear_masked_l1_loss,
     masked_l1_loss_from_tokens,
     random_patch_mask,
+    residual_mlp,
     substitute_mask_tokens,
+    window_attention,
 )
 
 BATCH, IMAGE, PATCH, UNIT, STRIDE, WIDTH, HEAD_WIDTH = 64, 192, 4, 32, 32, 128, 1024
 MASK_BATCH = 256
+# the third stage, where most of the blocks are
+STAGE_BATCH, STAGE_SIDE, STAGE_WIDTH, STAGE_HEADS, WINDOW = 8, 12, 512, 16, 6
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -246,6 +250,72 @@ def _random_mask(units: Tensor, backend: str) -> Case:
     )
 
 
+def _from_gradient(
+    function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor
+) -> Callable[[], list[Tensor]]:
+    def run() -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        out = function(*leaves)
+        out.backward(grad)
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    return run
+
+
+def _window_attention(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
+    device, shape = units.device, (STAGE_BATCH, STAGE_SIDE, STAGE_SIDE)
+    qkv = torch.randn(*shape, 3 * STAGE_WIDTH, device=device).to(dtype).requires_grad_()
+    table = torch.randn((2 * WINDOW - 1) ** 2, STAGE_HEADS, device=device).requires_grad_()
+    grad = torch.randn(*shape, STAGE_WIDTH, device=device).to(dtype)
+
+    def attend(qkv: Tensor, table: Tensor, name: str) -> Tensor:
+        return window_attention(qkv, table, STAGE_HEADS, WINDOW, WINDOW // 2, backend=name)
+
+    plain = partial(attend, name="reference")
+    leaves = [qkv, table]
+    return Case(
+        f"window_attention {_name(dtype)}",
+        {
+            "ours": _from_gradient(partial(attend, name=backend), leaves, grad),
+            "eager": _from_gradient(plain, leaves, grad),
+            "compile": _from_gradient(torch.compile(plain), leaves, grad),
+        },
+        5e-2 if dtype == torch.bfloat16 else 1e-4,
+        # q, k, v to out; q, k, v and the gradient of out to those of q, k, v
+        (4 + 7) * grad.nbytes,
+        {},
+    )
+
+
+def _residual_mlp(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
+    device, C = units.device, STAGE_WIDTH
+    shape = (STAGE_BATCH, STAGE_SIDE, STAGE_SIDE, C)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    norm = nn.LayerNorm(C, device=device)
+    fc1 = nn.Linear(C, 4 * C, device=device)
+    fc2 = nn.Linear(4 * C, C, device=device)
+    grad = torch.randn(shape, device=device).to(dtype)
+    leaves = [x, *(p for m in (norm, fc1, fc2) for p in m.parameters())]
+
+    def branch(*leaves: Tensor, name: str) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return residual_mlp(*leaves, backend=name)
+
+    plain = partial(branch, name="reference")
+    return Case(
+        f"residual_mlp {_name(dtype)}",
+        {
+            "ours": _from_gradient(partial(branch, name=backend), leaves, grad),
+            "eager": _from_gradient(plain, leaves, grad),
+            "compile": _from_gradient(torch.compile(plain), leaves, grad),
+        },
+        5e-2 if dtype == torch.bfloat16 else 1e-4,
+        None,
+        {},
+    )
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -258,4 +328,8 @@ CASES: dict[str, Callable[[Tensor, str], Case]] = {
     "linear_masked_l1_loss bfloat16": partial(_linear_loss, torch.bfloat16),
     "linear_masked_l1_loss float32": partial(_linear_loss, torch.float32),
     "random_patch_mask": _random_mask,
+    "window_attention bfloat16": partial(_window_attention, torch.bfloat16),
+    "window_attention float32": partial(_window_attention, torch.float32),
+    "residual_mlp bfloat16": partial(_residual_mlp, torch.bfloat16),
+    "residual_mlp float32": partial(_residual_mlp, torch.float32),
 }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from numerics import INDEX, assert_close_to, load_golden, with_prefix
 from simmim import load_model
+from simmim.backbone.layers import Backends
 from simmim.backbone.swin import PatchEmbed, Swin, SwinSpec, SwinStage
 from simmim.backbone.vit import ViT
 
@@ -118,7 +119,7 @@ class TokenPatchEmbed(PatchEmbed):
     """image → [B, L, D]."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return super().forward(image).flatten(1, 2)
+        return self.norm(self.proj(image).flatten(2).mT)
 
 
 class TokenStage(SwinStage):
@@ -129,7 +130,8 @@ class TokenStage(SwinStage):
         self.resolution = spec.resolution(stage)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens.unflatten(1, self.resolution), False).flatten(1, 2)
+        grid = tokens.unflatten(1, self.resolution)
+        return super().forward(grid, False, Backends("reference")).flatten(1, 2)
 
 
 def published_module() -> ModuleType:

@@ -8,8 +8,12 @@ from simmim_kernels import (
     linear_masked_l1_loss,
     masked_l1_loss,
     masked_l1_loss_from_tokens,
+    merge_patches,
     random_patch_mask,
+    residual_attention,
+    residual_mlp,
     substitute_mask_tokens,
+    window_attention,
 )
 
 pytestmark = [
@@ -107,6 +111,79 @@ def test_linear_masked_l1_loss(cells: int, stride: int, width: int, dtype: torch
         (torch.randn(outputs, width, device="cuda") / width**0.5).to(dtype),
         torch.randn(outputs, device="cuda").to(dtype),
     )
+
+
+# side of the map, C, heads, window, shift: Swin-B's stages 1 and 4, Swin-L's, ViT-B
+MAPS = [
+    ((48, 48), 128, 4, (6, 6), (3, 3)),
+    ((6, 6), 1024, 32, (6, 6), (0, 0)),
+    ((24, 24), 384, 12, (12, 12), (6, 6)),
+    ((1, 197), 768, 12, (1, 197), (0, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "width", "heads", "window", "shift"), MAPS)
+def test_window_attention(
+    side: tuple[int, int],
+    width: int,
+    heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    pairs = window[0] * window[1]
+    compare(
+        lambda name, qkv, b: window_attention(qkv, b, heads, window, shift, backend=name),
+        torch.randn(4, *side, 3 * width, device="cuda").to(dtype),
+        torch.randn(heads, pairs, pairs, device="cuda").to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "width", "heads", "window", "shift"), MAPS)
+def test_transformer_block(
+    side: tuple[int, int],
+    width: int,
+    heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device="cuda") * scale).to(dtype)
+
+    x, C = normal(4, *side, width), width
+    scale, pairs = torch.tensor([1.25, 0.0, 1.25, 1.25], device="cuda"), window[0] * window[1]
+
+    def attention(name: str, *leaves: Tensor) -> Tensor:
+        settings = {"num_heads": heads, "window": window, "shift": shift, "backend": name}
+        return residual_attention(*leaves[:-1], gamma=leaves[-1], branch_scale=scale, **settings)
+
+    def mlp(name: str, *leaves: Tensor) -> Tensor:
+        return residual_mlp(*leaves[:-1], gamma=leaves[-1], branch_scale=scale, backend=name)
+
+    small = C**-0.5
+    of_attention = (normal(3 * C, C, scale=small), normal(3 * C), normal(heads, pairs, pairs))
+    compare(
+        attention,
+        *(x, normal(C), normal(C), *of_attention),
+        *(normal(C, C, scale=small), normal(C), normal(C)),
+    )
+    compare(
+        mlp,
+        *(x, normal(C), normal(C), normal(4 * C, C, scale=small), normal(4 * C)),
+        *(normal(C, 4 * C, scale=small / 2), normal(C), normal(C)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("side", "width"), [((48, 48), 128), ((12, 12), 512), ((2, 6), 24)])
+def test_merge_patches(side: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    shapes = ((4, *side, width), (4 * width,), (4 * width,), (2 * width, 4 * width))
+    leaves = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    leaves[3] = leaves[3] / (4 * width) ** 0.5
+    compare(lambda name, *x: merge_patches(*x, backend=name), *leaves)
 
 
 def test_more_elements_than_32_bits_count() -> None:
