@@ -106,6 +106,7 @@ void give_back_memory(MemoryBlock* block) noexcept {
 size_t release_memory() noexcept {
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
+    p.most_used_bytes = p.used_bytes;  // what was once needed need not be kept again
     return release_locked(p, p.kept_bytes);
 }
 

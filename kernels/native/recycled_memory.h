@@ -21,7 +21,8 @@ MemoryBlock* take_memory(size_t bytes);
 // within what was once in use at one time.
 void give_back_memory(MemoryBlock* block) noexcept;
 
-// Returns every kept block to the system, and how many bytes those were.
+// Returns every kept block to the system, and how many bytes those were; what may be kept is then
+// counted afresh.
 size_t release_memory() noexcept;
 
 }  // namespace simmim
