@@ -30,18 +30,8 @@ def interleaved(
         least_rounds: rounds at least, however slow a side is.
     """
     calls = {name: _calls_per_turn(side, device) for name, side in sides.items()}
-    times: dict[str, list[float]] = {name: [] for name in sides}
     gc.collect()
-    gc.disable()
-    try:
-        begin, rounds = time.perf_counter(), 0
-        while rounds < least_rounds or time.perf_counter() - begin < seconds:
-            order = list(sides.items())
-            for name, side in order if rounds % 2 == 0 else reversed(order):
-                times[name].append(_turn(side, device, calls[name]))
-            rounds += 1
-    finally:
-        gc.enable()
+    times = _in_turns(sides, device, calls, seconds, least_rounds, tidy=False)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -56,16 +46,30 @@ def interleaved_samples(
 
     For sides that take long, such as training steps, and have run before: a turn is one call.
     """
+    return _in_turns(sides, device, dict.fromkeys(sides, 1), seconds, least_rounds, tidy=True)
+
+
+def _in_turns(
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    calls: Mapping[str, int],
+    seconds: float,
+    least_rounds: int,
+    *,
+    tidy: bool,
+) -> dict[str, list[float]]:
+    """Milliseconds per call of every turn; `tidy` collects garbage after each round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    begin, rounds = time.perf_counter(), 0
     gc.disable()
     try:
+        begin, rounds = time.perf_counter(), 0
         while rounds < least_rounds or time.perf_counter() - begin < seconds:
             order = list(sides.items())
             for name, side in order if rounds % 2 == 0 else reversed(order):
-                times[name].append(_turn(side, device, 1))
+                times[name].append(_turn(side, device, calls[name]))
             rounds += 1
-            gc.collect()  # between the turns: models that make cycles would fill the memory
+            if tidy:
+                gc.collect()  # models that make cycles would fill the memory
     finally:
         gc.enable()
     return times

@@ -46,3 +46,18 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     """RMS error relative to the RMS of the exact value (both in float64)."""
     difference = (actual.double() - exact.double()).square().mean().sqrt()
     return float(difference / exact.double().square().mean().sqrt().clamp(min=1e-30))
+
+
+def assert_no_worse(
+    found: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """At most twice torch's error; a little more, as some are the error of a few numbers only."""
+    assert found.keys() == exact.keys()
+    tiny = max(torch.finfo(dtype).eps / 8, 1e-6)
+    for name, expected in exact.items():
+        assert found[name].isfinite().all(), name
+        error, allowed = (relative_error(t[name], expected) for t in (found, plain))
+        assert error <= 2 * allowed + tiny, (name, error, allowed)

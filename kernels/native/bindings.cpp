@@ -358,53 +358,50 @@ void gather_patches(uintptr_t image, int image_dtype, const std::array<int64_t, 
     SIMMIM_CALL(gather_patches, a);
 }
 
-// sizes: tokens, tokens_per_image, width, dtype, product_dtype, num_threads
-simmim::PlaceTokens placing(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
-                            uintptr_t norm_weight, uintptr_t norm_bias, float eps) {
-    return {sizes[0],
-            sizes[1],
-            sizes[2],
-            static_cast<int>(sizes[3]),
-            static_cast<int>(sizes[4]),
+simmim::PlaceTokens placing(const Shape& shape, int64_t tokens_per_image, uintptr_t place,
+                            uintptr_t bias, uintptr_t norm_weight, uintptr_t norm_bias, float eps) {
+    return {rows_of(shape),
+            tokens_per_image,
             pointer<const int64_t>(place),
             pointer<const float>(bias),
             pointer<const float>(norm_weight),
             pointer<const float>(norm_bias),
-            eps,
-            static_cast<int>(sizes[5])};
+            eps};
 }
 
-void place_tokens_forward(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
-                          uintptr_t norm_weight, uintptr_t norm_bias, float eps, uintptr_t product,
-                          uintptr_t mask_token, uintptr_t position, uintptr_t kept, uintptr_t mean,
-                          uintptr_t rstd, uintptr_t out) {
-    const simmim::PlaceTokensForward a{placing(sizes, place, bias, norm_weight, norm_bias, eps),
-                                       pointer<const void>(product),
-                                       pointer<const void>(mask_token),
-                                       pointer<const float>(position),
-                                       pointer<void>(kept),
-                                       pointer<float>(mean),
-                                       pointer<float>(rstd),
-                                       pointer<void>(out)};
+void place_tokens_forward(const Shape& shape, int64_t tokens_per_image, uintptr_t place,
+                          uintptr_t bias, uintptr_t norm_weight, uintptr_t norm_bias, float eps,
+                          uintptr_t product, uintptr_t mask_token, uintptr_t position,
+                          uintptr_t kept, uintptr_t mean, uintptr_t rstd, uintptr_t out) {
+    const simmim::PlaceTokensForward a{
+        placing(shape, tokens_per_image, place, bias, norm_weight, norm_bias, eps),
+        pointer<const void>(product),
+        pointer<const void>(mask_token),
+        pointer<const float>(position),
+        pointer<void>(kept),
+        pointer<float>(mean),
+        pointer<float>(rstd),
+        pointer<void>(out)};
     nb::gil_scoped_release release;
     SIMMIM_CALL(place_tokens_forward, a);
 }
 
-void place_tokens_backward(const std::array<int64_t, 6>& sizes, uintptr_t place, uintptr_t bias,
-                           uintptr_t norm_weight, uintptr_t norm_bias, float eps,
+void place_tokens_backward(const Shape& shape, int64_t tokens_per_image, uintptr_t place,
+                           uintptr_t bias, uintptr_t norm_weight, uintptr_t norm_bias, float eps,
                            uintptr_t grad_out, uintptr_t kept, uintptr_t mean, uintptr_t rstd,
                            uintptr_t grad_product, uintptr_t grad_bias, uintptr_t grad_norm_weight,
                            uintptr_t grad_norm_bias, uintptr_t grad_mask_token) {
-    const simmim::PlaceTokensBackward a{placing(sizes, place, bias, norm_weight, norm_bias, eps),
-                                        pointer<const void>(grad_out),
-                                        pointer<const void>(kept),
-                                        pointer<const float>(mean),
-                                        pointer<const float>(rstd),
-                                        pointer<void>(grad_product),
-                                        pointer<float>(grad_bias),
-                                        pointer<float>(grad_norm_weight),
-                                        pointer<float>(grad_norm_bias),
-                                        pointer<float>(grad_mask_token)};
+    const simmim::PlaceTokensBackward a{
+        placing(shape, tokens_per_image, place, bias, norm_weight, norm_bias, eps),
+        pointer<const void>(grad_out),
+        pointer<const void>(kept),
+        pointer<const float>(mean),
+        pointer<const float>(rstd),
+        pointer<void>(grad_product),
+        pointer<float>(grad_bias),
+        pointer<float>(grad_norm_weight),
+        pointer<float>(grad_norm_bias),
+        pointer<float>(grad_mask_token)};
     nb::gil_scoped_release release;
     SIMMIM_CALL(place_tokens_backward, a);
 }
@@ -457,11 +454,11 @@ NB_MODULE(_cpu, m) {
     m.def("gather_patches", &gather_patches, "image"_a, "image_dtype"_a, "shape"_a, "strides"_a,
           "mean"_a, "std"_a, "patch"_a, "visible"_a, "num_visible"_a, "rows"_a, "product_dtype"_a,
           "num_threads"_a);
-    m.def("place_tokens_forward", &place_tokens_forward, "sizes"_a, "place"_a, "bias"_a,
-          "norm_weight"_a, "norm_bias"_a, "eps"_a, "product"_a, "mask_token"_a, "position"_a,
-          "kept"_a, "mean"_a, "rstd"_a, "out"_a);
-    m.def("place_tokens_backward", &place_tokens_backward, "sizes"_a, "place"_a, "bias"_a,
-          "norm_weight"_a, "norm_bias"_a, "eps"_a, "grad_out"_a, "kept"_a, "mean"_a, "rstd"_a,
-          "grad_product"_a, "grad_bias"_a, "grad_norm_weight"_a, "grad_norm_bias"_a,
-          "grad_mask_token"_a);
+    m.def("place_tokens_forward", &place_tokens_forward, "shape"_a, "tokens_per_image"_a, "place"_a,
+          "bias"_a, "norm_weight"_a, "norm_bias"_a, "eps"_a, "product"_a, "mask_token"_a,
+          "position"_a, "kept"_a, "mean"_a, "rstd"_a, "out"_a);
+    m.def("place_tokens_backward", &place_tokens_backward, "shape"_a, "tokens_per_image"_a,
+          "place"_a, "bias"_a, "norm_weight"_a, "norm_bias"_a, "eps"_a, "grad_out"_a, "kept"_a,
+          "mean"_a, "rstd"_a, "grad_product"_a, "grad_bias"_a, "grad_norm_weight"_a,
+          "grad_norm_bias"_a, "grad_mask_token"_a);
 }

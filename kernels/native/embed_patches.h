@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "rows.h"
 #include "target.h"
 
 namespace simmim {
@@ -22,19 +23,16 @@ struct GatherPatches {
     int num_threads;
 };
 
-// Tokens have `dtype`; what goes into and comes out of matrix products has `product_dtype`.
 struct PlaceTokens {
-    int64_t tokens, tokens_per_image, width;
-    int dtype, product_dtype;
+    Rows shape;  // all tokens of the batch
+    int64_t tokens_per_image;
     const int64_t* place;  // [tokens]: the token's row among the visible ones, -1 where hidden
     const float* bias;     // [width] or null
     const float *norm_weight, *norm_bias;  // [width], null without a norm
     float eps;
-    int num_threads;
 };
 
-struct PlaceTokensForward {
-    PlaceTokens shared;
+struct PlaceTokensForward : PlaceTokens {
     const void* product;     // [num_visible, width], without bias
     const void* mask_token;  // [width] in `dtype`, null where nothing is hidden
     const float* position;   // [tokens_per_image, width] or null
@@ -43,8 +41,7 @@ struct PlaceTokensForward {
     void* out;               // [tokens, width]
 };
 
-struct PlaceTokensBackward {
-    PlaceTokens shared;
+struct PlaceTokensBackward : PlaceTokens {
     const void* grad_out;  // [tokens, width]
     const void* kept;
     const float *mean, *rstd;

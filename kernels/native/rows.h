@@ -6,7 +6,7 @@
 namespace simmim {
 
 // Activations have `dtype` (0 float32, 1 bfloat16, 2 float16); what goes into and comes out of
-// matrix products has `product_dtype`, float32 or the same. Arrays are contiguous.
+// matrix products has `product_dtype`, float32 or, for bfloat16, the same. Arrays are contiguous.
 struct Rows {
     int64_t rows, width;
     int dtype, product_dtype;
@@ -23,8 +23,6 @@ struct Rows {
         function<BFloat16, float>(a);                              \
     } else if (a.shape.dtype == 1) {                               \
         function<BFloat16, BFloat16>(a);                           \
-    } else if (a.shape.product_dtype == 0) {                       \
-        function<Float16, float>(a);                               \
     } else {                                                       \
-        function<Float16, Float16>(a);                             \
+        function<Float16, float>(a);                               \
     }

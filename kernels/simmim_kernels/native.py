@@ -66,6 +66,15 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) 
         return torch.mm(a, b, out=out)
 
 
+def rows_and_dtypes(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """What passes over rows take first: rows, columns, codes of both dtypes, threads.
+
+    `matrix` goes into or comes out of a product, `dtype` is that of the activations beside it.
+    """
+    rows, width = matrix.shape
+    return rows, width, DTYPE_CODES[dtype], DTYPE_CODES[matrix.dtype], torch.get_num_threads()
+
+
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor` itself if it has `dtype`, else a copy in recycled memory."""
     return tensor if tensor.dtype == dtype else empty(tensor.shape, dtype).copy_(tensor)

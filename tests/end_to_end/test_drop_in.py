@@ -131,7 +131,7 @@ class TokenStage(SwinStage):
 
     def forward(self, tokens: Tensor) -> Tensor:
         grid = tokens.unflatten(1, self.resolution)
-        return super().forward(grid, False, Backends("reference")).flatten(1, 2)
+        return super().forward(grid, False, Backends("reference", "reference")).flatten(1, 2)
 
 
 def published_module() -> ModuleType:

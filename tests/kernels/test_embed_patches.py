@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from numerics import relative_error
+from numerics import assert_no_worse, relative_error
 from simmim_kernels import embed_patches, native
 from simmim_kernels.embed_patches import reference
 
@@ -52,15 +52,6 @@ def gradients(inputs: Inputs, backend: str, **options: object) -> Inputs:
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {k: t.to(dtype) if t.dtype.is_floating_point else t for k, t in inputs.items()}
-
-
-def assert_no_worse(found: Inputs, plain: Inputs, exact: Inputs, dtype: torch.dtype) -> None:
-    assert found.keys() == exact.keys()
-    tiny = max(torch.finfo(dtype).eps / 8, 1e-6)
-    for name, expected in exact.items():
-        assert found[name].isfinite().all(), name
-        error, allowed = (relative_error(t[name], expected) for t in (found, plain))
-        assert error <= 2 * allowed + tiny, (name, error, allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

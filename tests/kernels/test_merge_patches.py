@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from numerics import relative_error
+from numerics import assert_no_worse
 from simmim_kernels import merge_patches
 from simmim_kernels.dtypes import product_dtype
 
@@ -42,16 +42,6 @@ def gradients(inputs: Inputs, autocast: torch.dtype | None = None, **options: An
         out = merge_patches(**leaves, **options)
     out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin().to(out.dtype))
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
-
-
-def assert_no_worse(found: Inputs, plain: Inputs, exact: Inputs, dtype: torch.dtype) -> None:
-    """At most twice torch's error; a little more, as some are the error of a few numbers only."""
-    assert found.keys() == exact.keys()
-    tiny = max(torch.finfo(dtype).eps / 8, 1e-6)
-    for name, expected in exact.items():
-        assert found[name].isfinite().all(), name
-        error, allowed = (relative_error(t[name], expected) for t in (found, plain))
-        assert error <= 2 * allowed + tiny, (name, error, allowed)
 
 
 def assert_as_exact_as_torch(inputs: Inputs, backend: str) -> None:

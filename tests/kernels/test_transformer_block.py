@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from numerics import relative_error
+from numerics import assert_no_worse, relative_error
 from simmim_kernels.transformer_block import product_dtype, residual_attention, residual_mlp
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -91,16 +91,6 @@ def gradients(function: Callable[..., Tensor], inputs: Inputs, **options: Any) -
     out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin().to(out.dtype))
     found = {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
     return {"out": out.detach()} | found
-
-
-def assert_no_worse(found: Inputs, plain: Inputs, exact: Inputs, dtype: torch.dtype) -> None:
-    """At most twice torch's error; a little more, as some are the error of a few numbers only."""
-    assert found.keys() == exact.keys()
-    tiny = max(torch.finfo(dtype).eps / 8, 1e-6)
-    for name, expected in exact.items():
-        assert found[name].isfinite().all(), name
-        error, allowed = (relative_error(t[name], expected) for t in (found, plain))
-        assert error <= 2 * allowed + tiny, (name, error, allowed)
 
 
 def assert_as_exact_as_torch(

@@ -14,8 +14,8 @@ class Backends(NamedTuple):
     """What runs the kernels of a backbone; None takes the first backend that can.
 
     Attributes:
-        ops: of every op.
-        attention: of attention with its projections, where it is not that of the other ops.
+        ops: of every op but
+        attention: attention with its projections.
     """
 
     ops: str | None = None

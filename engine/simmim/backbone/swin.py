@@ -191,7 +191,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(width, int(width * spec.mlp_ratio))
 
     def forward(self, x: Tensor, backends: Backends) -> Tensor:
-        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention or backends.ops)
+        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention)
         x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops)
         return x
 

@@ -188,8 +188,8 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(gain.clone()) if scaled else None
 
     def forward(self, x: Tensor, shared_bias: Tensor | None, backends: Backends) -> Tensor:
-        backend = backends.attention or backends.ops
-        x = self.attn(x, self.norm1, self.drop_path(x), backend, self.gamma_1, shared_bias)
+        branch_scale, attention = self.drop_path(x), backends.attention
+        x = self.attn(x, self.norm1, branch_scale, attention, self.gamma_1, shared_bias)
         x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops, self.gamma_2)
         return x
 

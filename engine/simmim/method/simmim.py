@@ -71,7 +71,7 @@ class SimMIM(nn.Module):
             name: "triton", "native" or "reference".
             attention: another backend for attention and its projections, such as "xformers".
         """
-        self.encoder.backends = Backends(name, attention)
+        self.encoder.backends = Backends(name, attention or name)
         self.loss_backend = name
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -124,7 +124,6 @@ class SimMIM(nn.Module):
         features = self._features(image, self.token_mask(mask))
         head = self.decoder[0]
         assert isinstance(head, nn.Conv2d)
-        is_bytes = image.dtype == torch.uint8
         return linear_masked_l1_loss(
             features.permute(0, 2, 3, 1),
             head.weight,
@@ -132,19 +131,15 @@ class SimMIM(nn.Module):
             image,
             mask.to(torch.bool),
             self.encoder_stride,
-            mean=self.mean if is_bytes else None,
-            std=self.std if is_bytes else None,
+            **self._statistics(image),
             norm_target=self.norm_target,
             backend=self.loss_backend,
         )
 
     def _features(self, image: Tensor, token_mask: Tensor | None) -> Tensor:
-        # bytes go in as they are: the embedding normalises those that it reads
-        is_bytes = image.dtype == torch.uint8
-        features: Tensor = self.encoder(
-            image,
-            token_mask,
-            mean=self.mean if is_bytes else None,
-            std=self.std if is_bytes else None,
-        )
+        features: Tensor = self.encoder(image, token_mask, **self._statistics(image))
         return features
+
+    def _statistics(self, image: Tensor) -> dict[str, Tensor]:
+        # bytes go into the ops as they are: each normalises those that it reads
+        return {"mean": self.mean, "std": self.std} if image.dtype == torch.uint8 else {}

@@ -19,6 +19,7 @@ from simmim_kernels.dispatch import (
     no_second_order,
 )
 from simmim_kernels.embed_patches import reference
+from simmim_kernels.masked_l1_loss import check_pixels
 from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
 
 __all__ = ["BACKENDS", "embed_patches"]
@@ -110,16 +111,7 @@ def embed_patches(
     tensors = (image, mask, weight, *vectors, pos_embed)
     if any(t is not None and t.device != weight.device for t in tensors):
         raise error("all tensors must be on one device")
-    if image.dtype.is_floating_point:
-        if mean is not None or std is not None:
-            raise error("mean and std go with a uint8 image; a floating point one is normalised")
-    elif mean is None or std is None or image.dtype != torch.uint8:
-        raise error("image must be floating point, or uint8 with mean and std")
-    else:
-        mean = torch.as_tensor(mean, dtype=torch.float32, device=image.device)
-        std = torch.as_tensor(std, dtype=torch.float32, device=image.device)
-        if mean.shape != image.shape[1:2] or std.shape != image.shape[1:2]:
-            raise error("mean and std need one value per channel")
+    mean, std = check_pixels(image, mean, std, error)
     image = image.detach()
     chosen = choose(
         "embed_patches", BACKENDS, tensors, "reference" if backend == "triton" else backend

@@ -1,11 +1,10 @@
 // Patch embedding of the visible patches: pixels to rows, and rows to normalised tokens in their
 // places. D width, a row is one visible patch.
-#include <math.h>
-
 #include "column_sums.h"
 #include "embed_patches.h"
 #include "half.h"
 #include "lanes.h"
+#include "row_statistics.h"
 
 namespace simmim::SIMMIM_TARGET {
 namespace {
@@ -38,13 +37,13 @@ void gather(const GatherPatches& a) {
 
 template <class T, class P>
 void place(const PlaceTokensForward& a) {
-    const PlaceTokens& s = a.shared;
-    const int64_t D = s.width;
-#pragma omp parallel num_threads(s.num_threads)
+    const PlaceTokens& s = a;
+    const int64_t D = s.shape.width;
+#pragma omp parallel num_threads(s.shape.num_threads)
     {
         auto* x = new float[static_cast<size_t>(D + kLanes)];
 #pragma omp for schedule(static)
-        for (int64_t token = 0; token < s.tokens; ++token) {
+        for (int64_t token = 0; token < s.shape.rows; ++token) {
             T* out = static_cast<T*>(a.out) + token * D;
             const float* position =
                 a.position ? a.position + token % s.tokens_per_image * D : nullptr;
@@ -60,7 +59,6 @@ void place(const PlaceTokensForward& a) {
             }
             const P* product = static_cast<const P*>(a.product) + row * D;
             T* kept = a.kept ? static_cast<T*>(a.kept) + row * D : nullptr;
-            Lanes total = zero_lanes();
             for (int64_t d = 0; d < D; d += kLanes) {
                 Lanes value = load_first(product + d, D - d);
                 if (kept) {
@@ -70,30 +68,17 @@ void place(const PlaceTokensForward& a) {
                 }
                 if (s.bias) value = add(value, load_first(s.bias + d, D - d));
                 store_first(x + d, value, D - d);
-                total = add(total, value);
             }
-            float mean = 0.0f, rstd = 1.0f;
+            RowStatistics of_row{};
             if (s.norm_weight) {
-                const auto width = static_cast<float>(D);
-                mean = sum(total) / width;
-                Lanes squares = zero_lanes(), rest = zero_lanes();
-                for (int64_t d = 0; d < D; d += kLanes) {
-                    const Lanes centred = subtract(load_first(x + d, D - d), all(mean));
-                    const Lanes there = keep(centred, first_lanes(D - d));
-                    squares = multiply_add(there, there, squares);
-                    rest = add(rest, there);
-                }
-                // what the first sum has lost to rounding
-                const float correction = sum(rest) / width;
-                mean += correction;
-                rstd = 1.0f / sqrtf(sum(squares) / width - correction * correction + s.eps);
-                a.mean[row] = mean;
-                a.rstd[row] = rstd;
+                of_row = row_statistics(&x, 1, D, s.eps);
+                a.mean[row] = of_row.mean;
+                a.rstd[row] = of_row.rstd;
             }
             for (int64_t d = 0; d < D; d += kLanes) {
                 Lanes value = load_first(x + d, D - d);
                 if (s.norm_weight) {
-                    value = multiply(subtract(value, all(mean)), all(rstd));
+                    value = multiply(subtract(value, all(of_row.mean)), all(of_row.rstd));
                     value = multiply_add(value, load_first(s.norm_weight + d, D - d),
                                          load_first(s.norm_bias + d, D - d));
                 }
@@ -107,10 +92,10 @@ void place(const PlaceTokensForward& a) {
 
 template <class T, class P>
 void place_backward(const PlaceTokensBackward& a) {
-    const PlaceTokens& s = a.shared;
-    const int64_t D = s.width;
-    ColumnSums sums(s.tokens, D, 4);
-#pragma omp parallel for schedule(static) num_threads(s.num_threads)
+    const PlaceTokens& s = a;
+    const int64_t D = s.shape.width;
+    ColumnSums sums(s.shape.rows, D, 4);
+#pragma omp parallel for schedule(static) num_threads(s.shape.num_threads)
     for (int64_t section = 0; section < sums.sections; ++section) {
         float* of_bias = sums.start(section);
         float* of_norm_weight = of_bias + D;
@@ -191,18 +176,6 @@ void gather_patches(const GatherPatches& a) {
         gather_from<uint8_t>(a);
     }
 }
-
-// Calls `function` for the types of tokens and products: 16-bit products are bfloat16 only.
-#define SIMMIM_OF_TYPES(function)                                    \
-    if (a.shared.dtype == 0) {                                       \
-        function<float, float>(a);                                   \
-    } else if (a.shared.dtype == 1 && a.shared.product_dtype == 1) { \
-        function<BFloat16, BFloat16>(a);                             \
-    } else if (a.shared.dtype == 1) {                                \
-        function<BFloat16, float>(a);                                \
-    } else {                                                         \
-        function<Float16, float>(a);                                 \
-    }
 
 void place_tokens_forward(const PlaceTokensForward& a) { SIMMIM_OF_TYPES(place) }
 void place_tokens_backward(const PlaceTokensBackward& a) { SIMMIM_OF_TYPES(place_backward) }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.native import DTYPE_CODES, address
+from simmim_kernels.native import DTYPE_CODES, address, multiply
 
 
 def forward(
@@ -29,16 +29,15 @@ def forward(
     assert native.extension is not None
     B, L, D = _sizes(image, weight)
     rows, place = _rows_of_visible(image, mask, weight, mean, std)
-    product = native.empty((len(rows), D), weight.dtype)
-    with torch.autocast("cpu", enabled=False):  # it would take the product back to 16 bits
-        torch.mm(rows, weight.reshape(D, -1).t(), out=product)
+    product = multiply(rows, weight.reshape(D, -1).t())
     room = 0 if norm_weight is None else visible
     kept = native.empty((room, D), dtype)
     norm_mean, norm_rstd = torch.zeros(room), torch.ones(room)
     out = native.empty((B, L, D), dtype)
     mask_token = None if mask_token is None else mask_token.to(dtype)
     native.extension.place_tokens_forward(
-        (B * L, L, D, DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
+        (B * L, D, DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
+        L,
         place.data_ptr(),
         address(bias),
         address(norm_weight),
@@ -77,7 +76,8 @@ def backward(
     vectors = [torch.zeros(D) for _ in range(4)]
     dtypes = DTYPE_CODES[grad_out.dtype], DTYPE_CODES[weight.dtype]
     native.extension.place_tokens_backward(
-        (B * L, L, D, *dtypes, torch.get_num_threads()),
+        (B * L, D, *dtypes, torch.get_num_threads()),
+        L,
         place.data_ptr(),
         address(bias),
         address(norm_weight),
@@ -90,8 +90,7 @@ def backward(
         grad_product.data_ptr(),
         *(vector.data_ptr() for vector in vectors),
     )
-    with torch.autocast("cpu", enabled=False):
-        grad_weight = torch.mm(grad_product.t(), rows)
+    grad_weight = multiply(grad_product.t(), rows)
     return grad_weight.view(weight.shape), *vectors
 
 

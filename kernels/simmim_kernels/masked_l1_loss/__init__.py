@@ -148,7 +148,7 @@ def check_target(
     Raises:
         ValueError: as the public losses state; `error` makes it from what is wrong.
     """
-    B, C, H, W = image.shape
+    B, _, H, W = image.shape
     if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[0] != B:
         raise error("mask must be bool [B, gh, gw]")
     if 0 in mask.shape[1:] or H % mask.shape[1] or W % mask.shape[2]:
@@ -159,6 +159,20 @@ def check_target(
         raise error("prediction must be floating point")
     if norm_target is not None and (norm_target < 3 or norm_target % 2 == 0):
         raise ValueError(f"norm_target={norm_target} must be odd and at least 3")
+    return check_pixels(image, mean, std, error)
+
+
+def check_pixels(
+    image: Tensor,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
+    error: Callable[[str], ValueError],
+) -> tuple[Tensor | None, Tensor | None]:
+    """mean and std of a uint8 image as float32 [C]; None for a floating point one.
+
+    Raises:
+        ValueError: mean and std come without a uint8 image or it without them, or are not [C].
+    """
     if image.dtype.is_floating_point:
         if mean is not None or std is not None:
             raise error(
@@ -169,7 +183,7 @@ def check_target(
         raise error("image must be floating point, or uint8 with mean and std")
     mean = torch.as_tensor(mean, dtype=torch.float32, device=image.device)
     std = torch.as_tensor(std, dtype=torch.float32, device=image.device)
-    if mean.shape != (C,) or std.shape != (C,):
+    if mean.shape != image.shape[1:2] or std.shape != image.shape[1:2]:
         raise error("mean and std need one value per channel")
     return mean, std
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels.dispatch import BACKENDS, choose, describe, implementation, no_second_order
-from simmim_kernels.dtypes import autocast, check_dtypes, product_dtype
+from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.merge_patches import reference
 
 __all__ = ["BACKENDS", "merge_patches"]
@@ -69,7 +69,8 @@ def merge_patches(
     check_dtypes(x, parameters, error)
     chosen = choose("merge_patches", BACKENDS, (x, *parameters), backend)
     if chosen == "reference":
-        return reference.merge_patches(x, *parameters, eps)
+        norm_weight, norm_bias, weight = of_reference(x, parameters)
+        return reference.merge_patches(x, norm_weight, norm_bias, weight, eps)
     out: Tensor = torch.ops.simmim.merge_patches(
         x,
         norm_weight.float(),

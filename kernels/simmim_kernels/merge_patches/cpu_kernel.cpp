@@ -1,10 +1,9 @@
 // Four neighbours become one normalised row, and back: nothing is gathered in memory.
-#include <math.h>
-
 #include "column_sums.h"
 #include "half.h"
 #include "lanes.h"
 #include "merge_patches.h"
+#include "row_statistics.h"
 
 namespace simmim::SIMMIM_TARGET {
 namespace {
@@ -22,7 +21,6 @@ inline int64_t begin_of(int64_t row, int64_t k, int64_t columns, int64_t C) {
 template <class T, class P>
 void merge(const MergeForward& a) {
     const int64_t C = a.shape.width / kNeighbours;
-    const float width = static_cast<float>(a.shape.width);
 #pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
     for (int64_t row = 0; row < a.shape.rows; ++row) {
         const T* x[kNeighbours];
@@ -30,25 +28,7 @@ void merge(const MergeForward& a) {
             x[k] = static_cast<const T*>(a.x) + begin_of(row, k, a.columns, C);
         }
         P* y = static_cast<P*>(a.y) + row * a.shape.width;
-        Lanes total = zero_lanes();
-        for (int64_t k = 0; k < kNeighbours; ++k) {
-            for (int64_t d = 0; d < C; d += kLanes) total = add(total, load_first(x[k] + d, C - d));
-        }
-        float mean = sum(total) / width;
-        Lanes squares = zero_lanes(), rest = zero_lanes();
-        for (int64_t k = 0; k < kNeighbours; ++k) {
-            for (int64_t d = 0; d < C; d += kLanes) {
-                const Lanes centred = subtract(load_first(x[k] + d, C - d), all(mean));
-                const Lanes there = keep(centred, first_lanes(C - d));
-                squares = multiply_add(there, there, squares);
-                rest = add(rest, there);
-            }
-        }
-        // what the first sum has lost to rounding
-        const float correction = sum(rest) / width;
-        mean += correction;
-        const float variance = sum(squares) / width - correction * correction;
-        const float rstd = 1.0f / sqrtf(variance + a.eps);
+        const auto [mean, rstd] = row_statistics(x, kNeighbours, C, a.eps);
         for (int64_t k = 0; k < kNeighbours; ++k) {
             for (int64_t d = 0; d < C; d += kLanes) {
                 const Lanes centred = subtract(load_first(x[k] + d, C - d), all(mean));

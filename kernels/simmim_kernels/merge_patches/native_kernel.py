@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.native import DTYPE_CODES, converted, multiply
+from simmim_kernels.native import converted, multiply, rows_and_dtypes
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     y = native.empty((B * (H // 2) * (W // 2), width), weight.dtype)
     mean, rstd = torch.empty(len(y)), torch.empty(len(y))
     native.extension.merge_patches_forward(
-        _shape(x, y),
+        rows_and_dtypes(y, x.dtype),
         W // 2,
         x.data_ptr(),
         norm_weight.data_ptr(),
@@ -55,7 +55,7 @@ def backward(
     grad_norm_weight = torch.zeros(width if of_parameters else 0)
     grad_norm_bias = torch.zeros_like(grad_norm_weight)
     native.extension.merge_patches_backward(
-        _shape(x, grad_y),
+        rows_and_dtypes(grad_y, x.dtype),
         x.shape[2] // 2,
         x.data_ptr(),
         norm_weight.data_ptr(),
@@ -70,8 +70,3 @@ def backward(
     y = grad_y  # whose place it took
     grad_weight = multiply(grad_out.t(), y) if of_parameters else torch.zeros(0)
     return grad_x, grad_norm_weight, grad_norm_bias, grad_weight
-
-
-def _shape(x: Tensor, y: Tensor) -> tuple[int, int, int, int, int]:
-    """What the pass wants to know: rows, columns, both dtypes, threads."""
-    return *y.shape, DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype], torch.get_num_threads()

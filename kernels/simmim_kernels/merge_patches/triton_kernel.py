@@ -128,7 +128,7 @@ def forward(
     """The output, mean and rstd [T]; all inputs contiguous."""
     B, H, W, _ = x.shape
     y, mean, rstd = gather(x, norm_weight, norm_bias, eps)
-    out = _product(y, weight.t()).view(B, H // 2, W // 2, len(weight))
+    out = triton_rows.product(y, weight.t()).view(B, H // 2, W // 2, len(weight))
     return out, mean, rstd
 
 
@@ -144,12 +144,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, norm_weight, norm_bias and weight; [0] where it is not wanted."""
     grad_rows = grad_out.view(mean.numel(), len(weight))
-    dy = _product(grad_rows, weight)
+    dy = triton_rows.product(grad_rows, weight)
     dx, grad_norm_weight, grad_norm_bias = scatter(
         dy, x, mean, rstd, norm_weight, norm_bias, of_parameters
     )
     y = dy  # whose place it took
-    grad_weight = _product(grad_rows.t(), y) if of_parameters else _nothing(x)
+    grad_weight = (
+        triton_rows.product(grad_rows.t(), y) if of_parameters else triton_rows.nothing(x, 1)[0]
+    )
     return dx, grad_norm_weight, grad_norm_bias, grad_weight
 
 
@@ -206,16 +208,7 @@ def scatter(
             num_warps=num_warps,
         )
     if not of_parameters:
-        return dx, _nothing(x), _nothing(x)
+        grad_weight, grad_bias = triton_rows.nothing(x, 2)
+        return dx, grad_weight, grad_bias
     grad_weight, grad_bias = triton_rows.added(partial)
     return dx, grad_weight, grad_bias
-
-
-def _nothing(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=torch.float32)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b, in their dtype also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b)

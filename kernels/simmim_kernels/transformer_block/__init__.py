@@ -14,7 +14,7 @@ from simmim_kernels.dispatch import BACKENDS, choose, describe, implementation, 
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.transformer_block import reference
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
-from simmim_kernels.window_attention import pair_bias, plain
+from simmim_kernels.window_attention import both_ways, check_window, pair_bias, plain
 
 __all__ = ["BACKENDS", "residual_attention", "residual_mlp"]
 
@@ -77,8 +77,7 @@ def residual_attention(
 
     Source: microsoft/SimMIM models/swin_transformer.py SwinTransformerBlock.
     """
-    window = (window, window) if isinstance(window, int) else window
-    shift = (shift, shift) if isinstance(shift, int) else shift
+    window, shift = both_ways(window), both_ways(shift)
 
     def error(what: str) -> ValueError:
         given = describe(
@@ -98,11 +97,8 @@ def residual_attention(
 
     if x.dim() != 4 or num_heads < 1 or x.shape[3] % num_heads:
         raise error("expected x [B, H, W, C] with num_heads dividing C")
-    _, H, W, C = x.shape
-    if min(window) < 1 or H % window[0] or W % window[1]:
-        raise error("the window must divide the feature map")
-    if any(not 0 <= s < w for s, w in zip(shift, window)):
-        raise error("the shift must be below the window")
+    C = x.shape[3]
+    check_window(x.shape[1:3], window, shift, error)
     if qkv_weight.shape != (3 * C, C) or proj_weight.shape != (C, C):
         raise error("expected qkv_weight [3C, C] and proj_weight [C, C]")
     if qkv_bias is not None and qkv_bias.shape != (3 * C,):

@@ -1,11 +1,8 @@
 // Row passes of a transformer block: everything between its matrix products, each one pass.
-#include <math.h>
-
-#include <cstring>
-
 #include "column_sums.h"
 #include "half.h"
 #include "lanes.h"
+#include "row_statistics.h"
 #include "transformer_block.h"
 
 namespace simmim::SIMMIM_TARGET {
@@ -18,22 +15,7 @@ void normalise(const LayerNormForward& a) {
     for (int64_t row = 0; row < a.shape.rows; ++row) {
         const T* x = static_cast<const T*>(a.x) + row * C;
         P* y = static_cast<P*>(a.y) + row * C;
-        Lanes total = zero_lanes();
-        for (int64_t d = 0; d < C; d += kLanes) total = add(total, load_first(x + d, C - d));
-        const float width = static_cast<float>(C);
-        float mean = sum(total) / width;
-        Lanes squares = zero_lanes(), rest = zero_lanes();
-        for (int64_t d = 0; d < C; d += kLanes) {
-            const Lanes centred = subtract(load_first(x + d, C - d), all(mean));
-            const Lanes there = keep(centred, first_lanes(C - d));
-            squares = multiply_add(there, there, squares);
-            rest = add(rest, there);
-        }
-        // what the first sum has lost to rounding
-        const float correction = sum(rest) / width;
-        mean += correction;
-        const float variance = sum(squares) / width - correction * correction;
-        const float rstd = 1.0f / sqrtf(variance + a.eps);
+        const auto [mean, rstd] = row_statistics(&x, 1, C, a.eps);
         for (int64_t d = 0; d < C; d += kLanes) {
             const Lanes centred = subtract(load_first(x + d, C - d), all(mean));
             const Lanes scaled = multiply(centred, all(rstd));

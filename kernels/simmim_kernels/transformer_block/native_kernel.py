@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.native import DTYPE_CODES, address, converted, multiply
+from simmim_kernels.native import address, converted, multiply, rows_and_dtypes
 from simmim_kernels.window_attention import native_kernel as window_attention
 
 
@@ -124,7 +124,7 @@ def mlp_forward(
     hidden = product if product.dtype == x.dtype else native.empty(product.shape, x.dtype)
     activated = native.empty(product.shape, product.dtype)
     native.extension.gelu_forward(
-        _shape(product, x.dtype),
+        rows_and_dtypes(product, x.dtype),
         product.data_ptr(),
         fc1_bias.data_ptr(),
         0 if hidden is product else hidden.data_ptr(),
@@ -159,7 +159,7 @@ def mlp_backward(
     activated = native.empty(grad.shape, grad.dtype)
     grad_fc1_bias = torch.zeros(len(fc1_bias) if of_parameters else 0)
     native.extension.gelu_backward(
-        _shape(grad, x.dtype),
+        rows_and_dtypes(grad, x.dtype),
         hidden.data_ptr(),
         fc1_bias.data_ptr(),
         grad.data_ptr(),
@@ -180,13 +180,6 @@ def mlp_backward(
     return grad_x, *of_norm, grad_fc1_weight, grad_fc1_bias, *grad_fc2
 
 
-def _shape(product: Tensor, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """What the passes want to know: rows, columns, both dtypes, threads."""
-    width = product.shape[-1]
-    rows = product.numel() // width
-    return rows, width, DTYPE_CODES[dtype], DTYPE_CODES[product.dtype], torch.get_num_threads()
-
-
 def _nothing(count: int) -> list[Tensor]:
     return [torch.zeros(0) for _ in range(count)]
 
@@ -200,7 +193,7 @@ def _layer_norm(
     y = native.empty((x.numel() // C, C), dtype)
     mean, rstd = torch.empty(len(y)), torch.empty(len(y))
     native.extension.layer_norm_forward(
-        _shape(y, x.dtype),
+        rows_and_dtypes(y, x.dtype),
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
@@ -227,7 +220,7 @@ def _layer_norm_gradient(
     grad_x = native.empty(x.shape, x.dtype)
     of_norm = [torch.zeros(x.shape[-1] if of_parameters else 0) for _ in range(2)]
     native.extension.layer_norm_backward(
-        _shape(grad_y, x.dtype),
+        rows_and_dtypes(grad_y, x.dtype),
         x.data_ptr(),
         grad_out.data_ptr(),
         weight.data_ptr(),
@@ -252,7 +245,7 @@ def _add_branch(
     assert native.extension is not None
     out = native.empty(x.shape, x.dtype)
     native.extension.residual_forward(
-        _shape(product, x.dtype),
+        rows_and_dtypes(product, x.dtype),
         x.data_ptr(),
         product.data_ptr(),
         bias.data_ptr(),
@@ -276,7 +269,7 @@ def _branch_gradient(
     total = torch.zeros(C if of_parameters else 0)
     if of_parameters or not same:
         native.extension.residual_backward(
-            _shape(grad, grad_out.dtype),
+            rows_and_dtypes(grad, grad_out.dtype),
             grad_out.data_ptr(),
             address(branch_scale),
             max(1, len(flat) // max(1, len(grad_out))),

@@ -31,10 +31,10 @@ def attention_forward(
     B, H, W, C = x.shape
     rows = x.view(B * H * W, C)
     y, mean, rstd = triton_rows.layer_norm(rows, norm_weight, norm_bias, eps)
-    qkv = _product(y, qkv_weight.t(), qkv_bias).view(B, H, W, 3 * C)
+    qkv = triton_rows.product(y, qkv_weight.t(), qkv_bias).view(B, H, W, 3 * C)
     del y
     attended, log_sums = window_attention.forward(qkv, bias, num_heads, window, shift, scale)
-    out = _product(attended.view(rows.shape), proj_weight.t())
+    out = triton_rows.product(attended.view(rows.shape), proj_weight.t())
     triton_rows.add_branch(out, rows, proj_bias, gamma, branch_scale)
     return out.view(x.shape), qkv, attended, log_sums, mean, rstd
 
@@ -70,24 +70,24 @@ def attention_backward(
     if branch_scale is not None:
         grad_branch = triton_rows.scale_images(grad_rows, branch_scale)
     folded, unit = _fold(gamma, proj_weight)
-    grad_attended = _product(grad_branch, folded).view(x.shape)
+    grad_attended = triton_rows.product(grad_branch, folded).view(x.shape)
     of_bias = of_parameters and bias is not None
     grad_qkv, grad_bias = window_attention.backward(
         grad_attended, qkv, bias, attended, log_sums, num_heads, window, shift, scale, of_bias
     )
     del grad_attended
     grad_qkv = grad_qkv.view(-1, qkv.shape[3])
-    dy = _product(grad_qkv, qkv_weight)
+    dy = triton_rows.product(grad_qkv, qkv_weight)
     dx, *grad_norm, branch_sum = triton_rows.layer_norm_backward(
         grad_rows, dy, rows, mean, rstd, norm_weight, norm_bias, branch_scale, unit, of_parameters
     )
     if not of_parameters:
-        return dx.view(x.shape), *_nothing(x, 8)
+        return dx.view(x.shape), *triton_rows.nothing(x, 8)
     y = dy  # whose place it took
-    grad_qkv_weight = _product(grad_qkv.t(), y)
-    none = _nothing(x, 1)
+    grad_qkv_weight = triton_rows.product(grad_qkv.t(), y)
+    none = triton_rows.nothing(x, 1)
     grad_qkv_bias = none[0] if qkv_bias is None else triton_rows.column_sum(grad_qkv)
-    product = _product(grad_branch.t(), attended.view(rows.shape))
+    product = triton_rows.product(grad_branch.t(), attended.view(rows.shape))
     grads = _with_unit(unit, grad_qkv_weight, grad_qkv_bias, grad_bias)
     last = _layer_scale_backward(product, branch_sum, gamma, proj_weight, proj_bias)
     return dx.view(x.shape), *grad_norm, *grads, *last
@@ -108,9 +108,9 @@ def mlp_forward(
     """The output, the output of fc1 without its bias [T, M], mean and rstd; inputs contiguous."""
     rows = _rows(x)
     y, mean, rstd = triton_rows.layer_norm(rows, norm_weight, norm_bias, eps)
-    hidden = _product(y, fc1_weight.t())
+    hidden = triton_rows.product(y, fc1_weight.t())
     del y
-    out = _product(triton_rows.gelu(hidden, fc1_bias), fc2_weight.t())
+    out = triton_rows.product(triton_rows.gelu(hidden, fc1_bias), fc2_weight.t())
     triton_rows.add_branch(out, rows, fc2_bias, gamma, branch_scale)
     return out.view(x.shape), hidden, mean, rstd
 
@@ -134,37 +134,27 @@ def mlp_backward(
     """Gradients of x and of the seven parameters up to gamma; [0] where it is not wanted."""
     rows, grad_rows = _rows(x), _rows(grad_out)
     folded, unit = _fold(gamma, fc2_weight)
-    grad_hidden = _product(grad_rows, folded)
+    grad_hidden = triton_rows.product(grad_rows, folded)
     # both factors of the products below come with branch_scale, so grad_out stays as it is
     activated, grad_fc1_bias = triton_rows.gelu_backward(
         grad_hidden, hidden, fc1_bias, branch_scale, of_parameters
     )
-    product = _product(grad_rows.t(), activated) if of_parameters else activated
+    product = triton_rows.product(grad_rows.t(), activated) if of_parameters else activated
     del activated
-    dy = _product(grad_hidden, fc1_weight)
+    dy = triton_rows.product(grad_hidden, fc1_weight)
     dx, *grad_norm, branch_sum = triton_rows.layer_norm_backward(
         grad_rows, dy, rows, mean, rstd, norm_weight, norm_bias, branch_scale, unit, of_parameters
     )
     if not of_parameters:
-        return dx.view(x.shape), *_nothing(x, 7)
+        return dx.view(x.shape), *triton_rows.nothing(x, 7)
     y = dy  # whose place it took
-    grads = _with_unit(unit, _product(grad_hidden.t(), y), grad_fc1_bias)
+    grads = _with_unit(unit, triton_rows.product(grad_hidden.t(), y), grad_fc1_bias)
     last = _layer_scale_backward(product, branch_sum, gamma, fc2_weight, fc2_bias)
     return dx.view(x.shape), *grad_norm, *grads, *last
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a · b, in their dtype also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
-
-
-def _nothing(x: Tensor, count: int) -> list[Tensor]:
-    return [x.new_empty(0, dtype=torch.float32) for _ in range(count)]
 
 
 def _fold(gamma: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -491,3 +491,14 @@ def tile(C: int) -> tuple[int, int]:
         columns //= 2
     columns = max(columns, 16)
     return min(_TILE // columns, _ROWS), columns
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a · b, in their dtype also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+
+
+def nothing(x: Tensor, count: int) -> list[Tensor]:
+    """[0] for each gradient that is not wanted."""
+    return [x.new_empty(0, dtype=torch.float32) for _ in range(count)]

@@ -58,8 +58,7 @@ def window_attention(
     Source: microsoft/SimMIM models/swin_transformer.py. The softmax statistics that replace saved
         probabilities are those of FlashAttention (arXiv 2205.14135).
     """
-    window = (window, window) if isinstance(window, int) else window
-    shift = (shift, shift) if isinstance(shift, int) else shift
+    window, shift = both_ways(window), both_ways(shift)
 
     def error(what: str) -> ValueError:
         given = describe(qkv=qkv, bias=bias, num_heads=num_heads)
@@ -67,10 +66,7 @@ def window_attention(
 
     if qkv.dim() != 4 or num_heads < 1 or qkv.shape[3] % (3 * num_heads):
         raise error("expected qkv [B, H, W, 3C] with num_heads dividing C")
-    if min(window) < 1 or qkv.shape[1] % window[0] or qkv.shape[2] % window[1]:
-        raise error("the window must divide the feature map")
-    if any(not 0 <= s < w for s, w in zip(shift, window)):
-        raise error("the shift must be below the window")
+    check_window(qkv.shape[1:3], window, shift, error)
     if not qkv.dtype.is_floating_point:
         raise error("expected floating point qkv")
     if bias is not None:
@@ -98,6 +94,24 @@ def plain(backend: str) -> Callable[..., Tensor]:
     if backend == "xformers":
         return xformers_kernel.window_attention
     return reference.window_attention
+
+
+def both_ways(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_window(
+    resolution: torch.Size,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    error: Callable[[str], ValueError],
+) -> None:
+    """Raises `error` unless windows of that size and shift fit the feature map."""
+    if min(window) < 1 or any(side % w for side, w in zip(resolution, window)):
+        raise error("the window must divide the feature map")
+    if any(not 0 <= s < w for s, w in zip(shift, window)):
+        raise error("the shift must be below the window")
 
 
 def pair_bias(bias: Tensor, num_heads: int, window: tuple[int, int], error: Any) -> Tensor:
