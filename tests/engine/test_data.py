@@ -5,6 +5,8 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
+from multiprocessing import current_process, resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from simmim.data.loader import Batch, Loader
 from simmim.data.order import MicroBatches, SampleOrder
 from simmim.data.source import DataError, PackedStrings, ShardSource, Source, open_source
 from simmim.distributed import World
+from simmim.interrupts import StopWaiting
 
 AUGMENTATION = Augmentation((32, 48), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
 BROKEN = {"zero.jpg": 0, "cut.jpg": 300}
@@ -288,6 +291,22 @@ def test_same_samples_for_any_workers_and_ranks(
         found = collect([batch for part in parts for batch in part[step]])
         assert found.keys() == whole.keys()
         assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+def test_a_signal_amid_a_transfer_is_silent(
+    photos: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch's memory comes over a connection, which a worker sees closed when we stop waiting."""
+
+    def stop(ident: tuple[str, int]) -> None:
+        address, _ = ident
+        Client(address, authkey=current_process().authkey).close()
+        raise StopWaiting
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", stop)
+    with pytest.raises(StopWaiting):
+        next(loader(open_source(str(photos)), workers=1).steps(0, 3))
+    assert capfd.readouterr().err == ""
 
 
 def test_starting_later_is_the_same_run(photos: Path) -> None:

@@ -3,10 +3,11 @@
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import cast
 
 import numpy as np
@@ -117,7 +118,21 @@ def default_workers(world: World) -> int:
     return 1 if cores > 1 else 0
 
 
-def _outlive_the_first_signal(worker: int) -> None:
+def _silent_where_nobody_listens(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # A signal may stop the main process half-way through receiving a batch. The thread that hands
+    # out the batch's memory then meets a closed connection, which is no error to show.
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _prepare_worker(worker: int) -> None:
+    sys.excepthook = _silent_where_nobody_listens
+    _outlive_the_first_signal()
+
+
+def _outlive_the_first_signal() -> None:
     # Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process needs its
     # workers until it has saved. It ends them itself, with a second SIGTERM if need be.
     def end_on_the_second(number: int, frame: FrameType | None) -> None:
@@ -187,7 +202,7 @@ class Loader:
             num_workers=self.workers,
             collate_fn=self.dataset.collate,
             prefetch_factor=self.prefetch if self.workers else None,
-            worker_init_fn=_outlive_the_first_signal,
+            worker_init_fn=_prepare_worker,
             pin_memory=self.world.device.type == "cuda",
             # its generator would otherwise draw from torch's global one
             generator=torch.Generator().manual_seed(0),
