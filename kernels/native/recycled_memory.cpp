@@ -11,12 +11,15 @@
 namespace simmim {
 namespace {
 
+constexpr size_t kPage = size_t{4} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
 
 struct Pool {
     std::mutex mutex;
-    std::multimap<size_t, MemoryBlock*> kept;  // by size
-    size_t kept_bytes = 0;
+    std::map<uintptr_t, size_t> free;  // size by address; neighbours are one
+    size_t mapped_bytes = 0;
     size_t used_bytes = 0;
     size_t most_used_bytes = 0;
 };
@@ -27,87 +30,117 @@ Pool& pool() {
     return *only;
 }
 
-// Blocks of whole huge pages, so that the first touch is cheap as well.
-void* map(size_t size) {
+// Whole huge pages, so that the first touch is cheap as well; 0 where there are none. The system
+// places mappings from high to low addresses: cut off below, they are each other's neighbours.
+uintptr_t map(size_t size) {
     const size_t padded = size + kHugePage;
     void* mapped =
         mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) return nullptr;
+    if (mapped == MAP_FAILED) return 0;
     const auto begin = reinterpret_cast<uintptr_t>(mapped);
-    const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    if (aligned > begin) munmap(mapped, aligned - begin);
-    const uintptr_t end = begin + padded;
-    if (end > aligned + size) munmap(reinterpret_cast<void*>(aligned + size), end - aligned - size);
-    void* data = reinterpret_cast<void*>(aligned);
+    const uintptr_t end = (begin + padded) / kHugePage * kHugePage;
+    const uintptr_t data = end - size;
+    munmap(mapped, data - begin);
+    if (begin + padded > end) munmap(reinterpret_cast<void*>(end), begin + padded - end);
 #ifdef MADV_HUGEPAGE
-    madvise(data, size, MADV_HUGEPAGE);  // only advice: an old kernel may refuse it
+    madvise(reinterpret_cast<void*>(data), size, MADV_HUGEPAGE);  // an old kernel may refuse
 #endif
     return data;
 }
 
-void unmap(MemoryBlock* block) {
-    munmap(block->data, block->size);
-    delete block;
+void add_free(Pool& p, uintptr_t begin, size_t size) {
+    auto after = p.free.lower_bound(begin);
+    if (after != p.free.end() && after->first == begin + size) {
+        size += after->second;
+        after = p.free.erase(after);
+    }
+    if (after != p.free.begin()) {
+        const auto before = std::prev(after);
+        if (before->first + before->second == begin) {
+            before->second += size;
+            return;
+        }
+    }
+    p.free.emplace(begin, size);
 }
 
-size_t release_locked(Pool& p, size_t bytes) {
-    size_t released = 0;
-    while (!p.kept.empty() && released < bytes) {
-        const auto largest = std::prev(p.kept.end());
-        released += largest->first;
-        p.kept_bytes -= largest->first;
-        unmap(largest->second);
-        p.kept.erase(largest);
+// Returns at least `bytes` bytes of free huge pages to the system, or all; how many.
+size_t unmap_free(Pool& p, size_t bytes) {
+    size_t unmapped = 0;
+    for (auto range = p.free.begin(); range != p.free.end() && unmapped < bytes;) {
+        const uintptr_t begin = range->first, end = begin + range->second;
+        const uintptr_t first = round_up(begin, kHugePage), last = end / kHugePage * kHugePage;
+        if (first >= last) {
+            ++range;
+            continue;
+        }
+        munmap(reinterpret_cast<void*>(first), last - first);
+        unmapped += last - first;
+        range = p.free.erase(range);
+        if (first > begin) p.free.emplace(begin, first - begin);
+        if (end > last) p.free.emplace(last, end - last);
     }
-    return released;
+    p.mapped_bytes -= unmapped;
+    return unmapped;
+}
+
+std::map<uintptr_t, size_t>::iterator smallest_that_fits(Pool& p, size_t size) {
+    auto best = p.free.end();
+    for (auto range = p.free.begin(); range != p.free.end(); ++range) {
+        if (range->second < size) continue;
+        if (best == p.free.end() || range->second < best->second) best = range;
+    }
+    return best;
+}
+
+void grow(Pool& p, size_t size) {
+    size = round_up(size, kHugePage);
+    const size_t most_used = std::max(p.most_used_bytes, p.used_bytes + size);
+    const size_t limit = most_used + most_used / 4;
+    if (p.mapped_bytes + size > limit) unmap_free(p, p.mapped_bytes + size - limit);
+    uintptr_t data = map(size);
+    if (data == 0) {
+        unmap_free(p, p.mapped_bytes);
+        data = map(size);
+    }
+    if (data == 0) throw std::bad_alloc();
+    p.mapped_bytes += size;
+    add_free(p, data, size);
 }
 
 }  // namespace
 
 MemoryBlock* take_memory(size_t bytes) {
-    const size_t size = (std::max(bytes, size_t{1}) + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t size = round_up(std::max(bytes, size_t{1}), kPage);
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
-    const auto found = p.kept.lower_bound(size);
-    MemoryBlock* block;
-    if (found != p.kept.end() && found->first <= size + size / 4) {
-        block = found->second;
-        p.kept_bytes -= block->size;
-        p.kept.erase(found);
-    } else {
-        const size_t limit = std::max(p.most_used_bytes, p.used_bytes + size);
-        const size_t total = p.kept_bytes + p.used_bytes + size;
-        if (total > limit) release_locked(p, total - limit);
-        void* data = map(size);
-        if (data == nullptr) {
-            release_locked(p, p.kept_bytes);
-            data = map(size);
-        }
-        if (data == nullptr) throw std::bad_alloc();
-        block = new MemoryBlock{data, size};
+    auto range = smallest_that_fits(p, size);
+    if (range == p.free.end()) {
+        grow(p, size);
+        range = smallest_that_fits(p, size);
     }
-    p.used_bytes += block->size;
+    const uintptr_t data = range->first;
+    const size_t rest = range->second - size;
+    p.free.erase(range);
+    if (rest > 0) p.free.emplace(data + size, rest);
+    p.used_bytes += size;
     p.most_used_bytes = std::max(p.most_used_bytes, p.used_bytes);
-    return block;
+    return new MemoryBlock{reinterpret_cast<void*>(data), size};
 }
 
 void give_back_memory(MemoryBlock* block) noexcept {
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
     p.used_bytes -= block->size;
-    if (p.kept_bytes + p.used_bytes + block->size > p.most_used_bytes) {
-        unmap(block);
-        return;
-    }
-    p.kept_bytes += block->size;
-    p.kept.emplace(block->size, block);
+    add_free(p, reinterpret_cast<uintptr_t>(block->data), block->size);
+    delete block;
 }
 
 size_t release_memory() noexcept {
     Pool& p = pool();
     const std::lock_guard lock(p.mutex);
     p.most_used_bytes = p.used_bytes;  // what was once needed need not be kept again
-    return release_locked(p, p.kept_bytes);
+    return unmap_free(p, p.mapped_bytes);
 }
 
 }  // namespace simmim

@@ -14,14 +14,15 @@ struct MemoryBlock {
     size_t size;
 };
 
-// At least `bytes` bytes, aligned to 2 MiB, contents undefined. Throws std::bad_alloc.
+// At least `bytes` bytes, aligned to a page, contents undefined. Throws std::bad_alloc.
 MemoryBlock* take_memory(size_t bytes);
 
-// Gives a block back; any thread may. It is kept if all blocks together, in use and kept, stay
-// within what was once in use at one time.
+// Gives a block back; any thread may. Free neighbours become one, from which blocks of other sizes
+// are cut: phases of a step differ in sizes, and memory that fits none would be cleared anew.
+// In use and free together stay within 1.25 times what was once in use at one time.
 void give_back_memory(MemoryBlock* block) noexcept;
 
-// Returns every kept block to the system, and how many bytes those were; what may be kept is then
+// Returns free huge pages to the system, and how many bytes those were; what may be kept is then
 // counted afresh.
 size_t release_memory() noexcept;
 

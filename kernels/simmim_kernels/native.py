@@ -32,8 +32,8 @@ RECYCLED_BYTES = 1 << 19
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Contiguous uninitialised output; a large one in memory that an earlier output has left.
 
-    The memory of large outputs stays with the process for the next step: at most as much as was
-    once in use at one time. `release_memory` gives it back to the system.
+    The memory of large outputs stays with the process for the next step: at most a quarter more
+    than was once in use at one time. `release_memory` gives it back to the system.
     """
     size_bytes = math.prod(shape) * dtype.itemsize
     if extension is None or size_bytes < RECYCLED_BYTES:

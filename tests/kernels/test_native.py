@@ -1,5 +1,6 @@
 """The native kernels' memory and instruction sets."""
 
+import random
 import threading
 
 import pytest
@@ -23,27 +24,58 @@ def test_memory_is_reused_when_free_and_not_before() -> None:
     assert first.is_contiguous()
     assert first.shape == (LARGE, 2)
     assert not first._is_view()
-    address = first.data_ptr()
     part = first.fill_(7)[10:20, 1]
     del first  # `part` still needs the memory
     second = native.empty((LARGE, 2), torch.float32)
-    assert second.data_ptr() != address
     second.fill_(8)
     assert (part == 7).all()
-    del part
-    third = native.empty((LARGE, 2), torch.bfloat16)
-    assert third.data_ptr() == address
-    assert third.dtype == torch.bfloat16
+    places = {_place(second)}
+    del part, second
+    for _ in range(10):
+        places.add(_place(native.empty((LARGE, 2), torch.bfloat16)))
+    assert len(places) <= 2
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() // (2 << 20)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
+def test_neighbours_that_are_free_become_one(order: int) -> None:
+    native.release_memory()
+    parts = [native.empty((LARGE,), torch.float32) for _ in range(24)]
+    lowest, highest = (f(t.data_ptr() for t in parts) for f in (min, max))
+    for part in parts[::order]:
+        part.set_()
+    del part, parts
+    whole = native.empty((22, LARGE), torch.float32)
+    # nothing else is large enough unless the parts were put together
+    assert lowest <= whole.data_ptr() <= highest
+
+
+def test_blocks_never_overlap() -> None:
+    native.release_memory()
+    draw = random.Random(0)
+    held: list[tuple[int, torch.Tensor]] = []
+    for step in range(400):
+        if held and draw.random() < 0.5:
+            value, tensor = held.pop(draw.randrange(len(held)))
+            assert (tensor == value).all()
+        tensor = native.empty((LARGE + draw.randrange(4 * LARGE),), torch.float32)
+        held.append((step, tensor.fill_(step)))
+        held = held[-20:]
+    assert all((tensor == value).all() for value, tensor in held)
 
 
 def test_kept_memory_can_be_released_and_is_bounded() -> None:
     native.release_memory()
     together = [native.empty((LARGE,), torch.float32) for _ in range(3)]
     del together
-    for rows in range(2, 40):  # sizes that never fit what is kept must not pile up
+    largest = 39 * LARGE * 4
+    for rows in range(2, 40):  # growing sizes must not pile up
         native.empty((rows, LARGE), torch.float32)
     kept = native.release_memory()
-    assert 0 < kept <= 64 * LARGE * 4
+    assert 0 < kept <= 1.25 * largest + (4 << 20)  # and the ends of two huge pages
     assert native.release_memory() == 0
 
 
