@@ -32,9 +32,9 @@ def check_dtypes(
 ) -> None:
     """Raises `error` unless x is floating point and its parameters fit it."""
     if not x.dtype.is_floating_point:
-        raise error("expected floating point x")
+        raise error("expected floating point activations")
     for parameter in parameters:
         if parameter is None:
             continue
         if parameter.device != x.device or parameter.dtype not in (x.dtype, torch.float32):
-            raise error("parameters must be on the device of x, of its dtype or float32")
+            raise error("parameters must be on the activations' device, of their dtype or float32")

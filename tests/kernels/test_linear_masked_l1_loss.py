@@ -250,7 +250,7 @@ def test_hidden_cells(stride: int, cell: int) -> None:
         ({"weight": torch.zeros(48, 6)}, r"weight \(48, 6\)"),
         ({"bias": torch.zeros(47)}, r"bias \(47,\)"),
         ({"stride": 3}, "image must be .*stride 3"),
-        ({"weight": torch.zeros(48, 5, dtype=torch.bfloat16)}, "must share dtype"),
+        ({"weight": torch.zeros(48, 5, dtype=torch.bfloat16)}, "of their dtype or float32"),
         ({"mask": torch.zeros(1, 3, 2, dtype=torch.bool)}, "divide the image"),
         ({"backend": "fast"}, "it has triton, native, reference"),
     ],

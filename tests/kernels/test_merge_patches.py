@@ -256,8 +256,8 @@ def zeros(*shape: int) -> Tensor:
         ({"norm_weight": zeros(24)}, r"norm_weight \(24,\)"),
         ({"norm_bias": zeros(1)}, r"norm_bias \(1,\)"),
         ({"x": zeros(2, 4, 6, 24).long()}, "floating point"),
-        ({"norm_bias": zeros(96).bfloat16()}, "of its dtype or float32"),
-        ({"weight": torch.zeros(40, 96, device="meta")}, "on the device of x"),
+        ({"norm_bias": zeros(96).bfloat16()}, "of their dtype or float32"),
+        ({"weight": torch.zeros(40, 96, device="meta")}, "on the activations' device"),
         ({"backend": "fast"}, "it has triton, native, reference"),
     ],
 )

@@ -368,8 +368,8 @@ def zeros(*shape: int) -> Tensor:
         ({"gamma": zeros(1)}, r"gamma \(1,\)"),
         ({"branch_scale": zeros(3)}, r"expected branch_scale \[B\]"),
         ({"x": zeros(2, 3, 8).long()}, "floating point"),
-        ({"fc1_bias": zeros(12).bfloat16()}, "of its dtype or float32"),
-        ({"fc1_bias": torch.zeros(12, device="meta")}, "on the device of x"),
+        ({"fc1_bias": zeros(12).bfloat16()}, "of their dtype or float32"),
+        ({"fc1_bias": torch.zeros(12, device="meta")}, "on the activations' device"),
         ({"backend": "fast"}, "it has triton, native, reference"),
     ],
 )

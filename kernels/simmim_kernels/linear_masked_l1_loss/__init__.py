@@ -13,6 +13,7 @@ from simmim_kernels.dispatch import (
     implementation,
     no_second_order,
 )
+from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.linear_masked_l1_loss import reference
 from simmim_kernels.masked_l1_loss import check_target, signs_shape
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
@@ -49,8 +50,9 @@ def linear_masked_l1_loss(
         norm_target: as for `masked_l1_loss`.
         backend: "triton" (GPU), "native" (CPU) or "reference"; None takes the first that can run.
 
-    features, weight and bias share a dtype; under autocast they are cast to its dtype, as
-    `torch.nn.functional.linear` casts them.
+    weight and bias have the dtype of features or are float32. Under autocast features are cast to
+    its dtype; products run in that of features, in float32 where the native backend's processor
+    has no fast 16-bit products.
 
     Returns:
         Scalar float32, that of `masked_l1_loss`. Gradient (first order) flows to features, weight
@@ -82,29 +84,26 @@ def linear_masked_l1_loss(
     outputs = image.shape[1] * stride**2
     if weight.shape != (outputs, D) or (bias is not None and bias.shape != (outputs,)):
         raise error("weight must be [C·stride·stride, D], bias [C·stride·stride]")
-    if torch.is_autocast_enabled(features.device.type):
-        dtype = torch.get_autocast_dtype(features.device.type)
-        features, weight = features.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    parameters = (weight,) if bias is None else (weight, bias)
-    if any(p.dtype != features.dtype or p.device != features.device for p in parameters):
-        raise error("features, weight and bias must share dtype and device")
+    features = autocast(features)
+    check_dtypes(features, (weight, bias), error)
     mean, std = check_target(features, image, mask, mean, std, norm_target, error)
     inputs = (features, weight, bias, image, mask)
     chosen = choose("linear_masked_l1_loss", BACKENDS, inputs, backend)
     if chosen == "reference":
         if mean is not None and std is not None:
             image = normalise_pixels(image, mean, std)
+        weight, bias = of_reference(features, (weight, bias))
         return reference.linear_masked_l1_loss(
             features, weight, bias, image.detach(), mask, stride, norm_target
         )
     needs_gradient = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (features, *parameters)
+        t is not None and t.requires_grad for t in (features, weight, bias)
     )
+    dtype = product_dtype(chosen, features.dtype)
     loss: Tensor = torch.ops.simmim.linear_masked_l1_loss(
         features,
-        weight,
-        bias,
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
         image.detach(),
         mask,
         mean,

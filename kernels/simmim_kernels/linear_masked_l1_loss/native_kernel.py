@@ -53,9 +53,7 @@ def forward(
     B, h, w, D = features.shape
     cells = hidden_cells(mask, (h, w), stride)
     flat = features.view(-1, D)
-    dtype = native.product_dtype(features.dtype)
-    transposed = weight.to(dtype).t()
-    offset = None if bias is None else bias.to(dtype)
+    dtype, transposed = weight.dtype, weight.t()
     shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
     signs = torch.zeros(shape, dtype=torch.int32)
     total, num_hidden = 0.0, 0
@@ -63,7 +61,7 @@ def forward(
         chunk = flat[rows].to(dtype)
         with torch.autocast("cpu", enabled=False):  # it would take the products back to 16 bits
             prediction = (
-                chunk @ transposed if offset is None else torch.addmm(offset, chunk, transposed)
+                chunk @ transposed if bias is None else torch.addmm(bias, chunk, transposed)
             )
         # rounded as a head in the features' own dtype rounds it
         prediction = prediction.to(features.dtype)
@@ -100,13 +98,12 @@ def backward(
     assert native.extension is not None
     _, h, w, D = features.shape
     outputs = weight.shape[0]
-    dtype = native.product_dtype(features.dtype)
+    dtype = weight.dtype
     value = float(step.detach())
     flat = features.view(-1, D)
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
-    total_weight = torch.zeros(outputs, D) if of_weight else None
+    total_weight = native.empty((outputs, D), torch.float32).zero_() if of_weight else None
     total_bias = torch.zeros(outputs) if of_weight else None
-    widened = weight.to(dtype) if of_features else weight
     for _, _, rows in _chunks(hidden_cells(mask, (h, w), stride)):
         sign = torch.empty(len(rows), outputs, dtype=dtype)
         native.extension.expand_signs(
@@ -121,18 +118,14 @@ def backward(
             torch.get_num_threads(),
         )
         if of_features:
-            product = (sign @ widened).float().mul_(value)
+            product = (sign @ weight).float().mul_(value)
             grad_features.view(-1, D)[rows] = product.to(features.dtype)
         if total_weight is not None and total_bias is not None:
             if dtype == torch.float32:
-                total_weight.addmm_(sign.t(), flat[rows].to(dtype))
+                total_weight.addmm_(sign.t(), flat[rows].to(dtype), alpha=value)
             else:
-                total_weight += sign.t() @ flat[rows]
+                total_weight.add_(sign.t() @ flat[rows], alpha=value)
             total_bias += sign.sum(0, dtype=torch.float32)
     if total_weight is None or total_bias is None:
         return grad_features, weight.new_empty(0), weight.new_empty(0)
-    return (
-        grad_features,
-        total_weight.mul_(value).to(weight.dtype),
-        total_bias.mul_(value).to(weight.dtype),
-    )
+    return grad_features, total_weight.to(dtype), total_bias.mul_(value).to(dtype)
