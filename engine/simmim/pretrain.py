@@ -1,5 +1,6 @@
 """One pre-training run, from a configuration to weights; readable top to bottom."""
 
+import gc
 import resource
 import time
 from contextlib import closing
@@ -127,6 +128,9 @@ class _Loop:
             # data may never come (a hung file server); with several processes the others would
             # then wait for this one, and the launcher ends them all
             interrupts.only_waiting = lambda: self.loader.waiting
+        # what was built stays: collections need not walk through it at every few steps, and in
+        # forked data workers they would copy every page that holds an object
+        gc.freeze()
         try:
             return self._train(interrupts)
         except StopWaiting:
@@ -141,6 +145,8 @@ class _Loop:
                 f"a data worker died ({str(error).splitlines()[0]}); out of memory? Try fewer "
                 "--data.workers; the same command resumes from the last checkpoint"
             ) from None
+        finally:
+            gc.unfreeze()
 
     def _train(self, interrupts: Interrupts) -> int:
         state, config = self.state, self.config
