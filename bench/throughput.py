@@ -128,6 +128,7 @@ class Row(ABC):
         called: the same model as it is called, perhaps compiled.
         spec: the architecture of ours that the model equals.
         pairs: the model's parameters as ours.
+        optimizer: over those.
         plain: of a compiled row, the row it compiles.
     """
 
@@ -137,6 +138,7 @@ class Row(ABC):
     called: nn.Module
     spec: Spec
     pairs: list[Pair]
+    optimizer: torch.optim.Optimizer
     plain: "Row | None" = None
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -153,6 +155,19 @@ class Row(ABC):
     @abstractmethod
     def step(self, images: Images) -> Callable[[], Tensor]:
         """A function that makes one optimisation step from these images and returns the loss."""
+
+    def state(self) -> tuple[Weights, dict[str, Any]]:
+        """A copy of weights and optimiser state."""
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+
+    def restore(self, state: tuple[Weights, dict[str, Any]]) -> None:
+        """Go back to what `state` gave."""
+        self.model.load_state_dict(state[0])
+        self.optimizer.load_state_dict(state[1])
+
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
 
     def compiled(self) -> "Row":
         """A row on the same parameters and optimiser that goes through torch.compile."""
@@ -377,10 +392,15 @@ def first_steps(
     steps, seconds, skipped = {}, {}, []
     for row in rows:
         tell(f"batch {images.batch.num_valid}: first step of {row.name}")
+        kept = None if row.plain is None else row.state()
         begin = time.perf_counter()
         try:
             step = row.step(images)
             float(step())  # waits for the device
+            seconds_taken = time.perf_counter() - begin
+            if kept is not None and not row.is_finite():
+                row.restore(kept)
+                raise ArithmeticError("its step gives weights that are not finite")
         except torch.OutOfMemoryError:
             skipped.append({"name": row.name, "reason": "out of device memory"})
         except Exception as error:
@@ -389,7 +409,7 @@ def first_steps(
             reason = f"torch.compile: {str(error).strip().splitlines()[0]}"
             skipped.append({"name": row.name, "reason": reason})
         else:
-            steps[row.name], seconds[row.name] = step, time.perf_counter() - begin
+            steps[row.name], seconds[row.name] = step, seconds_taken
             if row.plain is not None:
                 _check_compiled(row, row.plain, images)
             continue

@@ -162,3 +162,27 @@ def test_window_that_transformers_cannot_shrink() -> None:
     if "install" in str(reason.value) or "import" in str(reason.value):
         pytest.skip(str(reason.value))
     assert "12 tokens to the 6 of the last stage" in str(reason.value)
+
+
+def test_a_compiled_row_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the row that shares its weights goes on with what it had."""
+    options = throughput.parse(SMALL)
+    plain = EngineRow("plain", options.config, CPU, "")
+    images = Images.make(1, plain.model, options.config)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    compiled = plain.compiled()
+
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            for parameter in plain.model.parameters():
+                parameter.fill_(torch.nan)
+        return torch.tensor(1.0)
+
+    compiled.step = lambda images: step  # type: ignore[method-assign]
+    before = plain.state()[0]
+    steps, seconds, skipped = throughput.first_steps([plain, compiled], images, CPU)
+    assert steps.keys() == seconds.keys() == {"plain"}
+    assert [row["name"] for row in skipped] == ["plain + compile"]
+    assert "not finite" in skipped[0]["reason"]
+    after = plain.state()[0]
+    assert all(after[name].isfinite().all() for name in before)
