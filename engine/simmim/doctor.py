@@ -8,6 +8,7 @@ from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import native
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
+from simmim_kernels.gradient_norm import BACKENDS as NORM_BACKENDS
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
 from simmim_kernels.window_attention import xformers_kernel
 
@@ -21,6 +22,7 @@ OPS = {
     "merge_patches": BACKENDS,
     "masked_l1_loss": BACKENDS,
     "linear_masked_l1_loss": BACKENDS,
+    "gradient_norm": NORM_BACKENDS,
 }
 
 

@@ -22,6 +22,7 @@ from simmim.masking import sample_mask
 from simmim.method.simmim import SimMIM
 from simmim.precision import LossScale
 from simmim.schedule import Schedule
+from simmim_kernels.gradient_norm import gradient_norm
 from simmim_kernels.splitmix import fold, signed
 
 # Keeps the step's draws (stochastic depth) apart from those of other uses of the same seed.
@@ -142,7 +143,7 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     # gradients still carry the loss scale, and count empty slots as images
     divisor = state.loss_scale.scale * present
-    grad_norm = torch.nn.utils.get_total_norm(gradients) / divisor
+    grad_norm = gradient_norm(gradients) / divisor
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
     if state.config.train.clip_norm:
         # as torch.nn.utils.clip_grad_norm_, its 1e-6 included

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "embed_patches.h"
+#include "gradient_norm.h"
 #include "masked_l1_loss.h"
 #include "merge_patches.h"
 #include "random_patch_mask.h"
@@ -44,13 +45,26 @@ bool use_target(const std::string& name) {
     return false;
 }
 
-// A tensor over recycled memory, which goes back when the last tensor that shares it is gone.
-nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> recycled_bytes(size_t bytes) {
+// A tensor over recycled memory, which goes back when the last tensor that shares it is gone. code:
+// DLPack's, of the dtype.
+nb::ndarray<nb::pytorch> recycled_tensor(const std::vector<size_t>& shape, int code, int bits) {
+    size_t bytes = static_cast<size_t>(bits) / 8;
+    for (const size_t size : shape) bytes *= size;
     simmim::MemoryBlock* block = simmim::take_memory(bytes);
     nb::capsule owner(block, [](void* p) noexcept {
         simmim::give_back_memory(static_cast<simmim::MemoryBlock*>(p));
     });
-    return {block->data, {bytes}, owner};
+    const nb::dlpack::dtype dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+    return {block->data, shape.size(), shape.data(), owner, nullptr, dtype};
+}
+
+void gradient_norm(const std::vector<uintptr_t>& arrays, const std::vector<int64_t>& sizes,
+                   int num_threads, uintptr_t out) {
+    const simmim::GradientNorm a{reinterpret_cast<const float* const*>(arrays.data()), sizes.data(),
+                                 static_cast<int64_t>(sizes.size()), num_threads,
+                                 pointer<float>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(gradient_norm, a);
 }
 
 std::pair<double, int64_t> masked_l1_loss_forward(
@@ -412,7 +426,8 @@ NB_MODULE(_cpu, m) {
     m.def("target", [] { return kTargetNames[static_cast<int>(simmim::target())]; });
     m.def("use_target", &use_target, "name"_a);
     m.def("has_fast_bfloat16", &simmim::has_fast_bfloat16);
-    m.def("recycled_bytes", &recycled_bytes, "bytes"_a);
+    m.def("recycled_tensor", &recycled_tensor, "shape"_a, "code"_a, "bits"_a);
+    m.def("gradient_norm", &gradient_norm, "arrays"_a, "sizes"_a, "num_threads"_a, "out"_a);
     m.def("release_memory", &simmim::release_memory);
     m.def("masked_l1_loss_forward", &masked_l1_loss_forward, "prediction"_a, "strides"_a, "dtype"_a,
           "row_of_cell"_a, "image"_a, "image_shape"_a, "image_strides"_a, "image_dtype"_a, "mean"_a,

@@ -1,6 +1,7 @@
 """Drop-in ops for masked image modelling; they need torch only and know nothing of the engine."""
 
 from simmim_kernels.embed_patches import embed_patches
+from simmim_kernels.gradient_norm import gradient_norm
 from simmim_kernels.linear_masked_l1_loss import linear_masked_l1_loss
 from simmim_kernels.masked_l1_loss import masked_l1_loss, masked_l1_loss_from_tokens
 from simmim_kernels.merge_patches import merge_patches
@@ -11,6 +12,7 @@ from simmim_kernels.window_attention import window_attention
 
 __all__ = [
     "embed_patches",
+    "gradient_norm",
     "linear_masked_l1_loss",
     "masked_l1_loss",
     "masked_l1_loss_from_tokens",

@@ -22,6 +22,14 @@ except ImportError as error:
 FAST_BFLOAT16: bool = extension is not None and extension.has_fast_bfloat16()
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+# Code and bits of DLPack, of what large outputs are.
+DLPACK_TYPES = {
+    torch.float32: (2, 32),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.int32: (0, 32),
+    torch.bool: (6, 8),
+}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,14 +43,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     The memory of large outputs stays with the process for the next step: at most a quarter more
     than was once in use at one time. `release_memory` gives it back to the system.
     """
-    size_bytes = math.prod(shape) * dtype.itemsize
-    if extension is None or size_bytes < RECYCLED_BYTES:
+    if extension is None or math.prod(shape) * dtype.itemsize < RECYCLED_BYTES:
         return torch.empty(tuple(shape), dtype=dtype)
-    storage = extension.recycled_bytes(size_bytes).untyped_storage()
-    # on the storage itself: a view would tell autograd of a base that nobody has
-    out = torch.empty(0, dtype=dtype)
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return out.set_(storage, 0, tuple(shape), strides)
+    out: torch.Tensor = extension.recycled_tensor(shape, *DLPACK_TYPES[dtype])
+    return out
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -62,8 +66,8 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) 
     """a · b in their dtype, also under autocast; into recycled memory if there is no `out`."""
     if out is None:
         out = empty((a.shape[0], b.shape[1]), a.dtype)
-    with torch.autocast("cpu", enabled=False):  # it would take the product back to 16 bits
-        return torch.mm(a, b, out=out)
+    # with `out` autocast leaves it alone, and would otherwise take it back to 16 bits
+    return torch.mm(a, b, out=out)
 
 
 def rows_and_dtypes(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
