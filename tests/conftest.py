@@ -111,3 +111,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20211118)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole models through the Triton interpreter take minutes; its ops have tests of their own."""
+    for item in items:
+        if item.path.name == "test_golden.py" and "triton-interpreted" in item.name:
+            item.add_marker(pytest.mark.slow)
