@@ -143,7 +143,9 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     # gradients still carry the loss scale, and count empty slots as images
     divisor = state.loss_scale.scale * present
-    grad_norm = gradient_norm(gradients) / divisor
+    # there is no Triton kernel: under "triton" the op chooses by itself
+    plain = "reference" if state.config.kernels.backend == "reference" else None
+    grad_norm = gradient_norm(gradients, backend=plain) / divisor
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
     if state.config.train.clip_norm:
         # as torch.nn.utils.clip_grad_norm_, its 1e-6 included

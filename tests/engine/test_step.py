@@ -213,3 +213,11 @@ def test_options_that_change_no_number(flag: str) -> None:
         b = train_step(other, [make_batch(0, 8, step)])
         torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=0)
+
+
+def test_the_reference_is_plain_pytorch_to_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a native kernel ran")
+
+    monkeypatch.setattr("simmim_kernels.gradient_norm.native_kernel.forward", refuse)
+    run(make_state("--kernels.backend=reference"), [[make_batch(0, 2)]])

@@ -83,5 +83,14 @@ def test_other_gradients_go_to_the_reference() -> None:
             gradient_norm(gradients, backend="native")
 
 
+@NEEDS_NATIVE
+def test_channels_last_counts_the_same() -> None:
+    gradient = torch.randn(16, 3, 4, 4)
+    turned = gradient.contiguous(memory_format=torch.channels_last)
+    assert not turned.is_contiguous()
+    found = gradient_norm([turned], backend="native")
+    assert float(found) == pytest.approx(float(gradient.double().norm()), rel=3e-7)
+
+
 def test_it_has_no_gradient() -> None:
     assert not gradient_norm([torch.randn(5, requires_grad=True)]).requires_grad

@@ -20,8 +20,8 @@ def gradient_norm(gradients: Sequence[Tensor], *, backend: str | None = None) ->
 
     Args:
         gradients: tensors of one device; any shapes, none is fine.
-        backend: "native" (float32 on the CPU, contiguous) or "reference"; None takes the first
-            that can run.
+        backend: "native" (float32 on the CPU, contiguous or channels-last) or "reference"; None
+            takes the first that can run.
 
     Returns:
         Scalar, float32 from the native backend. It does not depend on the number of threads.

@@ -15,7 +15,10 @@ def reasons_against(*gradients: Tensor | None) -> list[str]:
         assert gradient is not None
         if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
             return [*reasons, "it takes float32 on the CPU"]
-        if not gradient.is_contiguous():
+        # of a convolution in channels-last: as dense, in another order, which is all the same
+        if not (
+            gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)
+        ):
             return [*reasons, "it takes contiguous gradients"]
     return reasons
 
