@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -219,5 +220,6 @@ def test_the_reference_is_plain_pytorch_to_the_norm(monkeypatch: pytest.MonkeyPa
     def refuse(*_: object) -> None:
         raise AssertionError("a native kernel ran")
 
-    monkeypatch.setattr("simmim_kernels.gradient_norm.native_kernel.forward", refuse)
+    kernel = import_module("simmim_kernels.gradient_norm.native_kernel")
+    monkeypatch.setattr(kernel, "forward", refuse)
     run(make_state("--kernels.backend=reference"), [[make_batch(0, 2)]])
