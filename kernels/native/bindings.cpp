@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "crop_resize.h"
 #include "embed_patches.h"
 #include "gradient_norm.h"
 #include "masked_l1_loss.h"
@@ -56,6 +57,27 @@ nb::ndarray<nb::pytorch> recycled_tensor(const std::vector<size_t>& shape, int c
     });
     const nb::dlpack::dtype dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
     return {block->data, shape.size(), shape.data(), owner, nullptr, dtype};
+}
+
+void crop_resize(uintptr_t image, int64_t row_stride, const std::array<int64_t, 3>& shape,
+                 const std::array<int64_t, 4>& box, int filter, bool flip, uintptr_t out,
+                 const std::array<int64_t, 2>& size) {
+    const simmim::CropResize a{pointer<const uint8_t>(image),
+                               row_stride,
+                               shape[0],
+                               shape[1],
+                               shape[2],
+                               box[0],
+                               box[1],
+                               box[2],
+                               box[3],
+                               filter,
+                               flip,
+                               pointer<uint8_t>(out),
+                               size[0],
+                               size[1]};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(crop_resize, a);
 }
 
 void gradient_norm(const std::vector<uintptr_t>& arrays, const std::vector<int64_t>& sizes,
@@ -427,6 +449,8 @@ NB_MODULE(_cpu, m) {
     m.def("use_target", &use_target, "name"_a);
     m.def("has_fast_bfloat16", &simmim::has_fast_bfloat16);
     m.def("recycled_tensor", &recycled_tensor, "shape"_a, "code"_a, "bits"_a);
+    m.def("crop_resize", &crop_resize, "image"_a, "row_stride"_a, "shape"_a, "box"_a, "filter"_a,
+          "flip"_a, "out"_a, "size"_a);
     m.def("gradient_norm", &gradient_norm, "arrays"_a, "sizes"_a, "num_threads"_a, "out"_a);
     m.def("release_memory", &simmim::release_memory);
     m.def("masked_l1_loss_forward", &masked_l1_loss_forward, "prediction"_a, "strides"_a, "dtype"_a,
