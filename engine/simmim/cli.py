@@ -1,4 +1,4 @@
-"""The `simmim` command: pretrain, reconstruct, doctor, recipes."""
+"""The `simmim` command: pretrain, reconstruct, pack, doctor, recipes."""
 
 import argparse
 import os
@@ -14,6 +14,7 @@ usage: simmim COMMAND …
 commands:
   pretrain CONFIG [--section.key=value …]   pre-train an encoder on a folder of images
   reconstruct CHECKPOINT IMAGE…             draw original | masked | reconstruction of photos
+  pack SOURCE DEST                          make images into shards that train fast
   doctor                                    versions, devices, and the backend each op would use
   recipes                                   the shipped configurations
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "pretrain": _pretrain,
         "reconstruct": _reconstruct,
+        "pack": _pack,
         "doctor": _doctor,
         "recipes": _recipes,
     }
@@ -108,6 +110,13 @@ def _reconstruct(arguments: list[str]) -> int:
     add("--mask-ratio", type=float, help="share of units hidden (default: as trained, or 0.6)")
     add("--seed", type=int, default=0, help="seed of the masks (default: %(default)s)")
     add("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
+    add(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become 0 and 255 where files hold other than 8 bits",
+    )
     options = parser.parse_args(arguments)
     if options.output.exists() and not options.overwrite:
         return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
@@ -123,6 +132,7 @@ def _reconstruct(arguments: list[str]) -> int:
             mask_unit=options.mask_unit or trained["unit"],
             ratio=trained["ratio"] if options.mask_ratio is None else options.mask_ratio,
             seed=options.seed,
+            value_range=options.value_range and tuple(options.value_range),
         )
         save_picture(picture, options.output)
     except ValueError as error:
@@ -131,6 +141,12 @@ def _reconstruct(arguments: list[str]) -> int:
         return _fail(f"{error.filename or options.output}: {error.strerror}", 1)
     print(options.output)
     return 0
+
+
+def _pack(arguments: list[str]) -> int:
+    from simmim.pack_command import main as pack
+
+    return pack(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -59,7 +59,9 @@ class DataConfig:
     image_size: int | tuple[int, int] = 192
     """Side, or [height, width], of the training crops, in pixels."""
     channels: int = 3
-    """1 reads images as grey, 3 as RGB, 4 as RGBA."""
+    """1 reads images as grey, 3 as RGB, 4 as RGBA; another number must be that of the files (.npy, multi-band TIFF)."""
+    value_range: tuple[float, float] | None = None
+    """The two values that become 0 and 255 where files hold other than 8 bits; unset takes the upper 8 of 16 bits."""
     mean: list[float] | None = None
     """Mean per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.5."""
     std: list[float] | None = None
@@ -70,10 +72,18 @@ class DataConfig:
     """Smallest and largest width/height of a random crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    backend: Literal["auto", "cpu", "dali"] = "auto"
+    """What decodes: processes on the CPU, or NVIDIA DALI (extra `dali`), on the GPU where there is one; auto takes DALI on CUDA if it is installed."""
     workers: int = -1
     """Decoding processes per device; 0 decodes in the training process; -1 chooses from the CPU count."""
     prefetch: int = 4
-    """Batches that each worker holds ready."""
+    """Batches held ready per device."""
+    timeout_s: float = 120
+    """Seconds after which a process that is still at one image is replaced; an image that does it twice is left out."""
+    max_pixels: int = 2**27
+    """Images of more pixels are left out before they are decoded."""
+    dali_memory_mib: int = 4096
+    """Memory that DALI may take per device, in MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +372,9 @@ def check(config: Config) -> None:
         ("data.flip", data.flip, 0, 1),
         ("data.workers", data.workers, -1, 1024),
         ("data.prefetch", data.prefetch, 1, math.inf),
+        ("data.timeout_s", data.timeout_s, 0.1, math.inf),
+        ("data.max_pixels", data.max_pixels, 1, math.inf),
+        ("data.dali_memory_mib", data.dali_memory_mib, 1, math.inf),
         ("mask.unit", config.mask.unit, 1, math.inf),
         ("train.steps", train.steps, 0, math.inf),
         ("train.batch_size", train.batch_size, 1, math.inf),
@@ -405,10 +418,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.crop_scale={list(data.crop_scale)} must rise within 0 … 1")
     if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         raise ConfigError(f"data.crop_ratio={list(data.crop_ratio)} must rise and be above 0")
-    if data.channels not in (1, 3, 4):
-        raise ConfigError(
-            f"data.channels={data.channels}: image files give 1 (grey), 3 (RGB) or 4 (RGBA)"
-        )
+    if data.value_range is not None and not data.value_range[0] < data.value_range[1]:
+        raise ConfigError(f"data.value_range={list(data.value_range)} must rise")
     for key, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:
             raise ConfigError(f"data.{key} has {len(values)} values for {data.channels} channels")

@@ -50,6 +50,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.only_waiting():
             self.received, self._since = signal.Signals(number), time.monotonic()
+            self.only_waiting = lambda: False  # a repeat must not break into the clearing up
             raise StopWaiting
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()

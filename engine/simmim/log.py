@@ -131,9 +131,10 @@ class RunLog:
             self._console.print(Text(message), soft_wrap=True)
             self._write(message)
 
-    def warn(self, message: str) -> None:
-        """A warning; shown by every process, recorded by the main one."""
-        self._console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+    def warn(self, message: str, *, shown: bool = True) -> None:
+        """A warning; shown by every process unless it is only to be recorded by the main one."""
+        if shown:
+            self._console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
         if self.is_main:
             self._write(f"warning: {message}")
 

@@ -40,6 +40,15 @@ SHORTEST_INTERVAL = 100
 CONTROL_INTERVAL = 10
 
 
+# Share of the time that a step may wait for data before the log says what to do about it, and the
+# steps until it says so again.
+TOLERATED_WAIT = 0.10
+WAIT_WARNING_INTERVAL = 1000
+
+# Unreadable images that are named on the terminal each time; log.txt names them all.
+NAMED_UNREADABLE = 20
+
+
 class RunStopped(RunError):
     """A run that cannot go on; the message says at which step, why, and what is saved."""
 
@@ -92,6 +101,7 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
         if world.is_main:
             record_start(folder, config, world, state.step)
         loader = make_loader(config, source, world)
+        loader.report = log.warn
         return _Loop(state, loader, folder, fingerprint, unreadable, log).run(interrupts)
     finally:
         log.close()
@@ -115,6 +125,7 @@ class _Loop:
         self.config, self.world = state.config, state.world
         self.total = state.schedule.total_steps
         self.pending: list[Metrics] = []
+        self.first_step, self.next_wait_warning = state.step, 0
         self.saved_step = state.step if checkpoint.steps(self.checkpoints) else -1
         drawn = self.world.is_main and self.config.log.picture_every_steps >= 0
         self.samples = FixedSamples(loader.source, self.config) if drawn else None
@@ -136,15 +147,6 @@ class _Loop:
         except StopWaiting:
             self._save()
             return self._interrupted(interrupts)
-        except RuntimeError as error:
-            # torch raises it from a signal handler: wherever this process was, the step may be
-            # half done
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker died ({str(error).splitlines()[0]}); out of memory? Try fewer "
-                "--data.workers; the same command resumes from the last checkpoint"
-            ) from None
         finally:
             gc.unfreeze()
 
@@ -213,16 +215,30 @@ class _Loop:
         if bad:
             self.log.warn(f"non-finite loss or gradient, update skipped: step {', '.join(bad)}")
         self.pending.clear()
+        self._warn_of_waiting(shared["data_wait"], count)
         self._restart_clock()
+
+    def _warn_of_waiting(self, share: float, count: int) -> None:
+        """Say what helps when the device waits for data, at most once in WAIT_WARNING_INTERVAL."""
+        step = self.state.step
+        first_window = step - count == self.first_step  # there the data path is only starting
+        if share <= TOLERATED_WAIT or first_window or step < self.next_wait_warning:
+            return
+        self.next_wait_warning = step + WAIT_WARNING_INTERVAL
+        self.log.warn(f"data-wait {share:.0%} of the time: {self.loader.remedy()}")
 
     def _note_unreadable(self) -> None:
         """Name and count every unreadable image once, whichever process met it."""
         found = distributed.gather_objects(self.loader.problems, self.world)
         self.loader.problems = []
-        for sample, reason in (problem for problems in found for problem in problems):
-            if sample not in self.unreadable:
-                self.unreadable.add(sample)
-                self.log.warn(f"unreadable: {self.loader.source.names[sample]}: {reason}")
+        new = dict(problem for problems in found for problem in problems)
+        new = {sample: reason for sample, reason in new.items() if sample not in self.unreadable}
+        self.unreadable.update(new)
+        for number, (sample, reason) in enumerate(new.items()):
+            line = f"unreadable: {self.loader.source.names[sample]}: {reason}"
+            self.log.warn(line, shown=number < NAMED_UNREADABLE)
+        if len(new) > NAMED_UNREADABLE:
+            self.log.warn(f"unreadable: {len(new) - NAMED_UNREADABLE} more, all in log.txt")
 
     def _check_finite(self) -> None:
         bad = int(self.state.longest_bad_run)

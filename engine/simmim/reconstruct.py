@@ -65,8 +65,8 @@ def _to_pixels(model: SimMIM, image: Tensor, mask: Tensor) -> Tensor:
 def draw_grid(panels: NDArray[np.uint8], captions: list[str] | None = None) -> Image.Image:
     """Panels [B, 3, H, W, C] as one picture: a row an image, a titled column each."""
     B, num_columns, H, W, C = panels.shape
-    if C == 1:
-        panels = np.repeat(panels, 3, axis=-1)
+    if C < 3:
+        panels = np.repeat(panels[..., :1], 3, axis=-1)
     # small images are enlarged in whole steps, so that a picture of 32 px images can be seen
     zoom = max(1, 160 // max(H, W))
     panels = panels[..., :3].repeat(zoom, axis=2).repeat(zoom, axis=3)
@@ -107,7 +107,13 @@ def _draw_masks(model: SimMIM, ids: list[int], unit: int, ratio: float, seed: in
 
 
 def reconstruct_files(
-    model: SimMIM, files: list[Path], *, mask_unit: int, ratio: float, seed: int
+    model: SimMIM,
+    files: list[Path],
+    *,
+    mask_unit: int,
+    ratio: float,
+    seed: int,
+    value_range: tuple[float, float] | None = None,
 ) -> Image.Image:
     """Reconstruct photos: the largest central crop of each, masked at random.
 
@@ -117,6 +123,7 @@ def reconstruct_files(
         mask_unit: side of a mask unit, in pixels.
         ratio: share of units that is hidden.
         seed: of the masks; image i of the list gets the mask of sample i.
+        value_range: see `simmim.data.decode.decode`.
 
     Raises:
         ValueError: a file is no image; the message names it.
@@ -132,7 +139,8 @@ def reconstruct_files(
     views = []
     for file in files:
         try:
-            views.append(centre_view(decode(file.read_bytes(), spec.channels), spec.image_size))
+            pixels = decode(file.read_bytes(), spec.channels, value_range=value_range)
+            views.append(centre_view(pixels, spec.image_size))
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror}") from None
         except UnreadableImage as error:
@@ -163,7 +171,12 @@ class FixedSamples:
             if len(self.ids) == wanted:
                 break
             try:
-                image = decode(source.read(sample), config.data.channels)
+                image = decode(
+                    source.read(sample),
+                    config.data.channels,
+                    max_pixels=config.data.max_pixels,
+                    value_range=config.data.value_range,
+                )
             except (UnreadableImage, OSError):
                 continue
             self.ids.append(sample)

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simmim_kernels import crop_resize, native
+from simmim_kernels.crop_resize import Filter
 from simmim_kernels.splitmix import fold, uniform
 
 # Keeps the augmentation's draws apart from those of other uses of the same (seed, epoch, sample).
@@ -27,7 +29,7 @@ class Augmentation:
         scale: smallest and largest share of the area that a crop covers.
         ratio: smallest and largest width/height of a crop.
         flip: probability of a horizontal flip.
-        channels: 1, 3 or 4.
+        channels: of the images.
     """
 
     size: tuple[int, int]
@@ -67,25 +69,85 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def augment(image: Image.Image, key: int, augmentation: Augmentation) -> NDArray[np.uint8]:
-    """Crop, resize (bilinear, antialiased) and flip → uint8 [H, W, C], a pure function of `key`."""
-    left, top, w, h = crop_box(key, *image.size, augmentation.scale, augmentation.ratio)
-    view = _resized(image.crop((left, top, left + w, top + h)), augmentation.size)
-    if uniform(key, 4 * ATTEMPTS) < augmentation.flip:
-        view = view[:, ::-1]
-    return np.ascontiguousarray(view)
+def is_flipped(key: int, probability: float) -> bool:
+    """Whether a sample's view is mirrored."""
+    return uniform(key, 4 * ATTEMPTS) < probability
 
 
-def centre_view(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The largest central crop of the wanted aspect, resized → uint8 [H, W, C]; for pictures."""
-    height, width = size
-    factor = min(image.width / width, image.height / height)
-    w, h = max(1, round(width * factor)), max(1, round(height * factor))
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return _resized(image.crop((left, top, left + w, top + h)), size)
+def augment(
+    image: NDArray[np.uint8],
+    key: int,
+    augmentation: Augmentation,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Crop, resize (bilinear, antialiased) and flip, a pure function of `key`.
+
+    Args:
+        image: uint8 [H, W, C].
+        key: of `sample_key`.
+        augmentation: what is drawn.
+        out: uint8 [h, w, C] to write to, C-contiguous.
+
+    Returns:
+        uint8 [h, w, C]; `out` where it was given.
+    """
+    height, width, _ = image.shape
+    box = crop_box(key, width, height, augmentation.scale, augmentation.ratio)
+    flip = is_flipped(key, augmentation.flip)
+    return resized(image, box, augmentation.size, flip=flip, out=out)
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
-    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.array(resized)
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+def centre_box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest central box (left, top, width, height) of the aspect of `size`."""
+    factor = min(width / size[1], height / size[0])
+    w, h = max(1, round(size[1] * factor)), max(1, round(size[0] * factor))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def centre_view(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The largest central crop of the wanted aspect, resized → uint8 [h, w, C]; for pictures."""
+    height, width, _ = image.shape
+    return resized(image, centre_box(width, height, size), size)
+
+
+def resized(
+    image: NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    *,
+    flip: bool = False,
+    filter: Filter = "bilinear",
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """A box of an image, resized with antialiasing: the pixels that Pillow makes, to the bit.
+
+    Without the native kernels, Pillow itself is faster than the op's reference.
+
+    Args:
+        image: uint8 [H, W, C].
+        box: (left, top, width, height), pixels.
+        size: (h, w) of the result, pixels.
+        flip: mirror left and right.
+        filter: as Pillow names it, in lower case.
+        out: uint8 [h, w, C] to write to, C-contiguous.
+
+    Returns:
+        uint8 [h, w, C]; `out` where it was given.
+    """
+    if native.extension is not None:
+        return crop_resize(image, box, size, flip=flip, filter=filter, out=out)
+    left, top, w, h = box
+    resample = Image.Resampling[filter.upper()]
+    # rows, then columns: Pillow 13 chooses their order by the size
+    bands = [
+        np.asarray(
+            Image.fromarray(band).resize((size[1], h), resample).resize(size[::-1], resample)
+        )
+        for band in np.moveaxis(image[top : top + h, left : left + w], -1, 0).copy()
+    ]
+    pixels = np.stack(bands, axis=-1)
+    pixels = pixels[:, ::-1] if flip else pixels
+    if out is None:
+        return np.ascontiguousarray(pixels)
+    out[...] = pixels
+    return out

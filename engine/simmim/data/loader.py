@@ -1,34 +1,27 @@
-"""Decodes and augments in worker processes, skips what cannot be read, and times the wait."""
+"""Steps of uint8 batches on the device; counts what could not be read, times the wait."""
 
-import errno
 import os
-import signal
-import sys
 import time
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import cast
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.decode import UnreadableImage, decode
+from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.source import DataError, Source
+from simmim.data.producer import Filled, Producer
+from simmim.data.source import DataError, Source, is_machine_fault
+from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
 
 # So many unreadable images in a row mean that the disk is gone, not that a file is broken.
 MAX_UNREADABLE_IN_A_ROW = 1000
-
-# The machine is out of descriptors or memory: no reason to call an image broken.
-NOT_THE_IMAGES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-# How long a worker goes on after a first SIGTERM.
-GRACE_S = 120
 
 
 @dataclass(frozen=True)
@@ -48,64 +41,52 @@ class Batch:
     num_valid: int
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One slot of a batch: the pixels, or why there are none."""
+class AugmentedImages:
+    """Views for pre-training: (epoch, sample) → crop of an image, uint8 [H, W, C].
 
-    sample: int
-    epoch: int
-    pixels: np.ndarray | None
-    problem: str = ""
+    Args:
+        source: encoded images.
+        augmentation: what is drawn per sample.
+        seed: the run's seed.
+        max_pixels: larger images are refused.
+        value_range: see `decode`.
+    """
 
+    dtype = "uint8"
 
-@dataclass(frozen=True)
-class HostBatch:
-    """A micro-batch on the host; `problems` lists (sample, reason) of the empty slots."""
-
-    image: Tensor
-    ids: Tensor
-    epochs: Tensor
-    problems: list[tuple[int, str]]
-
-    def pin_memory(self) -> "HostBatch":
-        """The same in page-locked memory (called by DataLoader)."""
-        return HostBatch(
-            self.image.pin_memory(), self.ids.pin_memory(), self.epochs.pin_memory(), self.problems
-        )
-
-
-class AugmentedImages(Dataset[Sample]):
-    """Map of (epoch, sample) to an augmented image; every draw is keyed, nothing is remembered."""
-
-    def __init__(self, source: Source, augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         self.source, self.augmentation, self.seed = source, augmentation, seed
+        self.max_pixels, self.value_range = max_pixels, value_range
+        self.shape: tuple[int, ...] = (*augmentation.size, augmentation.channels)
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        epoch, sample = place
+    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
+        """Write a sample to `out`; every draw is keyed, nothing is remembered."""
         try:
-            image = decode(self.source.read(sample), self.augmentation.channels)
+            image = decode(
+                self.source.read(sample),
+                self.augmentation.channels,
+                max_pixels=self.max_pixels,
+                value_range=self.value_range,
+            )
         except (UnreadableImage, OSError) as error:
-            if isinstance(error, OSError) and error.errno in NOT_THE_IMAGES_FAULT:
+            if is_machine_fault(error):
                 raise
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            return Sample(sample, epoch, None, reason)
-        key = sample_key(self.seed, epoch, sample)
-        return Sample(sample, epoch, augment(image, key, self.augmentation))
+            out[...] = 0
+            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        augment(image, sample_key(self.seed, epoch, sample), self.augmentation, out)
+        return ""
 
-    def collate(self, samples: list[Sample]) -> HostBatch:
-        """Stack samples; an unreadable one leaves a slot of zeros with id -1."""
-        shape = (len(samples), *self.augmentation.size, self.augmentation.channels)
-        pixels = np.zeros(shape, dtype=np.uint8)
-        for slot, sample in enumerate(samples):
-            if sample.pixels is not None:
-                pixels[slot] = sample.pixels
-        ids = [-1 if s.pixels is None else s.sample for s in samples]
-        return HostBatch(
-            torch.from_numpy(pixels),
-            torch.tensor(ids),
-            torch.tensor([s.epoch for s in samples]),
-            [(s.sample, s.problem) for s in samples if s.pixels is None],
-        )
+    def name(self, sample: int) -> str:
+        """The image's place below the folder, or in which shard."""
+        return self.source.names[sample]
 
 
 def default_workers(world: World) -> int:
@@ -118,29 +99,13 @@ def default_workers(world: World) -> int:
     return 1 if cores > 1 else 0
 
 
-def _silent_where_nobody_listens(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    # A signal may stop the main process half-way through receiving a batch. The thread that hands
-    # out the batch's memory then meets a closed connection, which is no error to show.
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _prepare_worker(worker: int) -> None:
-    sys.excepthook = _silent_where_nobody_listens
-    _outlive_the_first_signal()
-
-
-def _outlive_the_first_signal() -> None:
-    # Ctrl-C, and a scheduler's SIGTERM, reach the whole process group; the main process needs its
-    # workers until it has saved. It ends them itself, with a second SIGTERM if need be.
-    def end_on_the_second(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(GRACE_S)  # and never outlive a main process that hangs
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end_on_the_second)
+def _noted(
+    positions: Iterable[list[tuple[int, int]]], asked: deque[list[tuple[int, int]]]
+) -> Iterator[list[tuple[int, int]]]:
+    """The same micro-batches, remembered in `asked` until their images come."""
+    for places in positions:
+        asked.append(places)
+        yield places
 
 
 class Loader:
@@ -153,13 +118,18 @@ class Loader:
         micro_batch: images per process and backward pass.
         accumulation_steps: backward passes per step.
         workers: decoding processes; 0 decodes here; -1 chooses.
-        prefetch: batches ready per worker.
+        prefetch: micro-batches held ready.
         world: this process.
+        timeout_s: seconds after which a process that is still at one image is replaced.
+        max_pixels: larger images are refused.
+        value_range: see `decode`.
+        producer: what makes the images instead of `workers`, such as DALI.
 
     Attributes:
         wait_s: seconds spent waiting for data so far.
         waiting: whether it waits for data right now.
         problems: (sample, reason) of images that could not be read; whoever reports them clears it.
+        report: told, in a line, of processes that had to be replaced.
     """
 
     def __init__(
@@ -173,78 +143,123 @@ class Loader:
         workers: int,
         prefetch: int,
         world: World,
+        timeout_s: float = 120,
+        max_pixels: int = MAX_PIXELS,
+        value_range: tuple[float, float] | None = None,
+        producer: Producer | None = None,
     ) -> None:
         self.source, self.world = source, world
-        self.dataset = AugmentedImages(source, augmentation, seed)
         self.order = SampleOrder(len(source.names), seed)
         self.micro_batch, self.accumulation_steps = micro_batch, accumulation_steps
         self.workers = default_workers(world) if workers < 0 else workers
-        self.prefetch = prefetch
         self.wait_s = 0.0
         self.waiting = False
         self.problems: list[tuple[int, str]] = []
+        self.report: Callable[[str], None] = lambda line: None
         self._unreadable_in_a_row = 0
+        views = AugmentedImages(
+            source, augmentation, seed, max_pixels=max_pixels, value_range=value_range
+        )
+        on_cuda = world.device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(world.device) if on_cuda else None  # type: ignore[no-untyped-call]
+        self._copied: torch.cuda.Event | None = None
+        if producer is not None:
+            self.producer = producer
+        elif self.workers:
+            self.producer = WorkerPool(
+                views,
+                micro_batch,
+                workers=self.workers,
+                prefetch=prefetch,
+                timeout_s=timeout_s,
+                report=lambda line: self.report(line),
+                pin=on_cuda,
+            )
+        else:
+            self.producer = InlineProducer(views)
+
+    def remedy(self) -> str:
+        """What to do when steps wait for data, in words."""
+        spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.workers == 0 and spare > 1:
+            return "the training process decodes by itself; try --data.workers=1"
+        decoders = f"{self.workers} data workers cannot keep up"
+        if self.workers < spare - 1:
+            return f"{decoders}; try --data.workers={spare - 1}"
+        if getattr(self.source, "sizes", None) is not None:  # packed shards
+            return f"{decoders} on as many cores; docs/feed-eight-gpus.md tells what each costs"
+        return (
+            f"{decoders} on as many cores; `simmim pack` stores the images small, which decodes "
+            "several times as fast"
+        )
 
     def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of steps `first` … `last` - 1, on the device."""
+        world = self.world
         positions = MicroBatches(
             self.order,
             self.micro_batch,
             self.accumulation_steps,
-            self.world.rank,
-            self.world.size,
+            world.rank,
+            world.size,
             first,
             last,
         )
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=positions,
-            num_workers=self.workers,
-            collate_fn=self.dataset.collate,
-            prefetch_factor=self.prefetch if self.workers else None,
-            worker_init_fn=_prepare_worker,
-            pin_memory=self.world.device.type == "cuda",
-            # its generator would otherwise draw from torch's global one
-            generator=torch.Generator().manual_seed(0),
-        )
-        host_batches = iter(loader)
-        try:
-            for _ in range(first, last):
-                started = time.perf_counter()
-                self.waiting = True
-                fetched = [next(host_batches) for _ in range(self.accumulation_steps)]
+        # whatever ends the loop: processes must be gone before the interpreter waits for them
+        asked: deque[list[tuple[int, int]]] = deque()
+        with closing(self.producer.batches(_noted(positions, asked))) as filled:
+            try:
+                for _ in range(first, last):
+                    yield [self._next(filled, asked) for _ in range(self.accumulation_steps)]
+            finally:
                 self.waiting = False
-                self.wait_s += time.perf_counter() - started
-                yield [self._to_device(cast(HostBatch, batch)) for batch in fetched]
-        finally:
-            # whatever ends the loop: workers must be gone before the interpreter waits for them,
-            # and one that hangs in a read does not end when asked
-            self.waiting = False
-            getattr(host_batches, "_shutdown_workers", bool)()
-            for worker in getattr(host_batches, "_workers", ()):
-                if worker.is_alive():
-                    worker.kill()
 
-    def _to_device(self, batch: HostBatch) -> Batch:
-        self._note_problems(batch)
+    def _next(
+        self, filled: Generator[Filled, None, None], asked: deque[list[tuple[int, int]]]
+    ) -> Batch:
+        started = time.perf_counter()
+        self.waiting = True
+        if self._copied is not None:
+            self._copied.synchronize()  # the producer writes that memory again from now on
+        found = next(filled)
+        self.waiting = False
+        self.wait_s += time.perf_counter() - started
+        places = asked.popleft()
+        empty = [slot for slot, _ in found.problems]
+        self._note_problems([(places[slot][1], reason) for slot, reason in found.problems], places)
+        both = torch.tensor(places)  # [B, 2]: epoch, sample
+        both[empty, 1] = -1
+        image, both = self._to_device(found.image, both)
+        return Batch(image, both[:, 1], both[:, 0], len(places) - len(empty))
+
+    def _to_device(self, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         device = self.world.device
-        return Batch(
-            batch.image.to(device, non_blocking=True),
-            batch.ids.to(device, non_blocking=True),
-            batch.epochs.to(device, non_blocking=True),
-            len(batch.ids) - len(batch.problems),
-        )
+        if self._stream is None:
+            # the producer goes on to write where `image` lies
+            return image.clone(), places
+        if image.is_cuda:
+            return image, places.to(device, non_blocking=True)
+        # beside the step that runs, which the host has merely queued; not run on a GPU
+        here = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._stream):
+            moved = image.to(device, non_blocking=True)
+            numbers = places.to(device, non_blocking=True)
+            self._copied = self._stream.record_event()
+        here.wait_stream(self._stream)
+        moved.record_stream(here)
+        numbers.record_stream(here)
+        return moved, numbers
 
-    def _note_problems(self, batch: HostBatch) -> None:
-        self.problems += batch.problems
-        if len(batch.problems) < len(batch.ids):
+    def _note_problems(self, found: list[tuple[int, str]], places: list[tuple[int, int]]) -> None:
+        self.problems += found
+        if len(found) < len(places):
             self._unreadable_in_a_row = 0
             return
-        self._unreadable_in_a_row += len(batch.problems)
+        self._unreadable_in_a_row += len(found)
         limit = min(len(self.source.names), MAX_UNREADABLE_IN_A_ROW)
         if self._unreadable_in_a_row >= limit:
-            name = self.source.names[batch.problems[0][0]]
+            name = self.source.names[found[0][0]]
             raise DataError(
                 f"the last {self._unreadable_in_a_row} images could all not be read "
-                f"({name}: {batch.problems[0][1]}); is the disk still there?"
+                f"({name}: {found[0][1]}); is the disk still there?"
             )

@@ -1,0 +1,432 @@
+"""Views of labelled images: the published fine-tuning recipe, and the view that is tested on.
+
+Training views are drawn by timm, batches are mixed by timm; this file only decides what its draws
+follow: the global generators of Python, NumPy and torch are set from a key around each call and
+put back afterwards. A sample is therefore a pure function of (seed, epoch, sample), whatever the
+number of workers, and a mixed batch one of (seed, step, rank). The generators belong to the whole
+process: make views in one thread of it at a time.
+
+Source: microsoft/SimMIM:data/data_finetune.py and config.py.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from simmim.data.augment import crop_box, is_flipped, resized
+from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode
+from simmim.data.source import Source, is_machine_fault
+from simmim.errors import RunError
+from simmim_kernels.splitmix import fold, uniform
+
+# Keep the draws of views and of mixing apart from other uses of the same (seed, epoch, sample).
+VIEW_STREAM, MIX_STREAM = 0x66747677, 0x6D697875  # "ftvw", "mixu"
+
+# Views up to this size are moved by up to PADDING pixels instead of cropped to a random scale.
+SMALL, PADDING = 32, 4
+
+# Before the short side is scaled, longer images lose their ends: 1 × 10^6 pixels would not fit.
+MAX_ASPECT = 16
+
+# Draws of `crop_box` and `is_flipped` take the counters below.
+_FIRST_FREE_COUNTER = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is drawn for a training view; the defaults are the published ones.
+
+    Attributes:
+        crop_scale: smallest and largest share of the area that a crop covers.
+        crop_ratio: smallest and largest width/height of a crop.
+        flip: probability of a horizontal flip.
+        auto_augment: timm's name of a policy; "" for none.
+        color_jitter: strength; as in timm, without effect beside `auto_augment`.
+        erase: probability of random erasing.
+        erase_mode: "pixel" (normal noise), "rand" (one colour) or "const" (the mean).
+        erase_count: rectangles erased at most.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    erase: float = 0.25
+    erase_mode: str = "pixel"
+    erase_count: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}={low, high}: choose a range above 0, the smaller first")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The arrays that views make: float32 [C, H, W], (value / 255 - mean) / std.
+
+    Attributes:
+        size: (height, width), pixels.
+        mean: per channel, on the 0-1 scale.
+        std: per channel, on the 0-1 scale.
+        max_pixels: larger images are refused.
+        value_range: see `simmim.data.decode.decode`.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    max_pixels: int = MAX_PIXELS
+    value_range: tuple[float, float] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[C, H, W]."""
+        return (len(self.mean), *self.size)
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """uint8 [H, W, C] of an encoded image; raises UnreadableImage."""
+        return decode(
+            data, len(self.mean), max_pixels=self.max_pixels, value_range=self.value_range
+        )
+
+    def normalise(self, image: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        """Write uint8 [H, W, C] to float32 [C, H, W], rounded as torchvision rounds."""
+        values = np.arange(256, dtype=np.float32) / np.float32(255)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
+            table = (values - np.float32(mean)) / np.float32(std)
+            np.take(table, image[:, :, channel], out=out[channel], mode="clip")
+
+
+class View(Protocol):
+    """Makes the array of an encoded image.
+
+    Attributes:
+        shape: [C, H, W] of the array.
+        dtype: NumPy's name of its type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
+        """Write the view of sample `sample` in epoch `epoch`; raises UnreadableImage."""
+
+
+class TrainingView:
+    """Random views by the published recipe, through timm.
+
+    Views of at most 32 pixels are shifted by up to 4 pixels instead of cropped to a random scale;
+    an image of another size is scaled to cover the view first. Other than 1 and 3 channels are
+    cropped and flipped only, without timm: its policies are made for grey and colour.
+
+    Args:
+        pixels: what the arrays hold.
+        seed: of the run.
+        recipe: what is drawn.
+
+    Attributes:
+        note: a line on what the recipe leaves out for these images; "" where it is whole.
+
+    Raises:
+        RunError: timm is missing.
+    """
+
+    dtype = "float32"
+
+    def __init__(self, pixels: Pixels, seed: int, recipe: Recipe | None = None) -> None:
+        self.pixels, self.seed, self.recipe = pixels, seed, recipe or Recipe()
+        self.shape = pixels.shape
+        channels = len(pixels.mean)
+        self.note = ""
+        self._transform: Any = None
+        if channels in (1, 3):
+            self._transform = _published(pixels, self.recipe)
+        else:
+            self.note = (
+                f"images of {channels} channels are cropped and flipped only: RandAugment, colour "
+                "jitter and random erasing are made for 1 or 3"
+            )
+
+    def __call__(self, data: bytes, epoch: int, sample: int) -> NDArray[np.float32]:
+        """The view as a new array, float32 [C, H, W]; raises UnreadableImage."""
+        out = np.empty(self.shape, dtype=np.float32)
+        self.fill(out, data, epoch, sample)
+        return out
+
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
+        """See `View`."""
+        image = self.pixels.decode(data)
+        key = fold(VIEW_STREAM, self.seed, epoch, sample)
+        small = max(self.pixels.size) <= SMALL
+        image = _covering(image, self.pixels.size) if small else self._enlarged(image)
+        if self._transform is None:
+            self.pixels.normalise((self._shifted if small else self._cropped)(image, key), out)
+            return
+        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        with draws_from(key):
+            out[...] = self._transform(picture).numpy()
+
+    def _enlarged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        # timm crops images of a few pixels to none at all
+        low, high = self.recipe.crop_ratio
+        least = image.shape[0] * image.shape[1] * self.recipe.crop_scale[0] * min(low, 1 / high)
+        times = math.ceil(least**-0.5)
+        return image if times == 1 else image.repeat(times, axis=0).repeat(times, axis=1)
+
+    def _cropped(self, image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
+        height, width, _ = image.shape
+        box = crop_box(key, width, height, self.recipe.crop_scale, self.recipe.crop_ratio)
+        flip = is_flipped(key, self.recipe.flip)
+        return resized(image, box, self.pixels.size, flip=flip, filter="bicubic")
+
+    def _shifted(self, image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
+        padded = np.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
+        h, w = self.pixels.size
+        top = int(uniform(key, _FIRST_FREE_COUNTER) * (padded.shape[0] - h + 1))
+        left = int(uniform(key, _FIRST_FREE_COUNTER + 1) * (padded.shape[1] - w + 1))
+        view = padded[top : top + h, left : left + w]
+        return view[:, ::-1] if is_flipped(key, self.recipe.flip) else view
+
+
+class EvaluationView:
+    """The view that is tested on: scale, bicubic, then a central crop; nothing is drawn.
+
+    Args:
+        pixels: what the arrays hold.
+        margin: the image is scaled to cover int(margin · size) before the crop; published is
+            256/224. 1 crops no more than the aspect asks for; 0 squeezes the whole image into the
+            view. None is 256/224, and 1 for views of at most 32 pixels.
+    """
+
+    dtype = "float32"
+
+    def __init__(self, pixels: Pixels, margin: float | None = None) -> None:
+        if margin is None:
+            margin = 1.0 if max(pixels.size) <= SMALL else 256 / 224
+        if margin != 0 and margin < 1:
+            raise ValueError(f"margin={margin}: choose 1 or more, or 0 to squeeze the image")
+        self.pixels, self.margin = pixels, margin
+        self.shape = pixels.shape
+
+    def __call__(self, data: bytes) -> NDArray[np.float32]:
+        """The view as a new array, float32 [C, H, W]; raises UnreadableImage."""
+        out = np.empty(self.shape, dtype=np.float32)
+        self.fill(out, data)
+        return out
+
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int = 0, sample: int = 0) -> None:
+        """See `View`; the same in every epoch."""
+        image = self.pixels.decode(data)
+        h, w = self.pixels.size
+        if self.margin == 0:
+            height, width, _ = image.shape
+            view = resized(image, (0, 0, width, height), (h, w), filter="bicubic")
+        else:
+            scaled = _covering(image, (int(self.margin * h), int(self.margin * w)))
+            # half to even, as torchvision's CenterCrop
+            top, left = round((scaled.shape[0] - h) / 2), round((scaled.shape[1] - w) / 2)
+            view = scaled[top : top + h, left : left + w]
+        self.pixels.normalise(view, out)
+
+
+class SourceViews:
+    """A view of every image of a source, as producers of batches ask for them.
+
+    Args:
+        source: encoded images.
+        view: makes the arrays.
+    """
+
+    def __init__(self, source: Source, view: View) -> None:
+        self.source, self.view = source, view
+        self.shape, self.dtype = view.shape, view.dtype
+
+    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
+        """Write a sample to `out`; returns why there is none ("" where there is one)."""
+        try:
+            self.view.fill(out, self.source.read(sample), epoch, sample)
+        except (UnreadableImage, OSError) as error:
+            if is_machine_fault(error):
+                raise
+            out[...] = 0
+            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return ""
+
+    def name(self, sample: int) -> str:
+        """The image's place below the folder, or in which shard."""
+        return self.source.names[sample]
+
+
+class Mixing:
+    """Mixup and CutMix of a batch, and its soft targets, through timm.
+
+    Args:
+        num_classes: K.
+        seed: of the run.
+        mixup: α of mixup; 0 for none.
+        cutmix: α of CutMix; 0 for none.
+        probability: that a batch is mixed.
+        switch: probability of CutMix where both are on.
+        smoothing: label smoothing.
+
+    Raises:
+        RunError: timm is missing.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        seed: int,
+        *,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        probability: float = 1.0,
+        switch: float = 0.5,
+        smoothing: float = 0.1,
+    ) -> None:
+        self.num_classes, self.seed = num_classes, seed
+        self._mix = _imported("timm.data").Mixup(
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            prob=probability,
+            switch_prob=switch,
+            mode="batch",
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+        self.enabled = mixup > 0 or cutmix > 0
+        self.smoothing = smoothing
+
+    def __call__(
+        self, image: Tensor, label: Tensor, step: int, rank: int, micro_batch: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Mix every image with the one that is as far from the batch's other end.
+
+        An empty slot (label -1) takes the image and label of its partner; where both are empty,
+        the targets are zero. The result is a pure function of (seed, step, rank, micro_batch).
+
+        Args:
+            image: float [B, C, H, W], any device; changed in place. B even where mixing is on.
+            label: int64 [B], same device; -1 in empty slots.
+            step: of the run.
+            rank: of this process.
+            micro_batch: number within the step.
+
+        Returns:
+            image, and targets float32 [B, K], which sum to 1.
+
+        Raises:
+            ValueError: B is odd.
+        """
+        if not self.enabled:
+            target = _imported("timm.data").mixup.mixup_target(
+                label.clamp(min=0), self.num_classes, smoothing=self.smoothing
+            )
+            return image, target * (label >= 0)[:, None]
+        if len(image) % 2:
+            raise ValueError(f"{len(image)} images cannot be mixed in pairs; choose an even number")
+        alone = label < 0
+        image.copy_(torch.where(alone[:, None, None, None], image.flip(0), image))
+        label = torch.where(alone, label.flip(0), label)
+        with draws_from(fold(MIX_STREAM, self.seed, step, rank, micro_batch)):
+            image, target = self._mix(image, label.clamp(min=0))
+        return image, target * (label >= 0)[:, None]
+
+
+@contextmanager
+def draws_from(key: int) -> Iterator[None]:
+    """Set the CPU generators of Python, NumPy and torch from a 64-bit key; put them back after."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(key)
+    np.random.seed([key & 0xFFFFFFFF, key >> 32])
+    # torch.manual_seed would also set those of every GPU
+    torch.default_generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(module)
+    except Exception as error:
+        # torchvision, which timm imports, raises all kinds beside a torch it was not built for
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"training views and mixing need timm, which cannot be imported ({reason}): "
+            "pip install 'simmim[finetune]'"
+        ) from None
+
+
+def _published(pixels: Pixels, recipe: Recipe) -> Any:
+    transform = _imported("timm.data").create_transform(
+        input_size=pixels.size,
+        is_training=True,
+        scale=recipe.crop_scale,
+        ratio=recipe.crop_ratio,
+        hflip=recipe.flip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.auto_augment or None,
+        interpolation="bicubic",
+        mean=tuple(pixels.mean),
+        std=tuple(pixels.std),
+        re_prob=recipe.erase,
+        re_mode=recipe.erase_mode,
+        re_count=recipe.erase_count,
+    )
+    for operation in _operations(transform.transforms):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = partial(_posterized, operation.aug_fn)
+    if max(pixels.size) <= SMALL:
+        shift = _imported("torchvision.transforms").RandomCrop(pixels.size, padding=PADDING)
+        transform.transforms[0] = shift
+    return transform
+
+
+def _operations(transform: Any) -> Iterator[Any]:
+    # the operations of timm's policies, which nest them in lists
+    if isinstance(transform, list | tuple):
+        for part in transform:
+            yield from _operations(part)
+    elif hasattr(transform, "aug_fn"):
+        yield transform
+    else:
+        yield from _operations(getattr(transform, "ops", []))
+        yield from _operations(getattr(transform, "policy", []))
+
+
+def _posterized(posterize: Any, image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    # the policy draws 0 bits at times: black, until Pillow took to refusing them
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _covering(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Scale an image, bicubic, until it just covers `size`, as torchvision's Resize rounds."""
+    height, width, _ = image.shape
+    longest = MAX_ASPECT * max(size) / min(size)
+    h, w = min(height, int(longest * width)), min(width, int(longest * height))
+    left, top = (width - w) // 2, (height - h) // 2
+    if h * size[1] <= w * size[0]:
+        wanted = (size[0], int(size[0] * w / h))
+    else:
+        wanted = (int(size[1] * h / w), size[1])
+    if wanted == (height, width):
+        return image
+    return resized(image, (left, top, w, h), wanted, filter="bicubic")

@@ -1,0 +1,503 @@
+"""Tar shards with random access, indexed by a pass over their headers or by a packed folder.
+
+A packed folder is what `simmim pack` writes: plain tar shards, beside each a JSON index of columns,
+and dataset.json over all. Names, sizes and offsets in all of these come from outside and are
+checked before they are used.
+"""
+
+import hashlib
+import json
+import operator
+import os
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.data.labels import MAX_CLASSES, Labels
+from simmim.data.source import MAX_FILE_BYTES, DataError, PackedStrings, is_array, is_image
+
+# Descriptors that one process keeps open; machines commonly allow 1024 in all.
+MAX_OPEN_SHARDS = 64
+
+DATASET_FILE = "dataset.json"
+DATASET_FORMAT, SHARD_FORMAT, VERSION = "simmim-pack", "simmim-shard", 1
+
+# Names and extended attributes are far smaller; tarfile reads such a header in one piece.
+MAX_HEADER_BYTES = 2**20
+
+# A class number is a few digits.
+MAX_LABEL_BYTES = 32
+
+_MAX_SIZE = 2**62
+
+
+@dataclass
+class ShardContents:
+    """The images of one shard, in file order.
+
+    Attributes:
+        names: of the members.
+        places: int64 [N, 2], offset and size, bytes.
+        labels: int64 [N]; -1 where an image has none.
+        sizes: int32 [N, 2], width and height, where an index tells them.
+        skipped: (name, reason) of members that look like images and are none.
+    """
+
+    names: list[str]
+    places: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int32] | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ShardSource:
+    """Every image in a list of tar files, read by offset; plain tar reads the same files.
+
+    The index (offset and size of every member) is made by one pass over the tar headers and kept
+    in the user's cache folder, so that the next run starts at once. A packed folder brings its own.
+
+    Attributes:
+        shards: the tar files; of a packed folder, those with images in them.
+        names: shard/member of every image.
+        labels: of the packed folder, or of .cls members beside the images; None without any.
+        sizes: int32 [N, 2], width and height (upright) of a packed folder's images, else None.
+        skipped: (shard/member, reason) of members that look like images and are none.
+    """
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        contents = [scan_tar(shard) for shard in shards]
+        if not any(found.names for found in contents):  # then arrays are the images
+            contents = [scan_tar(shard, is_array) for shard in shards]
+        self._gather(zip(shards, contents), None)
+
+    @classmethod
+    def of_pack(cls, folder: Path) -> "ShardSource":
+        """The images of a packed folder; reads its indices, not its shards.
+
+        Raises:
+            DataError: unfinished, damaged, or a shard is missing; names the file.
+        """
+        dataset = read_dataset(folder)
+        if dataset["images"] is None:
+            raise DataError(
+                f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
+            )
+        every = (folder / f"{shard_name(number)}.tar" for number in range(dataset["shards"]))
+        found = ((shard, read_index(shard).contents()) for shard in every)
+        source = cls.__new__(cls)
+        source._gather((pair for pair in found if pair[1].names), dataset)
+        if len(source.names) != dataset["images"]:
+            raise DataError(
+                f"{folder / DATASET_FILE}: says {dataset['images']} images, the shards' indices "
+                f"{len(source.names)}; simmim pack --verify {folder} tells more"
+            )
+        return source
+
+    def _gather(
+        self, shards: Iterable[tuple[Path, ShardContents]], dataset: dict[str, Any] | None
+    ) -> None:
+        self.shards: list[Path] = []
+        self.skipped: list[tuple[str, str]] = []
+        names: list[PackedStrings] = []
+        places = [np.empty((0, 3), dtype=np.int64)]
+        labels = [np.empty(0, dtype=np.int64)]
+        sizes = [np.empty((0, 2), dtype=np.int32)]
+        for number, (shard, found) in enumerate(shards):
+            self.shards.append(shard)
+            prefix = f"{shard.name}/"
+            names.append(PackedStrings([prefix + name for name in found.names]))
+            self.skipped += [(prefix + name, reason) for name, reason in found.skipped]
+            column = np.full((len(found.names), 1), number, dtype=np.int64)
+            places.append(np.hstack([column, found.places]))
+            labels.append(found.labels)
+            if found.sizes is not None:
+                sizes.append(found.sizes)
+        self.names = PackedStrings.joined(names)
+        self._places: NDArray[np.int64] = np.concatenate(places)
+        self.labels = _labels(np.concatenate(labels), dataset)
+        self.sizes: NDArray[np.int32] | None = None if dataset is None else np.concatenate(sizes)
+        # (process, shard) → descriptor, the last used at the end
+        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+
+    def read(self, index: int) -> bytes:
+        """The encoded bytes of image `index`; raises OSError when they cannot be read."""
+        shard, offset, size = (int(value) for value in self._places[index])
+        # pread has no file position, but a forked worker still opens its own descriptor
+        key = (os.getpid(), shard)
+        if key not in self._files:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[key] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._files.move_to_end(key)
+        if size > MAX_FILE_BYTES:
+            raise OSError(f"{size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        data = os.pread(self._files[key], size, offset)
+        if len(data) != size:
+            raise OSError(f"the shard ends inside this image ({len(data)} of {size} bytes)")
+        return data
+
+
+def _labels(values: NDArray[np.int64], dataset: dict[str, Any] | None) -> Labels | None:
+    highest = int(values.max(initial=-1))
+    if highest < 0:
+        return None
+    classes = dataset and dataset["classes"]
+    return Labels(values, tuple(classes or (str(number) for number in range(highest + 1))))
+
+
+def shown(name: str) -> str:
+    """A name from outside as one printable line: control characters and the like are escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
+    )
+
+
+class _CheckedHeader(tarfile.TarInfo):
+    """A tar header whose sizes tarfile can act upon without reading, or circling, without end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_CheckedHeader":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        extends = header.type in (
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+        )
+        if extends and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
+
+
+def tar_index(shard: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of every image in a tar file, in file order; see `scan_tar`."""
+    found = scan_tar(shard)
+    return [(name, int(o), int(s)) for name, (o, s) in zip(found.names, found.places)]
+
+
+def scan_tar(shard: Path, wanted: Callable[[str], bool] = is_image) -> ShardContents:
+    """What a pass over the headers of a tar file finds; cached by its path, size and date.
+
+    Links, devices, sparse members and names that lead out of a folder are left out, with a reason.
+
+    Args:
+        shard: a tar file.
+        wanted: `is_image` or `is_array`.
+
+    Raises:
+        DataError: not a readable, uncompressed tar file.
+    """
+    cache: Path | None = None
+    try:
+        status = shard.stat()
+        key = f"2|{shard.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        cache = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if cache.is_file():
+            found = json.loads(cache.read_text())
+            skipped = [(str(name), str(reason)) for name, reason in found["skipped"]]
+            return _contents(found["images"], skipped, wanted)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        pass  # no cache, or not one of ours: scan, and write it anew
+    images: list[tuple[str, int, int, int]] = []
+    skipped = []
+    try:
+        whole = _scan(shard, images, skipped)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
+        if not images:
+            raise DataError(
+                f"{shard}: not a readable tar file: {error}"
+                + (
+                    " (compressed shards have no random access: unpack them)"
+                    if _compressed(shard)
+                    else ""
+                )
+            ) from None
+        # what is there can be read; a last image that was cut off says so when it is read
+        skipped.append(("", f"cut off: {error}"))
+        whole = False
+    if cache is not None and whole:
+        _write_cache(cache, json.dumps({"images": images, "skipped": skipped}))
+    return _contents(images, skipped, wanted)
+
+
+def _contents(
+    images: Sequence[Sequence[Any]],
+    skipped: list[tuple[str, str]],
+    wanted: Callable[[str], bool],
+) -> ShardContents:
+    images = [image for image in images if wanted(str(image[0]))]
+    numbers = np.array([image[1:] for image in images], dtype=np.int64).reshape(-1, 3)
+    names = [str(image[0]) for image in images]
+    return ShardContents(names, numbers[:, :2], numbers[:, 2], skipped=skipped)
+
+
+def _scan(
+    shard: Path, images: list[tuple[str, int, int, int]], skipped: list[tuple[str, str]]
+) -> bool:
+    """Add (name, offset, size, label) and (name, reason) of members; whether it saw the end."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str, int, int]] = []
+    end = shard.stat().st_size
+    whole = True
+    with (
+        shard.open("rb") as file,
+        tarfile.open(fileobj=file, mode="r:", tarinfo=_CheckedHeader) as archive,
+    ):
+        try:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # a kilobyte each, never used
+                if member.size < 0:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
+                name = member.name.removeprefix("./")
+                problem = _problem(member)
+                is_wanted = is_image(name) or is_array(name)
+                if is_wanted and problem:
+                    skipped.append((name, problem))
+                elif is_wanted and not member.isdir():
+                    found.append((name, member.offset_data, min(member.size, _MAX_SIZE)))
+                elif name.endswith(".cls") and not problem and member.size <= MAX_LABEL_BYTES:
+                    label = _class_number(os.pread(file.fileno(), member.size, member.offset_data))
+                    labels[name.removesuffix(".cls")] = label
+                if member.isreg() and member.offset_data + member.size > end:
+                    if not is_wanted or problem:
+                        skipped.append((name, "beyond the shard's end, as all that follows it"))
+                    whole = False
+                    break
+            else:
+                whole = _ends(file.fileno(), archive.offset, skipped)
+        finally:
+            images += [(*image, _label_of(image[0], labels)) for image in found]
+    return whole
+
+
+def _problem(member: tarfile.TarInfo) -> str:
+    """Why a member is not taken for an image; empty for images and folders."""
+    if member.issym() or member.islnk():
+        return f"link: to {shown(member.linkname)}"
+    if member.issparse():
+        return "sparse member"
+    if not (member.isreg() or member.isdir()):
+        return "not a regular file"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "name that leads out of the folder"
+    return ""
+
+
+def _ends(descriptor: int, offset: int, skipped: list[tuple[str, str]]) -> bool:
+    # tarfile takes a damaged header for the end of the archive, silently
+    block = os.pread(descriptor, tarfile.BLOCKSIZE, offset)
+    if not block.strip(b"\0"):
+        return True
+    skipped.append(("", f"damaged header: at byte {offset}; what follows it is not read"))
+    return False
+
+
+def _class_number(text: bytes) -> int:
+    text = text.strip()
+    number = int(text) if text.isdigit() else -1
+    return number if number < MAX_CLASSES else -1
+
+
+def _label_of(name: str, labels: dict[str, int]) -> int:
+    if not labels:
+        return -1
+    folder, slash, base = name.rpartition("/")
+    key = f"{folder}{slash}{base.split('.', 1)[0]}"  # webdataset's: up to the first dot
+    return labels.get(os.path.splitext(name)[0], labels.get(key, -1))
+
+
+def cache_folder() -> Path:
+    """Where shard indices are kept: $XDG_CACHE_HOME/simmim, by default ~/.cache/simmim."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simmim" / "tar-index"
+
+
+def _compressed(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(6)
+    except OSError:
+        return False
+    return head.startswith((b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd"))
+
+
+def _write_cache(path: Path, text: str) -> None:
+    # a cache that cannot be written costs the next run a scan, nothing else
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        pass
+
+
+def shard_name(number: int) -> str:
+    """The stem of a packed folder's shard: six digits, more where they do not suffice."""
+    return f"{number:06d}"
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether a folder is a packed one, be it unfinished or damaged."""
+    path = folder / DATASET_FILE
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_bytes())["format"] == DATASET_FORMAT)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return (folder / f"{shard_name(0)}.json").exists()
+
+
+def read_dataset(folder: Path) -> dict[str, Any]:
+    """The checked contents of a packed folder's dataset.json.
+
+    Raises:
+        DataError: missing, damaged, or of another version.
+    """
+    path = folder / DATASET_FILE
+    dataset = _read_json(path, DATASET_FORMAT)
+    classes = dataset.get("classes")
+    for name, fits in (
+        ("shards", _is_count(dataset.get("shards"))),
+        ("images", "images" in dataset and _is_count(dataset["images"] or 0)),
+        ("classes", classes is None or _is_list_of(classes, str)),
+        ("options", isinstance(dataset.get("options"), dict)),
+        ("plan", isinstance(dataset.get("plan"), str)),
+    ):
+        if not fits:
+            value = shown(str(dataset.get(name))[:40])
+            raise DataError(f"{path}: damaged: {name} is {value}")
+    return dataset
+
+
+def _read_json(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; copy it again, or pack anew") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {str(error)[:80]}") from None
+    if not isinstance(value, dict) or value.get("format") != expected:
+        raise DataError(f"{path}: no index of simmim pack")
+    if value.get("version") != VERSION:
+        raise DataError(
+            f"{path}: version {shown(str(value.get('version'))[:20])}, this simmim reads {VERSION}"
+        )
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**40
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
+
+
+@dataclass
+class ShardIndex:
+    """The index of one packed shard, column by column; row i is image i of the shard.
+
+    Attributes:
+        name: members, KEY.extension.
+        offset: bytes.
+        size: bytes.
+        sha256: of the bytes, hexadecimal.
+        source: where the image came from.
+        width: pixels, upright.
+        height: pixels, upright.
+        channels: as decoded.
+        label: class numbers, -1 for none; None where the dataset has no labels.
+        source_bytes: of the images before they were packed.
+        skipped: (source, reason) of the images that were left out.
+    """
+
+    name: list[str] = field(default_factory=list)
+    offset: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    sha256: list[str] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    width: list[int] = field(default_factory=list)
+    height: list[int] = field(default_factory=list)
+    channels: list[int] = field(default_factory=list)
+    label: list[int] | None = None
+    source_bytes: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The text of the index file."""
+        value = {"format": SHARD_FORMAT, "version": VERSION, **self.__dict__}
+        return json.dumps(value, separators=(",", ":")) + "\n"
+
+    def contents(self) -> ShardContents:
+        """The same as arrays."""
+        count = len(self.name)
+        places = np.array([self.offset, self.size], dtype=np.int64).T.reshape(-1, 2)
+        sizes = np.array([self.width, self.height], dtype=np.int32).T.reshape(-1, 2)
+        labels = np.full(count, -1) if self.label is None else np.array(self.label, dtype=np.int64)
+        return ShardContents(self.name, places, labels.astype(np.int64), sizes)
+
+    def members(self) -> Iterator[tuple[str, int]]:
+        """(name, row) of every member of the tar; row -1 is the label of the image before it."""
+        for row, name in enumerate(self.name):
+            yield name, row
+            if self.label is not None and self.label[row] >= 0:
+                yield f"{os.path.splitext(name)[0]}.cls", -1
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """The checked index of a packed shard.
+
+    Raises:
+        DataError: shard or index missing, damaged, or at odds; names the file.
+    """
+    path = shard.with_suffix(".json")
+    value = _read_json(path, SHARD_FORMAT)
+    names = value.get("name")
+    count = len(names) if isinstance(names, list) else 0
+    try:
+        end = shard.stat().st_size if count else 0  # one without images is not there
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror}; copy it again, or pack anew") from None
+    for column in ("name", "sha256", "source"):
+        if not _is_list_of(value.get(column), str) or len(value[column]) != count:
+            raise DataError(f"{path}: damaged: {column} is no list of {count} strings")
+    numbers = {
+        "offset": (tarfile.BLOCKSIZE, end),
+        "size": (0, end),
+        "width": (1, 2**31 - 1),
+        "height": (1, 2**31 - 1),
+        "channels": (1, 2**31 - 1),
+        "label": (-1, MAX_CLASSES - 1),
+    }
+    for column, (low, high) in numbers.items():
+        values: Any = value.get(column)
+        if column == "label" and values is None:
+            continue
+        if not _is_list_of(values, int) or len(values) != count:
+            raise DataError(f"{path}: damaged: {column} is no list of {count} integers")
+        least, most = min(values, default=low), max(values, default=low)
+        if count and not low <= least <= most <= high:
+            raise DataError(
+                f"{path}: damaged: {column} from {least} to {most}, possible are {low} to {high} "
+                f"(the shard has {end} bytes)"
+            )
+    ends = map(operator.add, value["offset"], value["size"])
+    if max(ends, default=0) > end:
+        raise DataError(f"{path}: an image ends behind the {end} bytes of the shard; copy it again")
+    skipped = value.get("skipped", [])
+    if not _is_count(value.get("source_bytes")) or not (
+        _is_list_of(skipped, list) and all(len(s) == 2 and _is_list_of(s, str) for s in skipped)
+    ):
+        raise DataError(f"{path}: damaged: source_bytes or skipped")
+    columns = {name: value.get(name) for name in ShardIndex.__dataclass_fields__}
+    return ShardIndex(**columns | {"skipped": [(name, reason) for name, reason in skipped]})

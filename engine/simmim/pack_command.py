@@ -1,0 +1,290 @@
+"""The `simmim pack` command: its arguments, its progress, its summary."""
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from simmim.data.decode import MAX_PIXELS
+from simmim.data.labels import Labels, labels_of
+from simmim.data.pack import SKIPPED_FILE, Options, Summary, pack
+from simmim.data.packed import pack_statistics, statistics, verify
+from simmim.data.parquet import ParquetSource, parquet_files
+from simmim.data.source import DataError, Source, open_source
+from simmim.errors import RunError
+from simmim.log import duration
+
+# Lines of `--verify` that are printed; the rest is counted.
+MAX_PROBLEMS = 20
+
+# Between two lines of progress where there is no terminal.
+LINE_EVERY_S = 10.0
+
+DESCRIPTION = """\
+Decode, check and downscale images once, into tar shards that train fast: plain tar, webdataset and
+DALI read them too. The same command goes on where it was stopped.
+"""
+
+EPILOGUE = """\
+SOURCE is a folder of images, a folder of .tar shards or one .tar, a packed folder, or Hugging
+Face's parquet: a file, a folder, or a pattern in quotes.
+JPEGs that are small enough and upright keep their bytes; others become JPEG (1 or 3 channels), PNG
+(2 or 4) or .npy (more). Downscaling is Lanczos, antialiased.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `simmim pack`."""
+    made = argparse.ArgumentParser(
+        prog="simmim pack",
+        description=DESCRIPTION,
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("source", nargs="?", metavar="SOURCE", help="images, see below")
+    add("folder", nargs="?", type=Path, metavar="DEST", help="folder to make or to go on with")
+    add(
+        "--short-side",
+        type=_positive,
+        metavar="PIXELS",
+        help="downscale images whose shorter side is longer; never enlarges (default: 256)",
+    )
+    add("--quality", type=_quality, default=90, help="of JPEGs (default: %(default)s)")
+    add("--keep-originals", action="store_true", help="keep every file's bytes, only check them")
+    add(
+        "--images-per-shard",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="images of the source that make a shard (default: %(default)s)",
+    )
+    add("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
+    add("--labels", type=Path, metavar="FILE", help="label file (default: class folders)")
+    add("--shuffle", type=_seed, metavar="SEED", help="pack in a random order, not the source's")
+    add(
+        "--max-pixels",
+        type=_positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="skip larger images undecoded (default: %(default)s)",
+    )
+    add(
+        "--value-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become 0 and 255 where files hold other than 8 bits",
+    )
+    add(
+        "--stats",
+        action="store_true",
+        help="mean and std of all pixels, kept in DEST; without DEST, of SOURCE as it is",
+    )
+    add("--verify", type=Path, metavar="DEST", help="check a packed folder, packing nothing")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+    reader = parser()
+    given = reader.parse_args(arguments)
+    if given.verify is not None and given.source is not None:
+        reader.error("--verify DEST packs nothing: leave out SOURCE")
+    if given.verify is None and given.source is None:
+        reader.error("SOURCE is missing")
+    if given.verify is None and given.folder is None and not given.stats:
+        reader.error("DEST is missing: the folder to pack to (only --stats needs none)")
+    if given.keep_originals and given.short_side is not None:
+        reader.error("--keep-originals resizes nothing: leave out --short-side")
+    value_range = given.value_range
+    if value_range is not None and not value_range[0] < value_range[1]:
+        reader.error("--value-range LOW HIGH: LOW must be less than HIGH")
+    given.value_range = value_range and tuple(value_range)
+    workers = given.workers or len(os.sched_getaffinity(0))
+    try:
+        if given.verify is not None:
+            return _verify(given.verify, workers)
+        if given.folder is None:
+            source = _source(given.source, shuffled=False)[0]
+            _print_statistics(*_statistics(source, workers, given))
+            return 0
+        return _pack(given, workers)
+    except KeyboardInterrupt:
+        stays = "; what is finished stays, the same command goes on" if given.folder else ""
+        print(f"simmim: interrupted{stays}", file=sys.stderr)
+        return 130
+    except RunError as error:
+        print(f"simmim: error: {str(error).removeprefix('data.path=')}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = error.filename or given.verify or given.source
+        print(f"simmim: error: {where}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _pack(given: argparse.Namespace, workers: int) -> int:
+    options = Options(
+        short_side=None if given.keep_originals else given.short_side or 256,
+        quality=given.quality,
+        keep_originals=given.keep_originals,
+        images_per_shard=given.images_per_shard,
+        shuffle=given.shuffle,
+        max_pixels=given.max_pixels,
+        value_range=given.value_range,
+    )
+    source, labels = _source(given.source, given.shuffle is not None, given.labels)
+    with _progress("packed", len(source.names)) as progress:
+        summary = pack(source, given.folder, options, labels, workers=workers, tick=progress.update)
+    print(_line(given.folder, summary))
+    if given.stats:
+        with _progress("measured", summary.images) as progress:
+            found = pack_statistics(
+                given.folder, workers=workers, max_pixels=given.max_pixels, tick=progress.update
+            )
+        _print_statistics(*found)
+    return 0
+
+
+def _source(
+    path: str, shuffled: bool, label_file: Path | None = None
+) -> tuple[Source, Labels | None]:
+    found = parquet_files(path)
+    source: Source
+    if found:
+        if shuffled:
+            raise DataError(
+                f"{path}: parquet has no random access: pack it without --shuffle, and pack that "
+                "folder with --shuffle and --keep-originals"
+            )
+        source = ParquetSource(found)
+    else:
+        source = open_source(path)
+    return source, labels_of(source, label_file)
+
+
+def _statistics(
+    source: Source, workers: int, given: argparse.Namespace
+) -> tuple[list[float], list[float]]:
+    with _progress("measured", len(source.names)) as progress:
+        found = statistics(
+            source,
+            workers=workers,
+            max_pixels=given.max_pixels,
+            value_range=given.value_range,
+            tick=progress.update,
+        )
+    if found.skipped:
+        print(f"simmim: {found.skipped} images could not be read", file=sys.stderr)
+    return found.mean_and_std()
+
+
+def _print_statistics(mean: list[float], std: list[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        print(f"--data.{name}=[{','.join(f'{value:.6f}' for value in values)}]")
+
+
+def _verify(folder: Path, workers: int) -> int:
+    with _progress("checked", None) as progress:
+        images, problems = verify(folder, workers=workers, tick=progress.update)
+    for problem in problems[:MAX_PROBLEMS]:
+        print(problem)
+    if len(problems) > MAX_PROBLEMS:
+        print(f"… and {len(problems) - MAX_PROBLEMS} more")
+    if problems:
+        print(f"simmim: error: {folder}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    print(f"{folder}: {images} images, all sound")
+    return 0
+
+
+def _line(folder: Path, summary: Summary) -> str:
+    line = (
+        f"{folder}: {summary.images} images in {summary.shards} shards, "
+        f"{_size(summary.bytes_before)} → {_size(summary.bytes_after)}"
+    )
+    if summary.skipped:
+        reasons: Counter[str] = summary.skipped
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        line += f"; skipped {reasons.total()} ({told}), see {SKIPPED_FILE}"
+    return line
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+class _Shown:
+    """Progress as a bar on a terminal, else as a line now and then."""
+
+    def __init__(self, verb: str, total: int | None, bar: Progress | None) -> None:
+        self._verb, self._total, self._bar = verb, total, bar
+        self._began = self._told = time.monotonic()
+        self._task = None if bar is None else bar.add_task(verb, total=total, note="")
+
+    def update(self, done: int, skipped: int = 0, resumed: int = 0) -> None:
+        """Told the images done, skipped, and those of an earlier call."""
+        now = time.monotonic()
+        speed = (done + skipped) / max(now - self._began, 1e-9)
+        note = f"{speed:.1f} images/s" + (f"  skipped {skipped}" if skipped else "")
+        at = done + skipped + resumed
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=at, note=note)
+        elif now - self._told >= LINE_EVERY_S:
+            self._told = now
+            of = ""
+            if self._total is not None:
+                left = (self._total - at) / speed if speed else float("inf")
+                of, note = f"/{self._total}", f"{note}  eta {duration(left)}"
+            print(f"{self._verb} {at}{of} images  {note}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(verb: str, total: int | None) -> Iterator[_Shown]:
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Shown(verb, total, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield _Shown(verb, total, bar)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, 2**62)
+
+
+def _quality(text: str) -> int:
+    return _integer(text, 1, 100)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**63 - 1)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is no integer from {low} to {high}")
+    return value

@@ -1,0 +1,491 @@
+"""Views of labelled images: the published recipe to the bit, draws that follow their key only."""
+
+import io
+import pickle
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim.data import labelled
+from simmim.data.decode import UnreadableImage, decode
+from simmim.data.labelled import (
+    EvaluationView,
+    Mixing,
+    Pixels,
+    Recipe,
+    SourceViews,
+    TrainingView,
+    draws_from,
+)
+from simmim.data.producer import Producer
+from simmim.data.source import open_source
+from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.errors import RunError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COLOUR = Pixels((64, 64), MEAN, STD)
+GREY = Pixels((64, 64), (0.45,), (0.23,))
+BANDS = Pixels((24, 40), (0.5,) * 5, (0.25,) * 5)
+SMALL = Pixels((32, 32), MEAN, STD)
+RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+def peer(module: str) -> Any:
+    """A module of timm or torchvision; skips where it is missing or does not fit torch."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(module)
+    except Exception as error:
+        pytest.skip(f"{module} cannot be imported: {str(error).splitlines()[0]}")
+
+
+@pytest.fixture
+def timm_data() -> Any:
+    return peer("timm.data")
+
+
+@pytest.fixture
+def transforms() -> Any:
+    return peer("torchvision.transforms")
+
+
+@pytest.fixture(scope="module")
+def files(photos: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(photos.iterdir())]
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    """A file of uint8 [H, W, C]: PNG for 1 and 3 channels, else .npy."""
+    file = io.BytesIO()
+    if pixels.shape[2] in (1, 3):
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    else:
+        np.save(file, pixels)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    generator = np.random.default_rng(height * width)
+    return generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def seed_generators(key: int) -> None:
+    random.seed(key)
+    np.random.seed([key & 0xFFFFFFFF, key >> 32])
+    torch.manual_seed(key)
+
+
+def states() -> tuple[Any, ...]:
+    # "None" is where gauss() keeps the second of a pair of draws
+    return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist()
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The keys that draws are made from, as they are used."""
+    used: list[int] = []
+
+    def noted(key: int) -> Any:
+        used.append(key)
+        return draws_from(key)
+
+    monkeypatch.setattr(labelled, "draws_from", noted)
+    return used
+
+
+def published(timm_data: Any, size: int, **changes: object) -> Any:
+    """The call of microsoft/SimMIM:data/data_finetune.py with the values of its config.py."""
+    options = {
+        "input_size": size,
+        "is_training": True,
+        "color_jitter": 0.4,
+        "auto_augment": RAND_AUGMENT,
+        "re_prob": 0.25,
+        "re_mode": "pixel",
+        "re_count": 1,
+        "interpolation": "bicubic",
+    }
+    return timm_data.create_transform(**options | changes)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_training_views_are_the_published_ones(
+    timm_data: Any, files: list[bytes], keys: list[int], size: int
+) -> None:
+    view = TrainingView(Pixels((size, size), MEAN, STD), seed=3)
+    assert not view.note
+    theirs = published(timm_data, size)
+    for sample, data in enumerate(files):
+        ours = view(data, 1, sample)
+        seed_generators(keys[-1])
+        wanted = theirs(Image.fromarray(decode(data, 3)))
+        assert ours.dtype == np.float32
+        assert torch.equal(torch.from_numpy(ours), wanted)
+
+
+def test_colour_jitter_without_a_policy(
+    timm_data: Any, files: list[bytes], keys: list[int]
+) -> None:
+    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", erase=0.0))
+    theirs = published(timm_data, 64, auto_augment=None, re_prob=0.0)
+    assert "ColorJitter" in str(theirs)
+    assert "ColorJitter" not in str(published(timm_data, 64))
+    for sample, data in enumerate(files[:6]):
+        ours = view(data, 0, sample)
+        seed_generators(keys[-1])
+        wanted = theirs(Image.fromarray(decode(data, 3)))
+        assert torch.equal(torch.from_numpy(ours), wanted)
+
+
+def test_small_views_are_shifted_as_published(
+    timm_data: Any, transforms: Any, keys: list[int]
+) -> None:
+    view = TrainingView(SMALL, seed=0)
+    theirs = published(timm_data, 32)
+    theirs.transforms[0] = transforms.RandomCrop(32, padding=4)
+    picture = noise(32, 32)
+    for epoch in range(20):
+        ours = view(encoded(picture), epoch, 0)
+        seed_generators(keys[-1])
+        assert torch.equal(torch.from_numpy(ours), theirs(Image.fromarray(picture)))
+
+
+def test_small_views_of_large_images_show_most_of_them(timm_data: Any) -> None:
+    plain = Recipe(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
+    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
+    view = TrainingView(SMALL, 0, plain)(encoded(np.ascontiguousarray(ramp)), 0, 0)
+    steps = np.diff(view[0] * STD[0] * 255, axis=0)
+    assert np.median(steps) == pytest.approx(8, abs=0.1)  # 256 rows in 32
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32), (48, 80)])
+def test_grey_images_take_the_whole_recipe(
+    timm_data: Any, files: list[bytes], keys: list[int], size: tuple[int, int]
+) -> None:
+    view = TrainingView(Pixels(size, (0.45,), (0.23,)), seed=1)
+    assert not view.note
+    seen = {view(files[i % 4], i, 0).tobytes() for i in range(200)}  # every operation of the policy
+    assert len(seen) == 200
+    if max(size) > 32:
+        theirs = published(timm_data, size, mean=(0.45,), std=(0.23,))  # type: ignore[arg-type]
+        ours = view(files[0], 0, 9)
+        seed_generators(keys[-1])
+        wanted = theirs(Image.fromarray(decode(files[0], 1)[:, :, 0]))
+        assert torch.equal(torch.from_numpy(ours), wanted)
+
+
+def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> None:
+    # at magnitude 10; the published policy (9 ± 0.5) comes to it now and then
+    view = TrainingView(COLOUR, 0, Recipe(auto_augment="rand-m10-n1-inc1", erase=0.0))
+    black = normalised(np.zeros((64, 64, 3), dtype=np.uint8), COLOUR)
+    views = [view(files[0], epoch, 0) for epoch in range(120)]
+    assert 0 < sum(np.array_equal(made, black) for made in views) < 20
+    for policy in ("original", "v0", "3a", "augmix-m5-w4-d2"):
+        TrainingView(COLOUR, 0, Recipe(auto_augment=policy))(files[0], 0, 0)
+
+
+KINDS = {"colour": COLOUR, "grey": GREY, "small": SMALL, "bands": BANDS}
+
+
+@pytest.fixture(params=KINDS)
+def pixels(request: pytest.FixtureRequest) -> Pixels:
+    if request.param != "bands":
+        peer("timm.data")
+    return KINDS[request.param]
+
+
+def image_for(pixels: Pixels) -> bytes:
+    return encoded(noise(90, 70, len(pixels.mean)))
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_sample(pixels: Pixels) -> None:
+    data, view = image_for(pixels), TrainingView(pixels, seed=5)
+    first = view(data, 2, 7)
+    assert first.shape == view.shape == (len(pixels.mean), *pixels.size)
+    assert np.isfinite(first).all()
+    random.random(), np.random.rand(), torch.rand(1)
+    for again in (view, TrainingView(pixels, seed=5), pickle.loads(pickle.dumps(view))):
+        assert np.array_equal(again(data, 2, 7), first)
+    others = [view(data, 3, 7), view(data, 2, 8), TrainingView(pixels, seed=6)(data, 2, 7)]
+    assert not any(np.array_equal(first, other) for other in others)
+
+
+def test_generators_are_left_as_they_were(pixels: Pixels) -> None:
+    seed_generators(1)
+    random.gauss(0, 1), np.random.randn()  # both keep half a pair
+    before = states()
+    view = TrainingView(pixels, seed=5)
+    for epoch in range(3):
+        view(image_for(pixels), epoch, 0)
+    with pytest.raises(UnreadableImage):
+        view(b"no image", 0, 0)
+    assert states() == before
+
+
+def test_generators_are_left_as_they_were_after_an_error() -> None:
+    seed_generators(1)
+    before = states()
+    with pytest.raises(ZeroDivisionError), draws_from(2**64 - 1):
+        random.seed(np.random.rand() + torch.rand(1).item() + 1 / 0)
+    assert states() == before
+
+
+def test_draws_follow_all_64_bits_of_the_key() -> None:
+    drawn = []
+    for key in (1, 1 + 2**32, 2**63 + 1, 2**64 - 1):
+        with draws_from(key):
+            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    python, numpy, torchs = (set(column) for column in zip(*drawn))
+    assert len(python) == len(numpy) == 4
+    assert len(torchs) == 2  # its CPU generator takes 32 bits, which our keys mix as well
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str) -> None:
+    if kind != "bands":
+        peer("timm.data")
+    pixels = KINDS[kind]
+    channels = len(pixels.mean)
+    suffix = ".png" if channels in (1, 3) else ".npy"
+    for number in range(5):
+        image = encoded(noise(50 + number, 70, channels))
+        (tmp_path / f"{number}{suffix}").write_bytes(image if number != 3 else image[:40])
+    views = SourceViews(open_source(str(tmp_path)), TrainingView(pixels, seed=5))
+    places = [[(epoch, sample) for sample in (4, 3, 2, 1, 0)] for epoch in range(4)]
+
+    def made(producer: Producer) -> list[torch.Tensor]:
+        images = []
+        for filled in producer.batches(places):
+            assert [slot for slot, reason in filled.problems if reason] == [1]
+            images.append(filled.image.clone())
+        return images
+
+    images = made(InlineProducer(views))
+    assert not any(image[1].any() for image in images)
+    assert not torch.equal(images[0], images[1])
+    for workers in (1, 3):
+        pool = WorkerPool(views, 5, workers=workers, prefetch=2, timeout_s=60, report=pytest.fail)
+        assert all(torch.equal(a, b) for a, b in zip(images, made(pool), strict=True))
+    assert views.name(3) == f"3{suffix}"
+
+
+def test_other_channels_are_cropped_and_flipped() -> None:
+    view = TrainingView(BANDS, 0, Recipe(crop_scale=(1, 1), crop_ratio=(5 / 3, 5 / 3), flip=1.0))
+    assert "5 channels" in view.note
+    assert "\n" not in view.note
+    image = noise(24, 40, 5)
+    assert np.array_equal(view(encoded(image), 0, 0), normalised(image[:, ::-1], BANDS))
+    partial = TrainingView(BANDS, 0)
+    seen = [partial(encoded(image), epoch, 0) for epoch in range(8)]
+    assert len({views.tobytes() for views in seen}) == 8
+
+
+def test_other_channels_are_shifted_where_views_are_small() -> None:
+    small = Pixels((8, 8), (0.0,) * 2, (1.0,) * 2)
+    image = noise(8, 8, 2)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+    shifts = {
+        normalised(padded[y : y + 8, x : x + 8][:, ::step], small).tobytes()
+        for y in range(9)
+        for x in range(9)
+        for step in (1, -1)
+    }
+    view = TrainingView(small, 0)
+    seen = {view(encoded(image), epoch, 0).tobytes() for epoch in range(400)}
+    assert seen <= shifts
+    assert len(seen) > 100
+
+
+def normalised(image: np.ndarray, pixels: Pixels) -> np.ndarray:
+    unit = np.moveaxis(image, -1, 0).astype(np.float32) / np.float32(255)
+    mean = np.array(pixels.mean, dtype=np.float32)[:, None, None]
+    std = np.array(pixels.std, dtype=np.float32)[:, None, None]
+    return (unit - mean) / std
+
+
+@pytest.mark.parametrize("size", [32, 64, 192, 224])
+def test_evaluation_views_are_torchvisions(transforms: Any, files: list[bytes], size: int) -> None:
+    pixels = Pixels((size, size), MEAN, STD)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    end = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    crop = transforms.CenterCrop(size)
+    chains = {
+        256 / 224: [transforms.Resize(int((256 / 224) * size), interpolation=bicubic), crop],
+        1: [transforms.Resize(size, interpolation=bicubic), crop],
+        0: [transforms.Resize((size, size), interpolation=bicubic)],
+    }
+    for margin, chain in chains.items():
+        view, theirs = EvaluationView(pixels, margin), transforms.Compose(chain + end)
+        for data in files[:8]:
+            wanted = theirs(Image.fromarray(decode(data, 3)))
+            assert torch.equal(torch.from_numpy(view(data)), wanted)
+    default = EvaluationView(pixels)
+    published_margin = 1 if size <= 32 else 256 / 224
+    assert np.array_equal(default(files[0]), EvaluationView(pixels, published_margin)(files[0]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(70, 131), (131, 70), (64, 64), (20, 20), (74, 73)])
+@pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
+def test_evaluation_views_in_pillows_words(pixels: Pixels, height: int, width: int) -> None:
+    image = noise(height, width, len(pixels.mean))
+    short = min(height, width)
+    size = (int(73 * width / short), int(73 * height / short))  # int(256 / 224 * 64) = 73
+    scaled = Image.fromarray(image.squeeze()).resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - 64) / 2), round((size[1] - 64) / 2)
+    wanted = np.asarray(scaled.crop((left, top, left + 64, top + 64)))
+    wanted = wanted.reshape(64, 64, len(pixels.mean))
+    assert np.array_equal(EvaluationView(pixels)(encoded(image)), normalised(wanted, pixels))
+
+
+def test_evaluation_views_of_images_that_fit_are_the_images() -> None:
+    for pixels in (SMALL, BANDS):
+        h, w = pixels.size
+        image = noise(h, w, len(pixels.mean))
+        view = EvaluationView(pixels, margin=1)
+        assert view.shape == (len(pixels.mean), h, w)
+        out = np.full(view.shape, np.nan, dtype=view.dtype)
+        view.fill(out, encoded(image), epoch=4, sample=2)
+        assert np.array_equal(out, normalised(image, pixels))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 3000), (3000, 1), (2, 500), (40, 4000)])
+@pytest.mark.parametrize("kind", ["colour", "small", "bands"])
+def test_images_of_extreme_shapes(shape: tuple[int, int], kind: str) -> None:
+    pixels = KINDS[kind]
+    data = encoded(noise(*shape, len(pixels.mean)))
+    for margin in (None, 1, 0):
+        assert np.isfinite(EvaluationView(pixels, margin)(data)).all()
+    if kind != "bands":
+        peer("timm.data")
+    view = TrainingView(pixels, 0)
+    for epoch in range(20):
+        assert np.isfinite(view(data, epoch, 0)).all()
+
+
+def test_unreadable_images(write_image: Callable[..., Path]) -> None:
+    view = EvaluationView(Pixels((16, 16), MEAN, STD, max_pixels=1000))
+    data = write_image("x.png", size=(40, 30)).read_bytes()
+    with pytest.raises(UnreadableImage, match="pixels"):
+        view(data)
+    for broken in (b"", data[:50]):
+        with pytest.raises(UnreadableImage):
+            EvaluationView(COLOUR)(broken)
+
+
+def test_values_of_sixteen_bits() -> None:
+    file = io.BytesIO()
+    np.save(file, np.full((16, 16, 2), 3000, dtype=np.uint16))
+    pixels = Pixels((16, 16), (0.0, 0.5), (1.0, 0.5), value_range=(0.0, 3000.0))
+    for view in (EvaluationView(pixels), lambda data: TrainingView(pixels, 0)(data, 0, 0)):
+        assert view(file.getvalue())[:, 8, 8].tolist() == [1.0, 1.0]
+
+
+def test_settings_without_meaning_are_refused() -> None:
+    for margin in (0.5, -1):
+        with pytest.raises(ValueError, match="margin"):
+            EvaluationView(COLOUR, margin)
+    with pytest.raises(ValueError, match="crop_scale"):
+        Recipe(crop_scale=(0, 1))
+    with pytest.raises(ValueError, match="crop_ratio"):
+        Recipe(crop_ratio=(2, 1))
+
+
+def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(module: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist\nat …")
+
+    absent: Any = None
+    for patch in (
+        lambda: monkeypatch.setitem(sys.modules, "timm.data", absent),
+        lambda: monkeypatch.setattr(labelled, "import_module", missing),
+    ):
+        patch()
+        for wants_timm in (lambda: TrainingView(COLOUR, 0), lambda: Mixing(10, 0)):
+            with pytest.raises(RunError, match=r"pip install 'simmim\[finetune\]'") as caught:
+                wants_timm()
+            assert "\n" not in str(caught.value)
+    # neither what is tested on nor other channels need it
+    EvaluationView(COLOUR)(image_for(COLOUR))
+    TrainingView(BANDS, 0)(image_for(BANDS), 0, 0)
+
+
+def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    image = torch.randn(size, 3, 16, 16, generator=generator)
+    return image, torch.randint(0, 10, (size,), generator=generator)
+
+
+def test_mixing_is_timms(timm_data: Any, keys: list[int]) -> None:
+    mixing = Mixing(10, seed=4)
+    theirs = timm_data.Mixup(
+        mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="batch",
+        label_smoothing=0.1, num_classes=10,
+    )  # fmt: skip
+    cut = 0
+    for step in range(20):
+        image, label = batch()
+        ours = mixing(image.clone(), label, step, 0)
+        seed_generators(keys[-1])
+        wanted = theirs(image.clone(), label)
+        assert torch.equal(ours[0], wanted[0])
+        assert torch.equal(ours[1], wanted[1])
+        assert torch.allclose(ours[1].sum(1), torch.ones(8))
+        cut += bool((ours[0] == image).any())
+    assert 4 < cut < 16  # both are drawn
+
+
+def test_mixing_is_a_function_of_seed_step_rank_and_micro_batch(timm_data: Any) -> None:
+    seed_generators(1)
+    before = states()
+    results = {}
+    for seed, place in [(0, (5, 1)), (0, (6, 1)), (0, (5, 0)), (1, (5, 1)), (0, (5, 1, 1))]:
+        image, label = batch()
+        first = Mixing(10, seed)(image.clone(), label, *place)
+        again = Mixing(10, seed)(image.clone(), label, *place)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        results[seed, place] = first[1].numpy().tobytes()
+    assert len(set(results.values())) == 5
+    assert states() == before
+
+
+def test_empty_slots_take_their_partners_image(timm_data: Any) -> None:
+    mixing = Mixing(10, seed=4, smoothing=0.0)
+    for step in range(6):
+        image, label = batch()
+        image[2], label[2] = 0, -1
+        whole, whole_label = image.clone(), label.clone()
+        whole[2], whole_label[2] = image[5], label[5]
+        mixed, target = mixing(image.clone(), label, step, 0)
+        wanted, wanted_target = mixing(whole.clone(), whole_label, step, 0)
+        assert torch.equal(mixed, wanted)
+        assert torch.equal(target, wanted_target)
+        assert torch.allclose(mixed[2], whole[5])
+        assert target[2, whole_label[5]] == pytest.approx(1.0)
+        label[5] = -1  # both of a pair
+        _, target = mixing(image, label, step, 0)
+        assert target.sum(1).round(decimals=5).tolist() == [1, 1, 0, 1, 1, 0, 1, 1]
+
+
+def test_odd_batches_cannot_be_mixed(timm_data: Any) -> None:
+    image, label = batch(7)
+    with pytest.raises(ValueError, match="7 images cannot be mixed in pairs"):
+        Mixing(10, 0)(image, label, 0, 0)
+    off = Mixing(10, 0, mixup=0.0, cutmix=0.0)
+    label[3] = -1
+    same, target = off(image.clone(), label, 0, 0)
+    assert torch.equal(same, image)
+    smooth = torch.full((7, 10), 0.01)
+    smooth[torch.arange(7), label.clamp(min=0)] = 0.91
+    smooth[3] = 0
+    assert torch.allclose(target, smooth)

@@ -1,0 +1,257 @@
+"""The processes of the data path: killed, hung, crashing; every sample comes once, and the same."""
+
+import errno
+import faulthandler
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from simmim.data.order import MicroBatches, SampleOrder
+from simmim.data.source import DataError
+from simmim.data.workers import InlineProducer, WorkerPool
+
+SAMPLES = 40
+
+
+class Numbers:
+    """Views whose array says which sample it is; `before` may misbehave."""
+
+    shape: tuple[int, ...] = (3, 5)
+    dtype = "int32"
+
+    def __init__(self, before: Callable[[int, int], object] = lambda epoch, sample: None) -> None:
+        self.before = before
+
+    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
+        self.before(epoch, sample)
+        if sample % 10 == 7:
+            out[...] = 0
+            return f"no {sample}"
+        out[...] = 1000 * epoch + sample
+        return ""
+
+    def name(self, sample: int) -> str:
+        return f"number {sample}"
+
+
+def places(micro_batch: int = 8, steps: int = 20) -> list[list[tuple[int, int]]]:
+    return list(MicroBatches(SampleOrder(SAMPLES, 3), micro_batch, 1, 0, 1, 0, steps))
+
+
+def contents(batches: Any) -> list[tuple[list[int], list[tuple[int, str]]]]:
+    found = []
+    for filled in batches:
+        array = filled.image.numpy()
+        assert (array == array[:, :1, :1]).all()
+        found.append((array[:, 0, 0].tolist(), filled.problems))
+    return found
+
+
+def pool(views: Numbers, reports: list[str] | None = None, **options: Any) -> WorkerPool:
+    settings: dict[str, Any] = {"workers": 2, "prefetch": 3, "timeout_s": 60} | options
+    report = [].append if reports is None else reports.append
+    return WorkerPool(views, 8, report=report, **settings)
+
+
+EXPECTED = contents(InlineProducer(Numbers()).batches(places()))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Any:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert not multiprocessing.active_children()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3), (5, 2), (3, 30)])
+def test_any_crew_makes_the_same(workers: int, prefetch: int) -> None:
+    made = pool(Numbers(), workers=workers, prefetch=prefetch).batches(places())
+    assert contents(made) == EXPECTED
+
+
+def test_batches_of_any_size() -> None:
+    odd = [part[: 1 + number % 8] for number, part in enumerate(places())]
+    expected = contents(InlineProducer(Numbers()).batches(odd))
+    assert contents(pool(Numbers()).batches(odd)) == expected
+
+
+def test_killed_at_any_moment() -> None:
+    """A process is killed after every batch; nothing is lost, doubled or late."""
+    reports: list[str] = []
+    slow = Numbers(lambda epoch, sample: time.sleep(0.001))
+    generator = pool(slow, reports, workers=3).batches(places())
+    found = []
+    for number, filled in enumerate(generator):
+        found.append((filled.image.numpy()[:, 0, 0].tolist(), filled.problems))
+        children = multiprocessing.active_children()
+        os.kill(children[number % len(children)].pid or 0, signal.SIGKILL)
+        time.sleep(0.002 * (number % 5))
+    assert found == EXPECTED
+    assert len(reports) > 5
+    assert all("a data worker was killed by SIGKILL" in line for line in reports)
+
+
+def once(folder: Path, name: str) -> bool:
+    """Whether this is the first call anywhere, in any process."""
+    try:
+        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def test_a_sample_that_kills_once_comes_all_the_same(tmp_path: Path) -> None:
+    def die(epoch: int, sample: int) -> None:
+        if sample == 12 and once(tmp_path, f"died-{epoch}"):
+            os._exit(3)
+
+    reports: list[str] = []
+    assert contents(pool(Numbers(die), reports).batches(places())) == EXPECTED
+    assert reports == ["a data worker ended with exit code 3 at number 12; replaced"] * 4
+
+
+def test_a_sample_that_kills_always_is_given_up() -> None:
+    def crash(epoch: int, sample: int) -> None:
+        if sample == 12:
+            faulthandler.disable()  # pytest's would print
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    reports: list[str] = []
+    found = contents(pool(Numbers(crash), reports).batches(places()))
+    reason = "a data worker was killed by SIGSEGV at it, 2 times"
+    expected = []
+    for (numbers, problems), batch in zip(EXPECTED, places()):
+        lost = [(slot, reason) for slot, (_, sample) in enumerate(batch) if sample == 12]
+        left = [0 if sample == 12 else n for n, (_, sample) in zip(numbers, batch)]
+        expected.append((left, sorted(problems + lost)))
+    assert found == expected
+    assert len(reports) == 2 * 4  # twice in each of four epochs
+
+
+def test_a_sample_that_hangs(tmp_path: Path) -> None:
+    """Once: it is made by another process. Always: it is given up."""
+
+    def hang(epoch: int, sample: int) -> None:
+        if (sample == 5 and once(tmp_path, f"hung-{epoch}")) or (sample == 9 and epoch == 0):
+            time.sleep(1000)
+
+    reports: list[str] = []
+    of_epoch_0 = places(steps=5)
+    found = contents(pool(Numbers(hang), reports, timeout_s=0.4).batches(of_epoch_0))
+    lost = [problem for _, problems in found for problem in problems if "answer" in problem[1]]
+    reason = "a data worker gave no answer for 0 s at it, 2 times"
+    assert [said for _, said in lost] == [reason]
+    good = [number for numbers, _ in found for number in numbers]
+    assert good.count(5) == 1
+    assert 9 not in good
+    assert sorted(line.split(" at ")[1] for line in reports) == [
+        "number 5; replaced",
+        "number 9; replaced",
+        "number 9; replaced",
+    ]
+
+
+def test_processes_that_never_work_end_the_run() -> None:
+    def die(epoch: int, sample: int) -> None:
+        os._exit(1)
+
+    with pytest.raises(DataError, match=r"do not stay alive.*exit code 1.*fewer --data.workers"):
+        contents(pool(Numbers(die), prefetch=20, workers=4).batches(places()))
+
+
+def test_faults_of_code_and_machine_are_told_apart() -> None:
+    def fault(epoch: int, sample: int) -> None:
+        raise KeyError("wrong code")
+
+    def machine(epoch: int, sample: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with pytest.raises(RuntimeError, match=r"(?s)a data worker failed.*in fault.*wrong code"):
+        contents(pool(Numbers(fault)).batches(places()))
+    with pytest.raises(DataError, match=r"^\[Errno 24\] Too many open files$"):
+        contents(pool(Numbers(machine)).batches(places()))
+
+
+def test_leaving_early_ends_the_processes() -> None:
+    hang = Numbers(lambda epoch, sample: time.sleep(1000 if epoch else 0))
+    generator = pool(hang).batches(places())
+    next(generator)
+    started = time.monotonic()
+    generator.close()
+    assert time.monotonic() - started < 5
+
+
+ORPHANS = """
+import os, signal, sys, time
+sys.path[:0] = {path!r}
+from test_workers import Numbers, places, pool
+generator = pool(Numbers()).batches(places(steps=100000))
+next(generator)
+import multiprocessing
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_follow_a_killed_parent() -> None:
+    path = [str(Path(__file__).parent), *sys.path]
+    code = [sys.executable, "-c", ORPHANS.format(path=path)]
+    result = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False)
+    children = [int(pid) for pid in result.stdout.split()]
+    assert len(children) == 2, result.stderr
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def resident_bytes() -> int:
+    """Private memory of this process and its children."""
+    pids = ["self", *(str(child.pid) for child in multiprocessing.active_children())]
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean", "Private_Dirty")):
+                total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_10000_batches(photos: Path) -> None:
+    """The trend over the last 8,000 batches of real photos: below 100 bytes a batch."""
+    from simmim.data.augment import Augmentation
+    from simmim.data.loader import AugmentedImages
+    from simmim.data.source import open_source
+
+    views = AugmentedImages(
+        open_source(str(photos)), Augmentation((64, 64), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3), 0
+    )
+    order = MicroBatches(SampleOrder(len(views.source.names), 0), 2, 1, 0, 1, 0, 10_000)
+    generator = WorkerPool(
+        views, 2, workers=2, prefetch=4, timeout_s=60, report=lambda line: None
+    ).batches(order)
+    counts, sizes = [], []
+    for number, _ in enumerate(generator):
+        if number >= 2000 and number % 500 == 0:
+            counts.append(number)
+            sizes.append(resident_bytes())
+    slope = np.polyfit(counts, sizes, 1)[0]
+    assert slope < 100, list(zip(counts, sizes))
