@@ -82,8 +82,8 @@ class DataConfig:
     """Seconds after which a process that is still at one image is replaced; an image that does it twice is left out."""
     max_pixels: int = 2**27
     """Images of more pixels are left out before they are decoded."""
-    dali_memory_mib: int = 4096
-    """Memory that DALI may take per device, in MiB."""
+    dali_memory_mib: int = 2048
+    """Memory that DALI may take per device, on the GPU and page-locked together, in MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)

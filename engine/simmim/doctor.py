@@ -2,10 +2,13 @@
 
 import os
 
+import simplejpeg
 import torch
 
+from simmim.data import dali
 from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import native
+from simmim_kernels.crop_resize import BACKENDS as CROP_BACKENDS
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
 from simmim_kernels.gradient_norm import BACKENDS as NORM_BACKENDS
@@ -39,6 +42,18 @@ def backend_lines(device: torch.device, dtype: torch.dtype) -> list[str]:
     against = {b.name: b.reasons_against(x) for b in ATTENTION_BACKENDS}
     lines += [f"    not {n}: {'; '.join(reasons)}" for n, reasons in against.items() if reasons]
     return lines
+
+
+def data_lines() -> list[str]:
+    """What decodes images here by itself, and why not DALI."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, reason = dali.choose_backend("auto", device)
+    return [
+        f"  {'data.backend=auto':<24} {name} ({reason})",
+        f"  {'dali':<24} {dali.missing_reason() or 'installed'}",
+        f"  {'JPEG':<24} simplejpeg {simplejpeg.__version__} (libjpeg-turbo)",
+        f"  {'crop and resize':<24} {choose('crop_resize', CROP_BACKENDS, (), None)}",
+    ]
 
 
 def report() -> str:
@@ -77,4 +92,5 @@ def report() -> str:
     lines.append("  reference                torch scaled_dot_product_attention")
     without = xformers_kernel.missing_reason()
     lines.append(f"  xformers                 {without or 'memory_efficient_attention, on CUDA'}")
+    lines += ["data", *data_lines()]
     return "\n".join(lines)

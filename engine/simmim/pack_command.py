@@ -67,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
         help="images of the source that make a shard (default: %(default)s)",
     )
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
-    add("--labels", type=Path, metavar="FILE", help="label file (default: class folders)")
+    add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="label file (default: the source's own labels, else class folders)",
+    )
     add("--shuffle", type=_seed, metavar="SEED", help="pack in a random order, not the source's")
     add(
         "--max-pixels",
@@ -75,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
         default=MAX_PIXELS,
         metavar="N",
         help="skip larger images undecoded (default: %(default)s)",
+    )
+    add(
+        "--channels",
+        type=_positive,
+        metavar="N",
+        help="give every image N channels: 1, 3 or 4, or the N of arrays (default: as they are)",
     )
     add(
         "--value-range",
@@ -139,6 +150,7 @@ def _pack(given: argparse.Namespace, workers: int) -> int:
         shuffle=given.shuffle,
         max_pixels=given.max_pixels,
         value_range=given.value_range,
+        channels=given.channels,
     )
     source, labels = _source(given.source, given.shuffle is not None, given.labels)
     with _progress("packed", len(source.names)) as progress:
@@ -179,6 +191,7 @@ def _statistics(
             workers=workers,
             max_pixels=given.max_pixels,
             value_range=given.value_range,
+            channels=given.channels,
             tick=progress.update,
         )
     if found.skipped:

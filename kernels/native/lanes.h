@@ -1,4 +1,4 @@
-// Sixteen float lanes, however many registers that takes: the only place with intrinsics.
+// Sixteen float lanes, however many registers that takes: with byte_lanes.h the only place with intrinsics.
 #pragma once
 
 #include <cstddef>

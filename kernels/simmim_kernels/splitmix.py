@@ -28,8 +28,13 @@ def fold(*parts: int) -> int:
     """One 64-bit key from several integers; the order of the parts matters."""
     key = 0
     for part in parts:
-        key = mix((key + GAMMA) ^ mix(part + GAMMA))
+        key = fold_into(key, part)
     return key
+
+
+def fold_into(key: int, part: int) -> int:
+    """One more part: fold(a, b, c) is fold_into(fold(a, b), c)."""
+    return mix((key + GAMMA) ^ mix(part + GAMMA))
 
 
 def uniform(key: int, counter: int) -> float:

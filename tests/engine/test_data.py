@@ -6,15 +6,16 @@ import multiprocessing
 import os
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simmim.data.augment import Augmentation, augment, centre_view, crop_box, sample_key
-from simmim.data.decode import UnreadableImage, decode
+from simmim.data.decode import UnreadableImage, decode, read_header
 from simmim.data.loader import Batch, Loader
 from simmim.data.order import MicroBatches, SampleOrder
 from simmim.data.shards import ShardSource
@@ -74,6 +75,42 @@ def test_exif_rotation(write_image: Callable[..., Path]) -> None:
     exif[0x0112] = 6  # the camera was turned by 90°
     path = write_image("turned.jpg", exif=exif)
     assert decode(path.read_bytes(), 3).shape == (90, 70, 3)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("where", ["exif", "xmp", "both"])
+def test_headers_and_pixels_are_pillows(
+    write_image: Callable[..., Path], orientation: int, where: str
+) -> None:
+    """Every orientation, valid or not, told by EXIF, by XMP, or by both and differently."""
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    options = {}
+    if where != "xmp":
+        exif[0x0112] = orientation
+    if where != "exif":
+        told = orientation if where == "xmp" else 3
+        options["xmp"] = f'<x:xmpmeta tiff:Orientation="{told}"></x:xmpmeta>'.encode()
+    data = write_image("turned.jpg", size=(50, 30), exif=exif, **options).read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(decode(data, 3), expected)
+    header = read_header(data)
+    assert (header.width, header.height, header.channels, header.format) == (50, 30, 3, "JPEG")
+    assert header.upright_size == expected.shape[1::-1]
+
+
+def test_jpegs_of_every_kind_have_pillows_pixels(write_image: Callable[..., Path]) -> None:
+    kinds: list[dict] = [
+        {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True},
+        {"quality": 30}, {"mode": "L"}, {"keep_rgb": True}, {"restart_marker_rows": 1},
+    ]  # fmt: skip
+    for kind in kinds:
+        data = write_image("x.jpg", **kind).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            expected = np.asarray(image.convert("RGB"))
+        assert read_header(data).plain
+        assert np.array_equal(decode(data, 3), expected), kind
 
 
 def test_sixteen_bit_png_keeps_its_range(tmp_path: Path) -> None:
@@ -209,6 +246,27 @@ def test_more_shards_than_descriptors(
     for index in [0, 1, 2, 3, 4, 0, 3, 1]:
         expected = photos / source.names[index].split("/", 1)[1]
         assert source.read(index) == expected.read_bytes()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_threads_share_few_descriptors(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread's shard is closed for another's while it is read: no bytes of another file."""
+    monkeypatch.setattr("simmim.data.shards.MAX_OPEN_SHARDS", 2)
+    for number in range(8):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            member = tarfile.TarInfo("a.jpg")
+            member.size = 200_000
+            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    source = open_source(str(tmp_path))
+
+    def read(number: int) -> bool:
+        return source.read(number % 8) == bytes([number % 8]) * 200_000
+
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(4000)))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 

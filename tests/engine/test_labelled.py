@@ -175,7 +175,7 @@ def test_grey_images_take_the_whole_recipe(
     view = TrainingView(Pixels(size, (0.45,), (0.23,)), seed=1)
     assert not view.note
     seen = {view(files[i % 4], i, 0).tobytes() for i in range(200)}  # every operation of the policy
-    assert len(seen) == 200
+    assert len(seen) > 190  # posterised to no bits, some are equal
     if max(size) > 32:
         theirs = published(timm_data, size, mean=(0.45,), std=(0.23,))  # type: ignore[arg-type]
         ours = view(files[0], 0, 9)
@@ -190,8 +190,10 @@ def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> 
     black = normalised(np.zeros((64, 64, 3), dtype=np.uint8), COLOUR)
     views = [view(files[0], epoch, 0) for epoch in range(120)]
     assert 0 < sum(np.array_equal(made, black) for made in views) < 20
-    for policy in ("original", "v0", "3a", "augmix-m5-w4-d2"):
-        TrainingView(COLOUR, 0, Recipe(auto_augment=policy))(files[0], 0, 0)
+    for policy in ("v0-mstd9", "rand-m10-mstd9-inc1", "augmix-m10-mstd9"):
+        view = TrainingView(SMALL, 0, Recipe(auto_augment=policy))
+        for epoch in range(300):
+            view(encoded(noise(32, 32)), epoch, 0)
 
 
 KINDS = {"colour": COLOUR, "grey": GREY, "small": SMALL, "bands": BANDS}
@@ -261,17 +263,19 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str)
         image = encoded(noise(50 + number, 70, channels))
         (tmp_path / f"{number}{suffix}").write_bytes(image if number != 3 else image[:40])
     views = SourceViews(open_source(str(tmp_path)), TrainingView(pixels, seed=5))
-    places = [[(epoch, sample) for sample in (4, 3, 2, 1, 0)] for epoch in range(4)]
+    # the broken one, 3, stands in another slot every time
+    places = [[(epoch, (slot + epoch) % 5) for slot in range(5)] for epoch in range(5)]
 
     def made(producer: Producer) -> list[torch.Tensor]:
         images = []
-        for filled in producer.batches(places):
-            assert [slot for slot, reason in filled.problems if reason] == [1]
+        for epoch, filled in enumerate(producer.batches(places)):
+            broken = (3 - epoch) % 5
+            assert [slot for slot, reason in filled.problems if reason] == [broken]
+            assert not filled.image[broken].any()
             images.append(filled.image.clone())
         return images
 
     images = made(InlineProducer(views))
-    assert not any(image[1].any() for image in images)
     assert not torch.equal(images[0], images[1])
     for workers in (1, 3):
         pool = WorkerPool(views, 5, workers=workers, prefetch=2, timeout_s=60, report=pytest.fail)
@@ -285,6 +289,15 @@ def test_other_channels_are_cropped_and_flipped() -> None:
     assert "\n" not in view.note
     image = noise(24, 40, 5)
     assert np.array_equal(view(encoded(image), 0, 0), normalised(image[:, ::-1], BANDS))
+    larger = noise(48, 80, 5)
+    wanted = np.stack(
+        [
+            np.asarray(Image.fromarray(band).resize((40, 24), Image.Resampling.BICUBIC))
+            for band in np.moveaxis(larger, -1, 0)
+        ],
+        axis=-1,
+    )
+    assert np.array_equal(view(encoded(larger), 0, 0), normalised(wanted[:, ::-1], BANDS))
     partial = TrainingView(BANDS, 0)
     seen = [partial(encoded(image), epoch, 0) for epoch in range(8)]
     assert len({views.tobytes() for views in seen}) == 8
@@ -370,6 +383,22 @@ def test_images_of_extreme_shapes(shape: tuple[int, int], kind: str) -> None:
     view = TrainingView(pixels, 0)
     for epoch in range(20):
         assert np.isfinite(view(data, epoch, 0)).all()
+
+
+def test_views_of_long_images_show_their_middle() -> None:
+    image = noise(3, 4000)
+    middle = image[:, 2000 - 24 : 2000 + 24]
+    for margin in (None, 1):
+        view = EvaluationView(COLOUR, margin)
+        assert np.array_equal(view(encoded(image)), view(encoded(np.ascontiguousarray(middle))))
+
+
+def test_crops_of_a_single_pixel_hold_it(timm_data: Any) -> None:
+    white = np.full((1, 1, 3), 255, dtype=np.uint8)
+    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", color_jitter=0.0, erase=0.0))
+    wanted = normalised(np.full((64, 64, 3), 255, dtype=np.uint8), COLOUR)
+    for epoch in range(20):
+        assert np.array_equal(view(encoded(white), epoch, 0), wanted)
 
 
 def test_unreadable_images(write_image: Callable[..., Path]) -> None:

@@ -171,10 +171,23 @@ def test_names_with_spaces_in_a_list(write: Callable[[str, str], Path]) -> None:
     assert numbered(labels_of(listed("my cat.jpg", "my dog.jpg"), path)) == [1, 0]
 
 
+def test_names_with_semicolons(write: Callable[[str, str], Path]) -> None:
+    path = write("l.csv", "my;cat.jpg,1\nmy;dog.jpg,0\n")
+    assert numbered(labels_of(listed("my;cat.jpg", "my;dog.jpg"), path)) == [1, 0]
+
+
+def test_paths_from_here(write: Callable[[str, str], Path]) -> None:
+    path = write("l.txt", "./b/1.jpg 1\n./a/1.jpg 0\n")
+    assert numbered(labels_of(listed("a/1.jpg", "b/1.jpg"), path)) == [0, 1]
+
+
 def test_exact_paths_win_over_file_names(write: Callable[[str, str], Path]) -> None:
     source = listed("1.jpg", "a/1.jpg", "b/2.jpg")
     path = write("l.txt", "2.jpg 0\n1.jpg 1\na/1.jpg 2\n")
     assert numbered(labels_of(source, path)) == [1, 2, 0]
+    elsewhere = write("m.txt", "a/1.jpg 0\nb/1.jpg 1\n")
+    assert '"b/1.jpg" is no image' in refusal(listed("a/1.jpg"), elsewhere)
+    assert numbered(labels_of(listed("a/1.jpg"), elsewhere, partial=True)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -372,6 +385,10 @@ def test_numbers_mean_the_training_sets_order() -> None:
     trained = tuple(sorted(str(i) for i in range(11)))
     listed_numbers = Labels(np.array([10, 2]), tuple(str(i) for i in range(11)))
     assert match_classes(listed_numbers, trained).values.tolist() == [2, 3]
+    assert match_classes(Labels(np.array([0, 2]), ("0", "1", "2")), trained).values.tolist() == [
+        0,
+        3,
+    ]
 
 
 LABELLED = Labels(np.repeat([3, 0, 1, -1, 2], [1000, 1, 40, 17, 300]), ("a", "b", "c", "d", "e"))

@@ -300,15 +300,35 @@ def test_what_is_skipped_and_why(
     assert json.loads((tmp_path / "packed" / "dataset.json").read_text())["skipped"] == 5
 
 
+def test_channels_for_all(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mixed"
+    root.mkdir()
+    with Image.open(min((small / "cat").iterdir())) as image:
+        for mode in ("L", "RGB"):
+            image.convert(mode).save(root / f"{mode}.jpg")
+        image.convert("RGBA").save(root / "RGBA.png")
+    assert run(root, tmp_path / "packed", "--channels", 3, "--stats") == 0
+    source = open_source(str(tmp_path / "packed"))
+    assert [decode(source.read(i), None).shape[2] for i in range(3)] == [3, 3, 3]
+    assert source.read(1) == (root / "RGB.jpg").read_bytes()
+    assert json.loads((tmp_path / "packed" / "dataset.json").read_text())["channels"] == 3
+    assert run("--verify", tmp_path / "packed") == 0
+    capsys.readouterr()
+    assert run(root, "--channels", 1, "--stats") == 0
+    grey = [decode(p.read_bytes(), 1) for p in sorted(root.iterdir())]
+    assert capsys.readouterr().out.splitlines() == expected_statistics(grey)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_values_of_other_types(
     tmp_path: Path, keep: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, folder = tmp_path / "arrays", tmp_path / "packed"
     root.mkdir()
+    # fewer rows than channels: nothing but --channels tells which is which
     values = np.linspace(-1, 1, 5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
     np.save(root / "a.npy", values)
-    flags = ("--value-range", -1, 1, *(["--keep-originals"] if keep else []))
+    flags = ("--value-range", -1, 1, "--channels", 7, *(["--keep-originals"] if keep else []))
     assert run(root, folder, *flags) == 0
     assert run("--verify", folder) == 0
     data = open_source(str(folder)).read(0)

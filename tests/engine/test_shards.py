@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from simmim.data.pack import Options, pack
-from simmim.data.shards import ShardSource, scan_tar, shown, tar_index
+from simmim.data.shard_index import shown
+from simmim.data.shards import ShardSource, scan_tar, tar_index
 from simmim.data.source import DataError, open_source
 
 

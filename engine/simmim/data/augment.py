@@ -5,6 +5,7 @@ Source: Xie et al. 2021, section 4.1; crop boxes as torchvision's RandomResizedC
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from PIL import Image
 
 from simmim_kernels import crop_resize, native
 from simmim_kernels.crop_resize import Filter
-from simmim_kernels.splitmix import fold, uniform
+from simmim_kernels.splitmix import fold, fold_into, uniform
 
 # Keeps the augmentation's draws apart from those of other uses of the same (seed, epoch, sample).
 STREAM = 0x63726F70  # "crop"
@@ -41,7 +42,12 @@ class Augmentation:
 
 def sample_key(seed: int, epoch: int, sample: int) -> int:
     """The key of one sample's augmentation."""
-    return fold(STREAM, seed, epoch, sample)
+    return fold_into(_epoch_key(seed, epoch), sample)
+
+
+@lru_cache(maxsize=4)
+def _epoch_key(seed: int, epoch: int) -> int:
+    return fold(STREAM, seed, epoch)
 
 
 def crop_box(

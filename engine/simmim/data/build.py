@@ -2,27 +2,52 @@
 
 from simmim.config import Config, micro_batch
 from simmim.data.augment import Augmentation
-from simmim.data.loader import Loader
+from simmim.data.dali import DaliPipeline, choose_backend
+from simmim.data.loader import Loader, default_workers
+from simmim.data.producer import Producer
 from simmim.data.source import Source
 from simmim.distributed import World
 
 
 def make_loader(config: Config, source: Source, world: World) -> Loader:
-    """A loader over `source` for this process; see `simmim.data.loader.Loader`."""
-    data = config.data
+    """A loader over `source` for this process; see `simmim.data.loader.Loader`.
+
+    Raises:
+        DataError: DALI was asked for and is missing, or cannot work within its memory.
+    """
+    data, batch = config.data, micro_batch(config, world.size)
+    workers = default_workers(world) if data.workers < 0 else data.workers
     augmentation = Augmentation(
         config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
     )
-    return Loader(
+    producer: Producer | None = None
+    if choose_backend(data.backend, world.device, data.channels)[0] == "dali":
+        producer = DaliPipeline(
+            source,
+            augmentation,
+            config.seed,
+            device=world.device,
+            micro_batch=batch,
+            threads=max(1, workers),
+            prefetch=data.prefetch,
+            memory_bytes=data.dali_memory_mib * 2**20,
+            max_pixels=data.max_pixels,
+            value_range=data.value_range,
+            timeout_s=data.timeout_s,
+            report=lambda line: loader.report(line),
+        )
+    loader = Loader(
         source,
         augmentation,
         seed=config.seed,
-        micro_batch=micro_batch(config, world.size),
+        micro_batch=batch,
         accumulation_steps=config.train.accumulation_steps,
-        workers=data.workers,
+        workers=workers,
         prefetch=data.prefetch,
         world=world,
         timeout_s=data.timeout_s,
         max_pixels=data.max_pixels,
         value_range=data.value_range,
+        producer=producer,
     )
+    return loader

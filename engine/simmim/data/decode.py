@@ -7,6 +7,7 @@ pixels for the same JPEG. Arrays of any number of channels come from .npy files 
 
 import io
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,9 @@ MAX_PIXELS = 2**27
 EXIF_ORIENTATION = 0x0112
 JPEG_MAGIC = b"\xff\xd8"
 JPEG_APP1, JPEG_SCAN = 0xE1, 0xDA
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_FRAME = struct.Struct(">HBHHB")
+TIFF_SHORT = 3
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS_PER_SAMPLE, TIFF_SAMPLES_PER_PIXEL = 258, 277
@@ -31,7 +35,6 @@ TIFF_BITS_PER_SAMPLE, TIFF_SAMPLES_PER_PIXEL = 258, 277
 # More than any sensor has; a larger first axis is rows, not channels.
 MAX_CHANNELS = 4096
 
-_JPEG_CHANNELS = {"Gray": 1, "YCbCr": 3, "RGB": 3}
 _JPEG_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}
 
 
@@ -137,37 +140,47 @@ def read_header(data: bytes) -> Header:
 
 
 def _jpeg_header(data: bytes) -> Header | None:
-    """The header of a JPEG that simplejpeg reads; None for others."""
-    try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    channels = _JPEG_CHANNELS.get(colour)
-    if channels is None:
-        return None
-    orientation = 1
-    if _may_have_exif(data):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                orientation = _orientation(image)
-    return Header(width, height, channels, "JPEG", orientation, plain=True)
+    """The header of a JPEG that simplejpeg decodes to grey or RGB; None for others.
 
-
-def _may_have_exif(data: bytes) -> bool:
-    """Whether an EXIF segment stands before a JPEG's scan; True where its markers are odd."""
-    at = 2
+    Walks over the segments up to the scan: Pillow takes ten times as long, which counts where
+    small images are decoded by thousands a second. None also where anything is unusual.
+    """
+    at, size, orientation = 2, None, 1
     try:
         while data[at] == 0xFF:
             marker = data[at + 1]
             if marker == JPEG_SCAN:
-                return False
-            if marker == JPEG_APP1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                return True
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
-    except IndexError:
+                if size is None or size[2] not in (1, 3):
+                    return None
+                return Header(*size, "JPEG", orientation, plain=True)
+            if marker in JPEG_FRAMES:
+                # length, bits, height, width, components
+                _, bits, height, width, components = _FRAME.unpack_from(data, at + 2)
+                if bits != 8 or not height or not width:
+                    return None
+                size = width, height, components
+            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
+            if marker == JPEG_APP1:
+                if data.startswith(b"Exif\0\0", at + 4):
+                    orientation = _exif_orientation(data, at + 10)
+                elif data.find(b"tiff:Orientation", at, end) >= 0:
+                    return None  # XMP, which Pillow asks where EXIF says nothing
+            at = end
+    except (IndexError, struct.error):
         pass
-    return True
+    return None
+
+
+def _exif_orientation(data: bytes, start: int) -> int:
+    """The orientation in the TIFF structure at `start`, 1 where it has none."""
+    order = "<" if data.startswith(b"II", start) else ">"
+    entries = start + struct.unpack_from(f"{order}4xI", data, start)[0]
+    (count,) = struct.unpack_from(f"{order}H", data, entries)
+    for number in range(count):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, entries + 2 + 12 * number)
+        if tag == EXIF_ORIENTATION:
+            return value if kind == TIFF_SHORT and value in range(1, 9) else 1
+    return 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -238,12 +251,13 @@ def _natural_mode(image: Image.Image) -> tuple[str, ...]:
 
 
 def _convert(image: Image.Image, channels: int | None) -> NDArray[np.uint8]:
-    if channels is None:
-        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(_natural_mode(image))]
+    natural = len(_natural_mode(image))
+    if channels is None or channels == natural:
+        mode = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[natural]
     elif channels in MODES:
         mode = MODES[channels]
     else:
-        raise UnreadableImage(f"{len(_natural_mode(image))} channels instead of {channels}")
+        raise UnreadableImage(f"{natural} channels instead of {channels}")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))

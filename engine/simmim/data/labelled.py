@@ -181,7 +181,7 @@ class TrainingView:
             out[...] = self._transform(picture).numpy()
 
     def _enlarged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        # timm crops images of a few pixels to none at all
+        # of an image of a few pixels, timm's crops hold none at times, and are black
         low, high = self.recipe.crop_ratio
         least = image.shape[0] * image.shape[1] * self.recipe.crop_scale[0] * min(low, 1 / high)
         times = math.ceil(least**-0.5)

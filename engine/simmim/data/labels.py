@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.label_file import LabelTable, read_classes, read_labels
-from simmim.data.source import DataError, Source, is_image
+from simmim.data.source import DataError, Source
 from simmim_kernels.splitmix import fold, permutation
 
 # Keeps the splits' draws apart from other uses of the same seed.
@@ -169,7 +169,7 @@ def holdout(labels: Labels, count: int, seed: int) -> tuple[NDArray[np.int64], N
             f"0 to {spare} can be held out"
         )
     quota = count * sizes / max(1, sizes.sum())
-    held = np.minimum(np.floor(quota).astype(np.int64), sizes - 1)
+    held = np.floor(quota).astype(np.int64)
     ties = permutation(fold(STREAM, seed), len(sizes))
     while (left := count - int(held.sum())) > 0:
         order = np.lexsort((ties, held - quota))  # the largest remainder first
@@ -368,8 +368,8 @@ def _ways_to_name(
         yield inside, lambda at: entries[at]
     files = [path.rsplit("/", 1)[-1] for path in inside]
     yield files, lambda at: entries[at].rsplit("/", 1)[-1]
-    # without an extension, as tables of identifiers name images; "" is no image's name
+    # without an extension, as tables of identifiers name images
     yield (
         [os.path.splitext(file)[0] for file in files],
-        lambda at: "" if is_image(entries[at]) else entries[at].rsplit("/", 1)[-1],
+        lambda at: entries[at].rsplit("/", 1)[-1],
     )

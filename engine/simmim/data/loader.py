@@ -152,6 +152,7 @@ class Loader:
         self.order = SampleOrder(len(source.names), seed)
         self.micro_batch, self.accumulation_steps = micro_batch, accumulation_steps
         self.workers = default_workers(world) if workers < 0 else workers
+        self.kind_of_workers = "workers" if producer is None else "threads (DALI)"
         self.wait_s = 0.0
         self.waiting = False
         self.problems: list[tuple[int, str]] = []
@@ -183,7 +184,7 @@ class Loader:
         spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if self.workers == 0 and spare > 1:
             return "the training process decodes by itself; try --data.workers=1"
-        decoders = f"{self.workers} data workers cannot keep up"
+        decoders = f"{self.workers} data {self.kind_of_workers} cannot keep up"
         if self.workers < spare - 1:
             return f"{decoders}; try --data.workers={spare - 1}"
         if getattr(self.source, "sizes", None) is not None:  # packed shards

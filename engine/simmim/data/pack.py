@@ -30,16 +30,19 @@ from simmim.data.augment import resized
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
 from simmim.data.labels import Labels
 from simmim.data.processes import Tally, Tasks
-from simmim.data.shards import (
+from simmim.data.shard_index import (
     DATASET_FILE,
     DATASET_FORMAT,
     VERSION,
     ShardIndex,
+    check_members,
+    dali_index,
     is_pack,
     read_dataset,
     read_index,
     shard_name,
     shown,
+    write_member,
 )
 from simmim.data.source import DataError, Source, is_machine_fault
 from simmim.errors import RunError
@@ -72,6 +75,7 @@ class Options:
         shuffle: seed of the order; None keeps the source's.
         max_pixels: larger images are skipped before they are decoded.
         value_range: the values that become 0 and 255 where files hold other than 8 bits.
+        channels: that every image is given; None keeps each file's own.
     """
 
     short_side: int | None = 256
@@ -81,6 +85,7 @@ class Options:
     shuffle: int | None = None
     max_pixels: int = MAX_PIXELS
     value_range: tuple[float, float] | None = None
+    channels: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The options as dataset.json holds them."""
@@ -352,7 +357,12 @@ def encode(data: bytes, options: Options) -> Encoded:
     header = read_header(data)
     if header.width * header.height > options.max_pixels:
         raise _TooLarge(f"{header.width}×{header.height}")
-    pixels = decode(data, None, max_pixels=options.max_pixels, value_range=options.value_range)
+    pixels = decode(
+        data,
+        options.channels,
+        max_pixels=options.max_pixels,
+        value_range=options.value_range,
+    )
     height, width, channels = pixels.shape
     if options.keep_originals:
         extension = _EXTENSIONS.get(header.format, header.format.lower())
@@ -364,7 +374,7 @@ def encode(data: bytes, options: Options) -> Encoded:
         pixels = resized(
             pixels, (0, 0, pixels.shape[1], pixels.shape[0]), (height, width), filter="lanczos"
         )
-    elif header.format == "JPEG" and header.plain and header.orientation == 1:
+    elif header.plain and header.orientation == 1 and header.channels == channels:
         return Encoded(data, "jpg", width, height, channels)
     if channels > 4:
         buffer = io.BytesIO()
@@ -393,74 +403,6 @@ def _reason(error: OSError | UnreadableImage) -> str:
     if isinstance(error, OSError):
         kind = "changed" if "changed while" in text else "not read"
     return shown(f"{kind}: {text}")
-
-
-def write_member(file: io.BufferedWriter, name: str, data: bytes) -> int:
-    """Append a member to a tar file; returns the offset of its data.
-
-    Date and owner are zero: the same images make the same bytes.
-    """
-    header = tarfile.TarInfo(name)
-    header.size, header.mode = len(data), 0o644
-    file.write(header.tobuf(tarfile.USTAR_FORMAT))
-    offset = file.tell()
-    file.write(data)
-    file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-    return offset
-
-
-def dali_index(index: ShardIndex) -> str:
-    """The shard's index in the format of DALI's wds2idx, version 1.2."""
-    lines = [f"v1.2 {len(index.name)}"]
-    for row, (name, offset, size) in enumerate(zip(index.name, index.offset, index.size)):
-        key, _, extension = name.partition(".")
-        line = f"{extension} {offset} {size} {name}"
-        label = -1 if index.label is None else index.label[row]
-        if label >= 0:
-            line += f" cls {label_offset(offset, size)} {len(str(label))} {key}.cls"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def label_offset(offset: int, size: int) -> int:
-    """Where the data of the member behind an image begins."""
-    return offset + size + -size % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
-
-
-def check_members(shard: Path, index: ShardIndex) -> list[str]:
-    """What a tar file's members are otherwise than its index says, a line each."""
-    problems = []
-    found: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"a member of {member.size} bytes")
-                if member.name in found or not member.isreg():
-                    problems.append(f"{shown(member.name)}: there twice, or no file")
-                found[member.name] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        problems.append(f"not a whole tar file: {error}")
-    with shard.open("rb") as file:
-        for row, name in enumerate(index.name):
-            offset, size = index.offset[row], index.size[row]
-            place = found.pop(name, None)
-            if place != (offset, size):
-                problems.append(f"{name}: " + ("missing" if place is None else f"is at {place}"))
-            digest = hashlib.sha256(os.pread(file.fileno(), size, offset)).hexdigest()
-            if digest != index.sha256[row]:
-                problems.append(f"{name}: damaged, its bytes have another sha256")
-            label = -1 if index.label is None else index.label[row]
-            if label >= 0:
-                text = str(label).encode()
-                place = found.pop(f"{name.partition('.')[0]}.cls", None)
-                offset = label_offset(offset, size)
-                if (
-                    place != (offset, len(text))
-                    or os.pread(file.fileno(), len(text), offset) != text
-                ):
-                    problems.append(f"{name}: its label is not {label}")
-    return problems + [f"{shown(name)}: not in the index" for name in found]
 
 
 def _is_done(folder: Path, number: int) -> bool:

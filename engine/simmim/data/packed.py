@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 
 from simmim import files
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.pack import check_members, common_channels, dali_index
+from simmim.data.pack import common_channels
 from simmim.data.processes import Tally, Tasks
-from simmim.data.shards import (
+from simmim.data.shard_index import (
     DATASET_FILE,
-    ShardSource,
+    check_members,
+    dali_index,
     read_dataset,
     read_index,
     shard_name,
     shown,
 )
-from simmim.data.source import DataError, Source, is_machine_fault
+from simmim.data.shards import ShardSource
+from simmim.data.source import ARRAY_EXTENSION, DataError, Source, is_machine_fault
 
 # Images that a process takes at a time.
 CHUNK = 256
@@ -54,8 +56,11 @@ def verify(
         raise DataError(
             f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
         )
+    value_range, channels = _value_range(dataset), _channels(dataset)
     tasks = Tasks(
-        lambda n, tally: _verify_shard(folder, n, tally), workers, f"{folder}/{{:06d}}.tar"
+        lambda number, tally: _verify_shard(folder, number, value_range, channels, tally),
+        workers,
+        f"{folder}/{{:06d}}.tar",
     )
     found = dict(tasks.results(range(dataset["shards"]), lambda tally: tick(tally.total()[0])))
     problems = [line for number in sorted(found) for line in found[number][1]]
@@ -73,8 +78,17 @@ def _value_range(dataset: dict[str, Any]) -> tuple[float, float] | None:
         return None
 
 
+def _channels(dataset: dict[str, Any]) -> int | None:
+    channels = dataset["options"].get("channels")
+    return channels if type(channels) is int and channels > 0 else None
+
+
 def _verify_shard(
-    folder: Path, number: int, value_range: tuple[float, float] | None, tally: Tally
+    folder: Path,
+    number: int,
+    value_range: tuple[float, float] | None,
+    channels: int | None,
+    tally: Tally,
 ) -> tuple[int, list[str]]:
     shard = folder / f"{shard_name(number)}.tar"
     try:
@@ -96,7 +110,13 @@ def _verify_shard(
             try:
                 # larger than told is damaged: there is no need to decode it
                 data = file.read(index.size[row])
-                pixels = decode(data, None, max_pixels=told[0] * told[1], value_range=value_range)
+                # of arrays only the index tells which axis is channels
+                pixels = decode(
+                    data,
+                    told[2] if name.endswith(ARRAY_EXTENSION) else channels,
+                    max_pixels=told[0] * told[1],
+                    value_range=value_range,
+                )
             except UnreadableImage as error:
                 problems.append(f"{name}: unreadable: {error}")
             else:
@@ -183,6 +203,7 @@ def statistics(
     workers: int = 1,
     max_pixels: int,
     value_range: tuple[float, float] | None = None,
+    channels: int | None = None,
     tick: Callable[[int, int], None] = lambda done, skipped: None,
 ) -> Statistics:
     """Sums over all pixels of all readable images of a source, as they are, upright.
@@ -192,6 +213,7 @@ def statistics(
         workers: processes; the sums do not depend on it.
         max_pixels: larger images are skipped.
         value_range: the values that become 0 and 255 where files hold other than 8 bits.
+        channels: that every image is given; None keeps each file's own.
         tick: called now and then with the images done and skipped.
 
     Raises:
@@ -204,7 +226,7 @@ def statistics(
         for sample in range(number * CHUNK, min(count, (number + 1) * CHUNK)):
             try:
                 data = source.read(sample)
-                part.add(decode(data, None, max_pixels=max_pixels, value_range=value_range))
+                part.add(decode(data, channels, max_pixels=max_pixels, value_range=value_range))
                 tally.add(done=1)
             except (OSError, UnreadableImage) as error:
                 if is_machine_fault(error):
@@ -232,11 +254,13 @@ def pack_statistics(
     if dataset["mean"] and dataset["std"]:
         return dataset["mean"], dataset["std"]
     source = ShardSource.of_pack(folder)
+    common = dataset["channels"]  # more than four are arrays, which must be told
     found = statistics(
         source,
         workers=workers,
         max_pixels=max_pixels,
         value_range=_value_range(dataset),
+        channels=_channels(dataset) or (common if common and common > 4 else None),
         tick=tick,
     )
     try:

@@ -7,27 +7,31 @@ checked before they are used.
 
 import hashlib
 import json
-import operator
 import os
 import tarfile
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.labels import MAX_CLASSES, Labels
+from simmim.data.shard_index import (
+    DATASET_FILE,
+    ShardContents,
+    read_dataset,
+    read_index,
+    shard_name,
+    shown,
+)
 from simmim.data.source import MAX_FILE_BYTES, DataError, PackedStrings, is_array, is_image
 
 # Descriptors that one process keeps open; machines commonly allow 1024 in all.
 MAX_OPEN_SHARDS = 64
-
-DATASET_FILE = "dataset.json"
-DATASET_FORMAT, SHARD_FORMAT, VERSION = "simmim-pack", "simmim-shard", 1
 
 # Names and extended attributes are far smaller; tarfile reads such a header in one piece.
 MAX_HEADER_BYTES = 2**20
@@ -36,25 +40,6 @@ MAX_HEADER_BYTES = 2**20
 MAX_LABEL_BYTES = 32
 
 _MAX_SIZE = 2**62
-
-
-@dataclass
-class ShardContents:
-    """The images of one shard, in file order.
-
-    Attributes:
-        names: of the members.
-        places: int64 [N, 2], offset and size, bytes.
-        labels: int64 [N]; -1 where an image has none.
-        sizes: int32 [N, 2], width and height, where an index tells them.
-        skipped: (name, reason) of members that look like images and are none.
-    """
-
-    names: list[str]
-    places: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int32] | None = None
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 class ShardSource:
@@ -125,23 +110,33 @@ class ShardSource:
         self.sizes: NDArray[np.int32] | None = None if dataset is None else np.concatenate(sizes)
         # (process, shard) → descriptor, the last used at the end
         self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._lock = Lock()
 
     def read(self, index: int) -> bytes:
         """The encoded bytes of image `index`; raises OSError when they cannot be read."""
         shard, offset, size = (int(value) for value in self._places[index])
-        # pread has no file position, but a forked worker still opens its own descriptor
-        key = (os.getpid(), shard)
-        if key not in self._files:
-            if len(self._files) >= MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[key] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-        self._files.move_to_end(key)
         if size > MAX_FILE_BYTES:
             raise OSError(f"{size} bytes, more than the limit of {MAX_FILE_BYTES}")
-        data = os.pread(self._files[key], size, offset)
+        descriptor = self._descriptor(shard)
+        try:
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
         if len(data) != size:
             raise OSError(f"the shard ends inside this image ({len(data)} of {size} bytes)")
         return data
+
+    def _descriptor(self, shard: int) -> int:
+        """A descriptor of a shard, the caller's own: another thread may close the one kept here."""
+        # pread has no file position, but a forked worker still opens its own descriptor
+        key = (os.getpid(), shard)
+        with self._lock:
+            if key not in self._files:
+                if len(self._files) >= MAX_OPEN_SHARDS:
+                    os.close(self._files.popitem(last=False)[1])
+                self._files[key] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._files.move_to_end(key)
+            return os.dup(self._files[key])
 
 
 def _labels(values: NDArray[np.int64], dataset: dict[str, Any] | None) -> Labels | None:
@@ -150,13 +145,6 @@ def _labels(values: NDArray[np.int64], dataset: dict[str, Any] | None) -> Labels
         return None
     classes = dataset and dataset["classes"]
     return Labels(values, tuple(classes or (str(number) for number in range(highest + 1))))
-
-
-def shown(name: str) -> str:
-    """A name from outside as one printable line: control characters and the like are escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
-    )
 
 
 class _CheckedHeader(tarfile.TarInfo):
@@ -339,165 +327,3 @@ def _write_cache(path: Path, text: str) -> None:
         os.replace(file.name, path)
     except OSError:
         pass
-
-
-def shard_name(number: int) -> str:
-    """The stem of a packed folder's shard: six digits, more where they do not suffice."""
-    return f"{number:06d}"
-
-
-def is_pack(folder: Path) -> bool:
-    """Whether a folder is a packed one, be it unfinished or damaged."""
-    path = folder / DATASET_FILE
-    if not path.is_file():
-        return False
-    try:
-        return bool(json.loads(path.read_bytes())["format"] == DATASET_FORMAT)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return (folder / f"{shard_name(0)}.json").exists()
-
-
-def read_dataset(folder: Path) -> dict[str, Any]:
-    """The checked contents of a packed folder's dataset.json.
-
-    Raises:
-        DataError: missing, damaged, or of another version.
-    """
-    path = folder / DATASET_FILE
-    dataset = _read_json(path, DATASET_FORMAT)
-    classes = dataset.get("classes")
-    for name, fits in (
-        ("shards", _is_count(dataset.get("shards"))),
-        ("images", "images" in dataset and _is_count(dataset["images"] or 0)),
-        ("classes", classes is None or _is_list_of(classes, str)),
-        ("options", isinstance(dataset.get("options"), dict)),
-        ("plan", isinstance(dataset.get("plan"), str)),
-    ):
-        if not fits:
-            value = shown(str(dataset.get(name))[:40])
-            raise DataError(f"{path}: damaged: {name} is {value}")
-    return dataset
-
-
-def _read_json(path: Path, expected: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; copy it again, or pack anew") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged: {str(error)[:80]}") from None
-    if not isinstance(value, dict) or value.get("format") != expected:
-        raise DataError(f"{path}: no index of simmim pack")
-    if value.get("version") != VERSION:
-        raise DataError(
-            f"{path}: version {shown(str(value.get('version'))[:20])}, this simmim reads {VERSION}"
-        )
-    return value
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**40
-
-
-def _is_list_of(value: object, kind: type) -> bool:
-    return isinstance(value, list) and set(map(type, value)) <= {kind}
-
-
-@dataclass
-class ShardIndex:
-    """The index of one packed shard, column by column; row i is image i of the shard.
-
-    Attributes:
-        name: members, KEY.extension.
-        offset: bytes.
-        size: bytes.
-        sha256: of the bytes, hexadecimal.
-        source: where the image came from.
-        width: pixels, upright.
-        height: pixels, upright.
-        channels: as decoded.
-        label: class numbers, -1 for none; None where the dataset has no labels.
-        source_bytes: of the images before they were packed.
-        skipped: (source, reason) of the images that were left out.
-    """
-
-    name: list[str] = field(default_factory=list)
-    offset: list[int] = field(default_factory=list)
-    size: list[int] = field(default_factory=list)
-    sha256: list[str] = field(default_factory=list)
-    source: list[str] = field(default_factory=list)
-    width: list[int] = field(default_factory=list)
-    height: list[int] = field(default_factory=list)
-    channels: list[int] = field(default_factory=list)
-    label: list[int] | None = None
-    source_bytes: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """The text of the index file."""
-        value = {"format": SHARD_FORMAT, "version": VERSION, **self.__dict__}
-        return json.dumps(value, separators=(",", ":")) + "\n"
-
-    def contents(self) -> ShardContents:
-        """The same as arrays."""
-        count = len(self.name)
-        places = np.array([self.offset, self.size], dtype=np.int64).T.reshape(-1, 2)
-        sizes = np.array([self.width, self.height], dtype=np.int32).T.reshape(-1, 2)
-        labels = np.full(count, -1) if self.label is None else np.array(self.label, dtype=np.int64)
-        return ShardContents(self.name, places, labels.astype(np.int64), sizes)
-
-    def members(self) -> Iterator[tuple[str, int]]:
-        """(name, row) of every member of the tar; row -1 is the label of the image before it."""
-        for row, name in enumerate(self.name):
-            yield name, row
-            if self.label is not None and self.label[row] >= 0:
-                yield f"{os.path.splitext(name)[0]}.cls", -1
-
-
-def read_index(shard: Path) -> ShardIndex:
-    """The checked index of a packed shard.
-
-    Raises:
-        DataError: shard or index missing, damaged, or at odds; names the file.
-    """
-    path = shard.with_suffix(".json")
-    value = _read_json(path, SHARD_FORMAT)
-    names = value.get("name")
-    count = len(names) if isinstance(names, list) else 0
-    try:
-        end = shard.stat().st_size if count else 0  # one without images is not there
-    except OSError as error:
-        raise DataError(f"{shard}: {error.strerror}; copy it again, or pack anew") from None
-    for column in ("name", "sha256", "source"):
-        if not _is_list_of(value.get(column), str) or len(value[column]) != count:
-            raise DataError(f"{path}: damaged: {column} is no list of {count} strings")
-    numbers = {
-        "offset": (tarfile.BLOCKSIZE, end),
-        "size": (0, end),
-        "width": (1, 2**31 - 1),
-        "height": (1, 2**31 - 1),
-        "channels": (1, 2**31 - 1),
-        "label": (-1, MAX_CLASSES - 1),
-    }
-    for column, (low, high) in numbers.items():
-        values: Any = value.get(column)
-        if column == "label" and values is None:
-            continue
-        if not _is_list_of(values, int) or len(values) != count:
-            raise DataError(f"{path}: damaged: {column} is no list of {count} integers")
-        least, most = min(values, default=low), max(values, default=low)
-        if count and not low <= least <= most <= high:
-            raise DataError(
-                f"{path}: damaged: {column} from {least} to {most}, possible are {low} to {high} "
-                f"(the shard has {end} bytes)"
-            )
-    ends = map(operator.add, value["offset"], value["size"])
-    if max(ends, default=0) > end:
-        raise DataError(f"{path}: an image ends behind the {end} bytes of the shard; copy it again")
-    skipped = value.get("skipped", [])
-    if not _is_count(value.get("source_bytes")) or not (
-        _is_list_of(skipped, list) and all(len(s) == 2 and _is_list_of(s, str) for s in skipped)
-    ):
-        raise DataError(f"{path}: damaged: source_bytes or skipped")
-    columns = {name: value.get(name) for name in ShardIndex.__dataclass_fields__}
-    return ShardIndex(**columns | {"skipped": [(name, reason) for name, reason in skipped]})

@@ -158,7 +158,8 @@ def open_source(path: str) -> Source:
         DataError: nothing there, or no image in it; names the path.
     """
     # shards need what is defined above
-    from simmim.data.shards import ShardSource, is_pack
+    from simmim.data.shard_index import is_pack
+    from simmim.data.shards import ShardSource
 
     root = Path(os.path.expanduser(path))
     if not root.exists():

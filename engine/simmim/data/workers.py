@@ -7,6 +7,7 @@ pure function of (epoch, sample) the bytes are the same. A sample that costs two
 lives is given up.
 """
 
+import ctypes
 import fcntl
 import math
 import mmap
@@ -52,6 +53,8 @@ LOOK_INTERVAL_S = 1.0
 
 # How long a process goes on after a first SIGTERM.
 GRACE_S = 120
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -345,6 +348,7 @@ class _Crew:
         os.close(self.ask)  # else nobody would notice that the main process is gone
         os.close(self.answers)
         torch.set_num_threads(1)  # a fork has none of the parent's threads
+        _keep_freed_memory()
         table, fill = self.table, self.pool.views.fill
         while os.read(self.asked, 1):
             task = table.take(worker)
@@ -374,6 +378,15 @@ class _Crew:
             process.join(1.0)
         for descriptor in (self.asked, self.ask, self.answers, self.answer):
             os.close(descriptor)
+
+
+def _keep_freed_memory() -> None:
+    # glibc would give every decoded image back to the system, which clears its pages anew for the
+    # next one; other C libraries have no such switch
+    with suppress(AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_TRIM_THRESHOLD, 2**30)
+        set_option(M_MMAP_THRESHOLD, 2**25)
 
 
 def _fault(last_words: str) -> Exception:

@@ -27,8 +27,7 @@ def _share(filter: str, x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _resize(image: NDArray[np.uint8], outputs: int, filter: str) -> NDArray[np.uint8]:
     """Along the first axis: uint8 [inputs, …] → [outputs, …]."""
-    inputs = len(image)
-    scale = inputs / outputs
+    inputs, scale = len(image), len(image) / outputs
     stretch = max(scale, 1.0)
     centre, reach = (np.arange(outputs) + 0.5) * scale, SUPPORT[filter] * stretch
     first = np.maximum((centre - reach + 0.5).astype(np.int64), 0)
