@@ -1,4 +1,5 @@
-// Sixteen float lanes, however many registers that takes: with byte_lanes.h the only place with intrinsics.
+// Sixteen float lanes, however many registers that takes: with byte_lanes.h the only place with
+// intrinsics.
 #pragma once
 
 #include <cstddef>
