@@ -37,6 +37,7 @@ from simmim.data.decode import UnreadableImage, read_header
 from simmim.data.pack import Options, pack
 from simmim.data.source import DataError, open_source
 from simmim.environment import git_commit, package_versions
+from simmim.errors import RunError
 from simmim.files import write_text
 
 PACKED = "-packed"
@@ -220,10 +221,11 @@ def measure(options: argparse.Namespace, names: list[str], work: Path) -> list[d
 def show(rows: list[dict[str, Any]]) -> None:
     """The rows as two tables: the photos as they are, and packed."""
     console = Console()
+    console.width = max(console.width, 100)
     speed = {row["name"]: row["images_per_s_per_core"] for row in rows}
     for suffix, title in (("", "photos as they are"), (PACKED, "the same, packed at 256 px")):
         table = Table(title=title, box=box.SIMPLE)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in ("images/s/core", "min–max", "simmim is", "CPU ms/image", "peak MiB"):
             table.add_column(column, justify="right")
         ours = speed.get("simmim" + suffix)
@@ -328,8 +330,12 @@ def main() -> int:
             rows += [name, name + PACKED]
     if options.only:
         rows = [r for r in rows if r in wanted or r.removesuffix(PACKED) in wanted]
-    with tempfile.TemporaryDirectory(prefix="simmim-bench-") as work:
-        found = measure(options, rows, Path(work))
+    try:
+        with tempfile.TemporaryDirectory(prefix="simmim-bench-") as work:
+            found = measure(options, rows, Path(work))
+    except RunError as error:
+        print(f"bench/data.py: {error}", file=sys.stderr)
+        return 1
     show(found)
     if options.json:
         settings = {k: getattr(options, k) for k in ("size", "batch", "rounds", "seconds")}

@@ -18,6 +18,7 @@ from simmim.data.augment import Augmentation, augment, centre_view, crop_box, sa
 from simmim.data.decode import UnreadableImage, decode, read_header
 from simmim.data.loader import Batch, Loader
 from simmim.data.order import MicroBatches, SampleOrder
+from simmim.data.pack import Options, pack
 from simmim.data.shards import ShardSource
 from simmim.data.source import DataError, PackedStrings, Source, open_source
 from simmim.distributed import World
@@ -381,10 +382,19 @@ def test_remedies(
     assert remedy in loader(open_source(str(photos)), workers=workers).remedy()
 
 
-def test_starting_later_is_the_same_run(photos: Path) -> None:
-    source = open_source(str(photos))
+@pytest.mark.parametrize("kind", ["folder", "tar", "packed"])
+def test_starting_later_is_the_same_run(
+    photos: Path, shards: Path, tmp_path: Path, kind: str
+) -> None:
+    """Mid-epoch, with other workers, whatever holds the images."""
+    paths = {"folder": photos, "tar": shards, "packed": tmp_path / "packed"}
+    if kind == "packed":
+        pack(open_source(str(photos)), paths[kind], Options(images_per_shard=7))
+    source = open_source(str(paths[kind]))
     whole = list(loader(source).steps(0, 9))
-    rest = list(loader(source).steps(5, 9))
+    rest = list(loader(source, workers=2).steps(5, 9))
+    ids = [int(i) for (batch,) in whole for i in batch.ids]
+    assert sorted(ids[: len(source.names)]) == list(range(len(source.names)))  # one epoch
     for (a,), (b,) in zip(whole[5:], rest, strict=True):
         assert torch.equal(a.image, b.image)
         assert torch.equal(a.ids, b.ids)

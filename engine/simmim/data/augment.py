@@ -125,9 +125,9 @@ def resized(
     filter: Filter = "bilinear",
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """A box of an image, resized with antialiasing: the pixels that Pillow makes, to the bit.
+    """A box of an image, resized with antialiasing: Pillow's pixels, rows first, to the bit.
 
-    Without the native kernels, Pillow itself is faster than the op's reference.
+    Without the native kernels Pillow itself resizes; it is faster than the op's reference.
 
     Args:
         image: uint8 [H, W, C].

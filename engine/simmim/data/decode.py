@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -100,6 +100,8 @@ def decode(
             pixels = _decode_other(data, channels, max_pixels, value_range)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("no image of a known format") from None
     except Exception as error:
         # decoders raise nearly anything on damaged data; the run must outlive it
         raise UnreadableImage(f"{error or type(error).__name__}") from None
@@ -135,6 +137,8 @@ def read_header(data: bytes) -> Header:
                 )
     except UnreadableImage:
         raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("no image of a known format") from None
     except Exception as error:
         raise UnreadableImage(f"{error or type(error).__name__}") from None
 

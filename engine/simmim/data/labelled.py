@@ -205,6 +205,9 @@ class TrainingView:
 class EvaluationView:
     """The view that is tested on: scale, bicubic, then a central crop; nothing is drawn.
 
+    The values are those of torchvision's Resize, CenterCrop, ToTensor and Normalize with Pillow up
+    to 12; Pillow 13 begins with the columns of some images, which rounds otherwise.
+
     Args:
         pixels: what the arrays hold.
         margin: the image is scaled to cover int(margin · size) before the crop; published is
@@ -418,7 +421,7 @@ def _posterized(posterize: Any, image: Image.Image, bits: int, **options: Any) -
 
 
 def _covering(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Scale an image, bicubic, until it just covers `size`, as torchvision's Resize rounds."""
+    """Scale an image, bicubic, until it just covers `size`; sizes as torchvision rounds them."""
     height, width, _ = image.shape
     longest = MAX_ASPECT * max(size) / min(size)
     h, w = min(height, int(longest * width)), min(width, int(longest * height))
