@@ -22,11 +22,10 @@ from simmim.data.labelled import (
     Mixing,
     Pixels,
     Recipe,
-    SourceViews,
     TrainingView,
     draws_from,
 )
-from simmim.data.producer import Producer
+from simmim.data.producer import Producer, SourceViews
 from simmim.data.source import open_source
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.errors import RunError

@@ -238,12 +238,12 @@ def resident_bytes() -> int:
 def test_memory_does_not_grow_over_10000_batches(photos: Path) -> None:
     """The trend over the last 8,000 batches of real photos: below 100 bytes a batch."""
     from simmim.data.augment import Augmentation
-    from simmim.data.loader import AugmentedImages
+    from simmim.data.loader import CroppedView
+    from simmim.data.producer import SourceViews
     from simmim.data.source import open_source
 
-    views = AugmentedImages(
-        open_source(str(photos)), Augmentation((64, 64), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3), 0
-    )
+    augmentation = Augmentation((64, 64), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
+    views = SourceViews(open_source(str(photos)), CroppedView(augmentation, 0))
     order = MicroBatches(SampleOrder(len(views.source.names), 0), 2, 1, 0, 1, 0, 10_000)
     generator = WorkerPool(
         views, 2, workers=2, prefetch=4, timeout_s=60, report=lambda line: None

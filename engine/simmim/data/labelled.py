@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from simmim.data.augment import crop_box, is_flipped, resized
-from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode
-from simmim.data.source import Source, is_machine_fault
+from simmim.data.decode import MAX_PIXELS, decode
 from simmim.errors import RunError
 from simmim_kernels.splitmix import fold, uniform
 
@@ -109,21 +108,6 @@ class Pixels:
         for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
             table = (values - np.float32(mean)) / np.float32(std)
             np.take(table, image[:, :, channel], out=out[channel], mode="clip")
-
-
-class View(Protocol):
-    """Makes the array of an encoded image.
-
-    Attributes:
-        shape: [C, H, W] of the array.
-        dtype: NumPy's name of its type.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
-        """Write the view of sample `sample` in epoch `epoch`; raises UnreadableImage."""
 
 
 class TrainingView:
@@ -244,34 +228,6 @@ class EvaluationView:
             top, left = round((scaled.shape[0] - h) / 2), round((scaled.shape[1] - w) / 2)
             view = scaled[top : top + h, left : left + w]
         self.pixels.normalise(view, out)
-
-
-class SourceViews:
-    """A view of every image of a source, as producers of batches ask for them.
-
-    Args:
-        source: encoded images.
-        view: makes the arrays.
-    """
-
-    def __init__(self, source: Source, view: View) -> None:
-        self.source, self.view = source, view
-        self.shape, self.dtype = view.shape, view.dtype
-
-    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
-        """Write a sample to `out`; returns why there is none ("" where there is one)."""
-        try:
-            self.view.fill(out, self.source.read(sample), epoch, sample)
-        except (UnreadableImage, OSError) as error:
-            if is_machine_fault(error):
-                raise
-            out[...] = 0
-            return (error.strerror if isinstance(error, OSError) else None) or str(error)
-        return ""
-
-    def name(self, sample: int) -> str:
-        """The image's place below the folder, or in which shard."""
-        return self.source.names[sample]
 
 
 class Mixing:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode
+from simmim.data.decode import MAX_PIXELS, decode
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled, Producer
-from simmim.data.source import DataError, Source, is_machine_fault
+from simmim.data.producer import Filled, Producer, SourceViews
+from simmim.data.source import DataError, Source
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
 
@@ -41,11 +41,10 @@ class Batch:
     num_valid: int
 
 
-class AugmentedImages:
-    """Views for pre-training: (epoch, sample) → crop of an image, uint8 [H, W, C].
+class CroppedView:
+    """The view of pre-training: a random crop, uint8 [H, W, C].
 
     Args:
-        source: encoded images.
         augmentation: what is drawn per sample.
         seed: the run's seed.
         max_pixels: larger images are refused.
@@ -56,37 +55,25 @@ class AugmentedImages:
 
     def __init__(
         self,
-        source: Source,
         augmentation: Augmentation,
         seed: int,
         *,
         max_pixels: int = MAX_PIXELS,
         value_range: tuple[float, float] | None = None,
     ) -> None:
-        self.source, self.augmentation, self.seed = source, augmentation, seed
+        self.augmentation, self.seed = augmentation, seed
         self.max_pixels, self.value_range = max_pixels, value_range
         self.shape: tuple[int, ...] = (*augmentation.size, augmentation.channels)
 
-    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
-        """Write a sample to `out`; every draw is keyed, nothing is remembered."""
-        try:
-            image = decode(
-                self.source.read(sample),
-                self.augmentation.channels,
-                max_pixels=self.max_pixels,
-                value_range=self.value_range,
-            )
-        except (UnreadableImage, OSError) as error:
-            if is_machine_fault(error):
-                raise
-            out[...] = 0
-            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
+        """See `View`; every draw is keyed, nothing is remembered."""
+        image = decode(
+            data,
+            self.augmentation.channels,
+            max_pixels=self.max_pixels,
+            value_range=self.value_range,
+        )
         augment(image, sample_key(self.seed, epoch, sample), self.augmentation, out)
-        return ""
-
-    def name(self, sample: int) -> str:
-        """The image's place below the folder, or in which shard."""
-        return self.source.names[sample]
 
 
 def default_workers(world: World) -> int:
@@ -158,9 +145,8 @@ class Loader:
         self.problems: list[tuple[int, str]] = []
         self.report: Callable[[str], None] = lambda line: None
         self._unreadable_in_a_row = 0
-        views = AugmentedImages(
-            source, augmentation, seed, max_pixels=max_pixels, value_range=value_range
-        )
+        view = CroppedView(augmentation, seed, max_pixels=max_pixels, value_range=value_range)
+        views = SourceViews(source, view)
         on_cuda = world.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(world.device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None

@@ -7,6 +7,24 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simmim.data.decode import UnreadableImage
+from simmim.data.source import Source, is_machine_fault
+
+
+class View(Protocol):
+    """Makes the array of an encoded image, a pure function of (data, epoch, sample).
+
+    Attributes:
+        shape: of the array.
+        dtype: NumPy's name of its type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
+        """Write the view of sample `sample` in epoch `epoch`; raises UnreadableImage."""
+
 
 class Views(Protocol):
     """Makes the array of one sample, a pure function of (epoch, sample).
@@ -24,6 +42,34 @@ class Views(Protocol):
 
     def name(self, sample: int) -> str:
         """What messages call a sample."""
+
+
+class SourceViews:
+    """A view of every image of a source; a `Views`.
+
+    Args:
+        source: encoded images.
+        view: makes the arrays.
+    """
+
+    def __init__(self, source: Source, view: View) -> None:
+        self.source, self.view = source, view
+        self.shape, self.dtype = view.shape, view.dtype
+
+    def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
+        """See `Views`; raises OSError where the machine, and no image, is at fault."""
+        try:
+            self.view.fill(out, self.source.read(sample), epoch, sample)
+        except (UnreadableImage, OSError) as error:
+            if is_machine_fault(error):
+                raise
+            out[...] = 0
+            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return ""
+
+    def name(self, sample: int) -> str:
+        """The image's place below the folder, or in which shard."""
+        return self.source.names[sample]
 
 
 @dataclass(frozen=True)
