@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,16 +191,23 @@ def measure(options: argparse.Namespace, names: list[str], work: Path) -> list[d
         ours = place / "shards" if place == places[PACKED] else folder
         jobs[name] = Job(folder, shards, ours, options.size, options.batch)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(options.rounds):
-        for name in names if turn % 2 == 0 else reversed(names):
-            print(f"\rround {turn + 1}/{options.rounds}: {name:<24}", end="", file=sys.stderr)
-            row = name.removesuffix(PACKED)
-            with row_process(row, jobs[name], options.core, options.seconds) as process:
-                assert process.stdin is not None
-                answer(process, name)
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                found[name].append(json.loads(answer(process, name)))
+    with ExitStack() as stack:
+        processes = {}
+        for name in names:
+            print(f"\rstarting {name:<32}", end="", file=sys.stderr)
+            process = row_process(
+                name.removesuffix(PACKED), jobs[name], options.core, options.seconds
+            )
+            processes[name] = stack.enter_context(process)
+            answer(processes[name], name)
+        for turn in range(options.rounds):
+            for name in names if turn % 2 == 0 else reversed(names):
+                print(f"\rround {turn + 1}/{options.rounds}: {name:<24}", end="", file=sys.stderr)
+                begin = processes[name].stdin
+                assert begin is not None
+                begin.write("go\n")
+                begin.flush()
+                found[name].append(json.loads(answer(processes[name], name)))
     print(file=sys.stderr)
     rows = []
     for name, turns in found.items():

@@ -33,13 +33,17 @@ def fold(*parts: int) -> int:
 
 
 def fold_into(key: int, part: int) -> int:
-    """One more part: fold(a, b, c) is fold_into(fold(a, b), c)."""
+    """The key with one more part, as `fold` adds them one by one."""
     return mix((key + GAMMA) ^ mix(part + GAMMA))
 
 
 def uniform(key: int, counter: int) -> float:
     """Draw number `counter` of the stream `key`, in [0, 1), with 53 random bits."""
-    return float((mix(key + (counter + 1) * GAMMA) >> 11) * 2.0**-53)
+    # `mix`, spelt out: this is called several times for every image that is loaded
+    z = (key + (counter + 1) * GAMMA) & _BITS
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _BITS
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
 def permutation(key: int, size: int) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ import torch
 from simmim_kernels.splitmix import (
     GAMMA,
     fold,
+    fold_into,
     fold_tensor,
     mix,
     mix_tensor,
@@ -49,6 +50,14 @@ def test_permutation() -> None:
     assert not np.array_equal(order, permutation(fold(2, 1), 1000))
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.15
     assert permutation(5, 0).tolist() == []
+
+
+def test_parts_and_draws_are_spelt_out_the_same_everywhere() -> None:
+    for key in (0, 1, fold(9), 2**64 - 1):
+        assert fold_into(fold(3, key), 8) == fold(3, key, 8)
+        assert [uniform(key, i) for i in range(50)] == [
+            (mix(key + (i + 1) * GAMMA) >> 11) * 2.0**-53 for i in range(50)
+        ]
 
 
 def test_uniform() -> None:

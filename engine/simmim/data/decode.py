@@ -7,6 +7,7 @@ pixels for the same JPEG. Arrays of any number of channels come from .npy files 
 
 import io
 import math
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ MAX_PIXELS = 2**27
 
 EXIF_ORIENTATION = 0x0112
 JPEG_MAGIC = b"\xff\xd8"
-JPEG_APP1, JPEG_SCAN = 0xE1, 0xDA
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_FRAME = struct.Struct(">HBHHB")
+JPEG_APP1, JPEG_SCAN = 0xFFE1, 0xFFDA
+JPEG_FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
+_SEGMENT = struct.Struct(">HH")  # marker, length
+_FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 TIFF_SHORT = 3
+XMP_MAGIC = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_BITS_PER_SAMPLE, TIFF_SAMPLES_PER_PIXEL = 258, 277
@@ -105,7 +109,7 @@ def decode(
     except Exception as error:
         # decoders raise nearly anything on damaged data; the run must outlive it
         raise UnreadableImage(f"{error or type(error).__name__}") from None
-    return np.ascontiguousarray(pixels)
+    return pixels if pixels.flags.c_contiguous else np.ascontiguousarray(pixels)
 
 
 def read_header(data: bytes) -> Header:
@@ -149,42 +153,46 @@ def _jpeg_header(data: bytes) -> Header | None:
     Walks over the segments up to the scan: Pillow takes ten times as long, which counts where
     small images are decoded by thousands a second. None also where anything is unusual.
     """
-    at, size, orientation = 2, None, 1
+    at, size = 2, None
+    orientation: int | None = None
+    by_xmp = 1  # counts where EXIF says nothing, as in Pillow
     try:
-        while data[at] == 0xFF:
-            marker = data[at + 1]
+        while True:
+            marker, length = _SEGMENT.unpack_from(data, at)
             if marker == JPEG_SCAN:
                 if size is None or size[2] not in (1, 3):
                     return None
-                return Header(*size, "JPEG", orientation, plain=True)
+                turned = by_xmp if orientation is None else orientation
+                turned = turned if turned in range(1, 9) else 1
+                return Header(*size, "JPEG", turned, plain=True)
             if marker in JPEG_FRAMES:
-                # length, bits, height, width, components
-                _, bits, height, width, components = _FRAME.unpack_from(data, at + 2)
+                bits, height, width, components = _FRAME.unpack_from(data, at + 4)
                 if bits != 8 or not height or not width:
                     return None
                 size = width, height, components
-            end = at + 2 + (data[at + 2] << 8 | data[at + 3])
-            if marker == JPEG_APP1:
+            elif marker == JPEG_APP1:
                 if data.startswith(b"Exif\0\0", at + 4):
                     orientation = _exif_orientation(data, at + 10)
-                elif data.find(b"tiff:Orientation", at, end) >= 0:
-                    return None  # XMP, which Pillow asks where EXIF says nothing
-            at = end
-    except (IndexError, struct.error):
-        pass
-    return None
+                elif data.startswith(XMP_MAGIC, at + 4):
+                    found = _XMP_ORIENTATION.search(data, at, at + 2 + length)
+                    by_xmp = int(found[1]) if found else 1
+            elif marker < 0xFF00:
+                return None
+            at += 2 + length
+    except struct.error:
+        return None
 
 
-def _exif_orientation(data: bytes, start: int) -> int:
-    """The orientation in the TIFF structure at `start`, 1 where it has none."""
+def _exif_orientation(data: bytes, start: int) -> int | None:
+    """The orientation in the TIFF structure at `start`, None where it has none."""
     order = "<" if data.startswith(b"II", start) else ">"
     entries = start + struct.unpack_from(f"{order}4xI", data, start)[0]
     (count,) = struct.unpack_from(f"{order}H", data, entries)
     for number in range(count):
         tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, entries + 2 + 12 * number)
         if tag == EXIF_ORIENTATION:
-            return value if kind == TIFF_SHORT and value in range(1, 9) else 1
-    return 1
+            return value if kind == TIFF_SHORT else 1
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

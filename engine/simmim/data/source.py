@@ -123,7 +123,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._prefix = root, os.path.join(root, "")
         found: list[str] = []
         arrays: list[str] = []
         seen: set[tuple[int, int]] = set()  # links may lead in circles
@@ -144,7 +144,7 @@ class FolderSource:
         self.names = PackedStrings(sorted(found or arrays))
 
     def read(self, index: int) -> bytes:
-        return read_file(os.path.join(self.root, self.names[index]))
+        return read_file(f"{self._prefix}{self.names[index]}")
 
 
 def open_source(path: str) -> Source:

@@ -7,7 +7,6 @@ pure function of (epoch, sample) the bytes are the same. A sample that costs two
 lives is given up.
 """
 
-import ctypes
 import fcntl
 import math
 import mmap
@@ -53,8 +52,6 @@ LOOK_INTERVAL_S = 1.0
 
 # How long a process goes on after a first SIGTERM.
 GRACE_S = 120
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -348,19 +345,23 @@ class _Crew:
         os.close(self.ask)  # else nobody would notice that the main process is gone
         os.close(self.answers)
         torch.set_num_threads(1)  # a fork has none of the parent's threads
-        _keep_freed_memory()
         table, fill = self.table, self.pool.views.fill
         while os.read(self.asked, 1):
             task = table.take(worker)
             if task is None:
                 continue
             try:
-                for at, (image, place) in enumerate(zip(table.samples(task), table.places[task])):
+                asked = zip(table.samples(task), table.places[task].tolist())
+                for at, (image, (epoch, sample)) in enumerate(asked):
                     if table.given_up[task, at]:
                         image[...] = 0
                         continue
                     table.since[worker], table.at[worker] = time.monotonic(), at
-                    _put_text(table.reasons[task, at], fill(image, int(place[0]), int(place[1])))
+                    reason = fill(image, epoch, sample)
+                    if reason:
+                        _put_text(table.reasons[task, at], reason)
+                    else:
+                        table.reasons[task, at, 0] = 0
                 table.at[worker] = -1
             except Exception as error:
                 known = isinstance(error, DataError | OSError)  # data, or the machine's state
@@ -378,15 +379,6 @@ class _Crew:
             process.join(1.0)
         for descriptor in (self.asked, self.ask, self.answers, self.answer):
             os.close(descriptor)
-
-
-def _keep_freed_memory() -> None:
-    # glibc would give every decoded image back to the system, which clears its pages anew for the
-    # next one; other C libraries have no such switch
-    with suppress(AttributeError):
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(M_TRIM_THRESHOLD, 2**30)
-        set_option(M_MMAP_THRESHOLD, 2**25)
 
 
 def _fault(last_words: str) -> Exception:
