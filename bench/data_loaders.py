@@ -110,7 +110,7 @@ def timm(job: Job) -> Endless:
 
     # timm's sampler ends with the epoch; its own option repeats the dataset instead
     dataset = create_dataset("", str(job.folder.parent), class_map="")
-    repeated = torch.utils.data.ConcatDataset([dataset] * 1000)
+    repeated = torch.utils.data.ConcatDataset([dataset] * 100)
     repeated.transform = None
     loader = create_loader(
         repeated,
