@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 def device_tests() -> dict[str, Any]:
     """Outcome of `pytest -m gpu`: its last line, and the names of failed and skipped tests."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfsE", "-q", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfsE", "-q", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     return {
