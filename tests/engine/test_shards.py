@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simmim.data.pack import Options, pack
-from simmim.data.shard_index import shown
+from simmim.data.shard_index import read_index, shown
 from simmim.data.shards import ShardSource, scan_tar, tar_index
 from simmim.data.source import DataError, open_source
 
@@ -199,6 +199,8 @@ def test_a_packed_folder_is_opened_without_its_shards(
         ("sha256", None, ["x"], "sha256 is no list of 10 strings"),
         ("label", None, [2**40] * 10, "label from"),
         ("skipped", None, [["a"]], "skipped"),
+        ("shard_bytes", None, 2**60, "shard_bytes is"),
+        ("shard_bytes", None, "x", "shard_bytes is x"),
         ("version", None, 9, "version 9, this simmim reads 1"),
         ("format", None, "other", "no index of simmim pack"),
     ],
@@ -232,20 +234,42 @@ def test_damaged_json_is_one_line(packed: Path, text: str) -> None:
 def test_missing_pieces_are_one_line(packed: Path) -> None:
     shard = packed / "000001.tar"
     whole = shard.read_bytes()
-    os.truncate(shard, 5000)
-    with pytest.raises(DataError, match=r"000001\.json: .*5000 bytes"):
+    shard.write_bytes(whole + b"more")
+    with pytest.raises(DataError, match=rf"000001\.tar: has {len(whole) + 4} bytes"):
         open_source(str(packed))
     shard.unlink()
     with pytest.raises(DataError, match=r"000001\.tar: No such file"):
         open_source(str(packed))
     shard.write_bytes(whole)
-    source = open_source(str(packed))
-    os.truncate(shard, 5000)
-    with pytest.raises(OSError, match="the shard ends inside this image"):
-        source.read(19)
     (packed / "000001.json").unlink()
     with pytest.raises(DataError, match=r"000001\.json: No such file"):
         open_source(str(packed))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_shard_that_is_cut_off_costs_its_own_images_only(packed: Path, when: str) -> None:
+    """Whether it is cut off before a run starts or under its hands."""
+    shard = packed / "000001.tar"
+    every = open_source(str(packed))
+    expected = [every.read(index) for index in range(len(every.names))]
+    source = every
+    if when == "before":
+        os.truncate(shard, shard.stat().st_size // 2)
+        source = open_source(str(packed))
+    else:
+        os.truncate(shard, shard.stat().st_size // 2)
+    end = shard.stat().st_size
+    lost = 0
+    for index, (_, offset, size) in enumerate(every._places.tolist()):
+        if every.names[index].startswith("000001.tar/") and offset + size > end:
+            lost += 1
+            with pytest.raises(OSError, match="the shard ends inside this image"):
+                source.read(index)
+        else:
+            assert source.read(index) == expected[index]
+    assert 1 <= lost < 10
+    with pytest.raises(DataError, match=rf"000001\.tar: has {end} bytes"):
+        read_index(shard)  # as --verify does
 
 
 def test_a_folder_with_another_dataset_json_is_a_folder(photos: Path, tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ class Plan:
         # two blocks of zeros, and full records, as tar itself writes
         file.write(bytes(2 * tarfile.BLOCKSIZE))
         file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+        index.shard_bytes = file.tell()
 
     def finish(self, folder: Path, dataset: dict[str, Any]) -> Summary:
         """Write skipped.tsv and dataset.json from the indices of all shards.

@@ -22,6 +22,9 @@ from simmim.data.source import DataError
 DATASET_FILE = "dataset.json"
 DATASET_FORMAT, SHARD_FORMAT, VERSION = "simmim-pack", "simmim-shard", 1
 
+# No shard is larger, whatever its index says.
+MAX_SHARD_BYTES = 2**50
+
 
 def shown(name: str) -> str:
     """A name from outside as one printable line: control characters and the like are escaped."""
@@ -126,6 +129,7 @@ class ShardIndex:
         height: pixels, upright.
         channels: as decoded.
         label: class numbers, -1 for none; None where the dataset has no labels.
+        shard_bytes: of the tar file.
         source_bytes: of the images before they were packed.
         skipped: (source, reason) of the images that were left out.
     """
@@ -139,6 +143,7 @@ class ShardIndex:
     height: list[int] = field(default_factory=list)
     channels: list[int] = field(default_factory=list)
     label: list[int] | None = None
+    shard_bytes: int = 0
     source_bytes: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -156,8 +161,13 @@ class ShardIndex:
         return ShardContents(self.name, places, labels.astype(np.int64), sizes)
 
 
-def read_index(shard: Path) -> ShardIndex:
+def read_index(shard: Path, *, whole: bool = True) -> ShardIndex:
     """The checked index of a packed shard.
+
+    Args:
+        shard: the tar file.
+        whole: refuse a shard that ends before its last image. Otherwise what is there can be read,
+            and the others say what they lack when they are.
 
     Raises:
         DataError: shard or index missing, damaged, or at odds; names the file.
@@ -170,12 +180,19 @@ def read_index(shard: Path) -> ShardIndex:
         end = shard.stat().st_size if count else 0  # one without images is not there
     except OSError as error:
         raise DataError(f"{shard}: {error.strerror}; copy it again, or pack anew") from None
+    limit = value.get("shard_bytes")
+    if type(limit) is not int or not 0 <= limit < MAX_SHARD_BYTES:
+        raise DataError(f"{path}: damaged: shard_bytes is {shown(str(limit)[:40])}")
+    if count and (end > limit or (whole and end < limit)):
+        raise DataError(
+            f"{shard}: has {end} bytes, {limit} were packed; copy it again, or pack anew"
+        )
     for column in ("name", "sha256", "source"):
         if not _is_list_of(value.get(column), str) or len(value[column]) != count:
             raise DataError(f"{path}: damaged: {column} is no list of {count} strings")
     numbers = {
-        "offset": (tarfile.BLOCKSIZE, end),
-        "size": (0, end),
+        "offset": (tarfile.BLOCKSIZE, limit),
+        "size": (0, limit),
         "width": (1, 2**31 - 1),
         "height": (1, 2**31 - 1),
         "channels": (1, 2**31 - 1),
@@ -191,11 +208,11 @@ def read_index(shard: Path) -> ShardIndex:
         if count and not low <= least <= most <= high:
             raise DataError(
                 f"{path}: damaged: {column} from {least} to {most}, possible are {low} to {high} "
-                f"(the shard has {end} bytes)"
+                f"(the shard has {limit} bytes)"
             )
     ends = map(operator.add, value["offset"], value["size"])
-    if max(ends, default=0) > end:
-        raise DataError(f"{path}: an image ends behind the {end} bytes of the shard; copy it again")
+    if max(ends, default=0) > limit:
+        raise DataError(f"{path}: damaged: an image ends behind the {limit} bytes of the shard")
     skipped = value.get("skipped", [])
     if not _is_count(value.get("source_bytes")) or not (
         _is_list_of(skipped, list) and all(len(s) == 2 and _is_list_of(s, str) for s in skipped)

@@ -75,7 +75,7 @@ class ShardSource:
                 f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
             )
         every = (folder / f"{shard_name(number)}.tar" for number in range(dataset["shards"]))
-        found = ((shard, read_index(shard).contents()) for shard in every)
+        found = ((shard, read_index(shard, whole=False).contents()) for shard in every)
         source = cls.__new__(cls)
         source._gather((pair for pair in found if pair[1].names), dataset)
         if len(source.names) != dataset["images"]:
