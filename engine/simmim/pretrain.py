@@ -102,6 +102,8 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
             record_start(folder, config, world, state.step)
         loader = make_loader(config, source, world)
         loader.report = log.warn
+        if world.device.type == "cuda" or config.data.backend == "dali":
+            log.info(f"data.backend: {loader.backend}")
         return _Loop(state, loader, folder, fingerprint, unreadable, log).run(interrupts)
     finally:
         log.close()

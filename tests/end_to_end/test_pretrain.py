@@ -301,6 +301,20 @@ def test_a_killed_worker_is_replaced(straight: Path, photos: Path, tmp_path: Pat
     assert same_weights(tmp_path / "run", straight)
 
 
+def test_dali_sees_the_same_crops(straight: Path, photos: Path, tmp_path: Path) -> None:
+    """From packed shards of the same bytes: the losses of the CPU path, but for rounding."""
+    pytest.importorskip("nvidia.dali")
+    packed = tmp_path / "packed"
+    assert simmim_command("pack", str(photos), str(packed), "--keep-originals").returncode == 0
+    output = tmp_path / "run"
+    result = simmim_command(
+        *flags(packed, output, "--train.steps=24", "--data.backend=dali", "--log.every_steps=4")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "data.backend: dali (DALI" in result.stderr
+    assert losses(output) == pytest.approx(losses(straight), abs=5e-3)
+
+
 def test_a_signal_while_data_hangs_still_saves(photos: Path, tmp_path: Path) -> None:
     """A worker that is stuck in a read, as on a dead file server, must not cost the save."""
     arguments = flags(

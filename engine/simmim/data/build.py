@@ -21,7 +21,8 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
         config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
     )
     producer: Producer | None = None
-    if choose_backend(data.backend, world.device, data.channels)[0] == "dali":
+    backend, reason = choose_backend(data.backend, world.device, data.channels)
+    if backend == "dali":
         producer = DaliPipeline(
             source,
             augmentation,
@@ -50,4 +51,5 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
         value_range=data.value_range,
         producer=producer,
     )
+    loader.backend = f"{backend} ({reason})"
     return loader

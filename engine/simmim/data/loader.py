@@ -117,6 +117,7 @@ class Loader:
         waiting: whether it waits for data right now.
         problems: (sample, reason) of images that could not be read; whoever reports them clears it.
         report: told, in a line, of processes that had to be replaced.
+        backend: what decodes, and why, in words.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Loader:
         self.waiting = False
         self.problems: list[tuple[int, str]] = []
         self.report: Callable[[str], None] = lambda line: None
+        self.backend = "cpu"
         self._unreadable_in_a_row = 0
         view = CroppedView(augmentation, seed, max_pixels=max_pixels, value_range=value_range)
         views = SourceViews(source, view)
