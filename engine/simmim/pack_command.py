@@ -62,9 +62,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--images-per-shard",
         type=_positive,
-        default=4096,
         metavar="N",
-        help="images of the source that make a shard (default: %(default)s)",
+        help="images of the source that make a shard (default: a 64th of them, 256 to 4096)",
     )
     add("--workers", type=_positive, metavar="N", help="processes (default: one for each core)")
     add(
@@ -142,17 +141,19 @@ def main(arguments: list[str]) -> int:
 
 
 def _pack(given: argparse.Namespace, workers: int) -> int:
+    source, labels = _source(given.source, given.shuffle is not None, given.labels)
+    # shards enough for many processes, and the same ones whatever their number
+    by_default = min(4096, max(256, -(-len(source.names) // 64)))
     options = Options(
         short_side=None if given.keep_originals else given.short_side or 256,
         quality=given.quality,
         keep_originals=given.keep_originals,
-        images_per_shard=given.images_per_shard,
+        images_per_shard=given.images_per_shard or by_default,
         shuffle=given.shuffle,
         max_pixels=given.max_pixels,
         value_range=given.value_range,
         channels=given.channels,
     )
-    source, labels = _source(given.source, given.shuffle is not None, given.labels)
     with _progress("packed", len(source.names)) as progress:
         summary = pack(source, given.folder, options, labels, workers=workers, tick=progress.update)
     print(_line(given.folder, summary))

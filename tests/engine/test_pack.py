@@ -133,6 +133,16 @@ def test_same_bytes_for_any_number_of_workers(
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
 
 
+def test_the_default_makes_shards_for_many_processes(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    for number in range(300):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(buffer.getvalue())
+    assert run(tmp_path / "photos", tmp_path / "packed") == 0
+    assert [len(index_of(tmp_path / "packed", shard)["name"]) for shard in (0, 1)] == [256, 44]
+
+
 def test_read_by_tar_and_by_a_plain_scan(small: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "packed", tmp_path / "out"
     out.mkdir()
