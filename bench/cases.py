@@ -12,9 +12,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from simmim_kernels import (
+    crop_resize,
     linear_masked_l1_loss,
     masked_l1_loss_from_tokens,
     random_patch_mask,
@@ -64,7 +66,7 @@ def make_case(name: str, device: torch.device, backend: str) -> Case:
     """The case of that name in CASES; "ours" runs through `backend` and nothing else."""
     torch.manual_seed(0)
     units = random_patch_mask(BATCH, (IMAGE // UNIT,) * 2, seed=0, device=device)
-    return CASES[name](units, backend)
+    return (CASES | CPU_CASES)[name](units, backend)
 
 
 def _token_mask(units: Tensor) -> Tensor:
@@ -316,6 +318,27 @@ def _residual_mlp(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
     )
 
 
+def _crop_resize(units: Tensor, backend: str) -> Case:
+    # a usual crop of a usual photo of ImageNet
+    photo = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
+    box, size = (30, 20, 450, 340), (IMAGE, IMAGE)
+    picture = Image.fromarray(photo)
+    out = np.empty((*size, 3), dtype=np.uint8)
+    left, top, width, height = box
+
+    def pillow() -> list[Tensor]:
+        crop = picture.crop((left, top, left + width, top + height))
+        # rows first, as Pillow before 13 always does
+        rows = crop.resize((IMAGE, height), Image.Resampling.BILINEAR)
+        out[:] = rows.resize(size, Image.Resampling.BILINEAR)
+        return [torch.from_numpy(out)]
+
+    def ours() -> list[Tensor]:
+        return [torch.from_numpy(crop_resize(photo, box, size, backend=backend))]
+
+    return Case("crop_resize", {"ours": ours, "eager": pillow}, 0.0, None, {})
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -333,3 +356,6 @@ CASES: dict[str, Callable[[Tensor, str], Case]] = {
     "residual_mlp bfloat16": partial(_residual_mlp, torch.bfloat16),
     "residual_mlp float32": partial(_residual_mlp, torch.float32),
 }
+
+# Ops of data workers, on NumPy arrays; their published form is Pillow's.
+CPU_CASES: dict[str, Callable[[Tensor, str], Case]] = {"crop_resize": _crop_resize}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import CASES, Case, make_case
+from cases import CASES, CPU_CASES, Case, make_case
 from timing import interleaved, peak_bytes
 
 DEVICE = torch.device("cpu")
@@ -45,7 +45,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *CPU_CASES])
 def test_op(benchmark: Any, name: str) -> None:
     case = make_case(name, DEVICE, "native")
     benchmark.extra_info.update(measure(case, DEVICE))
