@@ -6,11 +6,15 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 VENV ?= .venv
 RUN ?= runs/quickstart
+# Processes that share the tests
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt $(wildcard kernels/native/* kernels/simmim_kernels/*/*.cpp)
 INSTALLED := $(VENV)/.installed
 SHELL := /bin/bash
+# each process begins with its own part of the list, so that fixtures of a file are mostly made once
+SHARED := -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: demo test test-all check format bench bench-gpu native-test clean
 
@@ -22,11 +26,11 @@ demo: $(INSTALLED)
 	@echo "Your own photos: $(BIN)/simmim pretrain quickstart --data.path=FOLDER --output=runs/mine"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SHARED)
 	@$(MAKE) --no-print-directory native-test
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 	@$(MAKE) --no-print-directory native-test
 
 check: $(INSTALLED)
