@@ -149,6 +149,12 @@ class _Loop:
         except StopWaiting:
             self._save()
             return self._interrupted(interrupts)
+        except DataError:
+            # data is asked for between two steps: nothing is half done. With several processes the
+            # others wait in a step, and no save can be agreed on.
+            if self.world.size == 1 and self.state.step > self.first_step:
+                self._save()
+            raise
         finally:
             gc.unfreeze()
 

@@ -301,6 +301,26 @@ def test_a_killed_worker_is_replaced(straight: Path, photos: Path, tmp_path: Pat
     assert same_weights(tmp_path / "run", straight)
 
 
+def test_data_that_is_gone_does_not_cost_the_save(photos: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, folder)
+    arguments = flags(
+        folder, output, "--train.steps=100000", "--log.every_steps=1",
+        "--checkpoint.every_steps=90000",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    _wait_for_rows(output, 3, process)
+    shutil.rmtree(folder)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1, error
+    assert "is the disk still there?" in error
+    assert "Traceback" not in error
+    last = metrics(output)[-1]["step"]
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step_{last:08d}"]
+
+
 def test_dali_sees_the_same_crops(straight: Path, photos: Path, tmp_path: Path) -> None:
     """From packed shards of the same bytes: the losses of the CPU path, but for rounding."""
     pytest.importorskip("nvidia.dali")
