@@ -13,7 +13,8 @@ from PIL import Image
 
 from simmim.data.augment import Augmentation
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
-from simmim.data.loader import Loader
+from simmim.data.loader import CroppedView, Loader
+from simmim.data.producer import SourceViews
 from simmim.data.source import MAX_FILE_BYTES, open_source, read_file
 from simmim.distributed import World
 
@@ -84,6 +85,21 @@ def test_the_limit_is_what_is_asked_for() -> None:
 def test_malformed_files_are_unreadable(data: bytes, reason: str) -> None:
     with pytest.raises(UnreadableImage, match=reason):
         decode(data, 3)
+
+
+def test_a_failure_without_a_word_has_a_reason(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty reason would make a slot of zeros a good image."""
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("simmim.data.decode._decode_jpeg", fail)
+    monkeypatch.setattr("simmim.data.decode._decode_other", fail)
+    view = CroppedView(Augmentation((32, 32), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3), 0)
+    views = SourceViews(open_source(str(photos)), view)
+    assert views.fill(np.zeros(view.shape, np.uint8), 0, 0) == "MemoryError"
 
 
 def test_random_damage_never_escapes(photos: Path) -> None:

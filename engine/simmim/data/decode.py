@@ -10,6 +10,8 @@ import math
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -98,17 +100,10 @@ def decode(
     """
     if not data:
         raise UnreadableImage("the file is empty")
-    try:
+    with _unreadable_if_it_fails():
         pixels = _decode_jpeg(data, channels, max_pixels) if data[:2] == JPEG_MAGIC else None
         if pixels is None:
             pixels = _decode_other(data, channels, max_pixels, value_range)
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImage("no image of a known format") from None
-    except Exception as error:
-        # decoders raise nearly anything on damaged data; the run must outlive it
-        raise UnreadableImage(f"{error or type(error).__name__}") from None
     return pixels if pixels.flags.c_contiguous else np.ascontiguousarray(pixels)
 
 
@@ -118,7 +113,7 @@ def read_header(data: bytes) -> Header:
     Raises:
         UnreadableImage: no image.
     """
-    try:
+    with _unreadable_if_it_fails():
         if data[:2] == JPEG_MAGIC:
             header = _jpeg_header(data)
             if header is not None:
@@ -139,12 +134,20 @@ def read_header(data: bytes) -> Header:
                     str(image.format),
                     _orientation(image),
                 )
+
+
+@contextmanager
+def _unreadable_if_it_fails() -> Iterator[None]:
+    # decoders raise nearly anything on damaged data, at times without a word; the run must outlive
+    # it, and an image without a reason would count as read
+    try:
+        yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("no image of a known format") from None
     except Exception as error:
-        raise UnreadableImage(f"{error or type(error).__name__}") from None
+        raise UnreadableImage(str(error) or type(error).__name__) from None
 
 
 def _jpeg_header(data: bytes) -> Header | None:
