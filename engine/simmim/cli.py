@@ -144,7 +144,7 @@ def _reconstruct(arguments: list[str]) -> int:
 
 
 def _pack(arguments: list[str]) -> int:
-    from simmim.pack_command import main as pack
+    from simmim.commands.pack import main as pack
 
     return pack(arguments)
 

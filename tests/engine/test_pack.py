@@ -23,7 +23,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from simmim import pack_command
+from simmim.commands import pack as pack_command
 from simmim.cli import main
 from simmim.data import pack as packing
 from simmim.data import parquet

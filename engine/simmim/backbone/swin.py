@@ -254,7 +254,7 @@ class Swin(nn.Module):
         self.activation_checkpointing = False
         self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
             length = spec.grid[0] * spec.grid[1]
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
@@ -301,7 +301,7 @@ class Swin(nn.Module):
             embed.proj.bias,
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
-            self.mask_token.view(C),
+            None if self.mask_token is None else self.mask_token.view(C),
             pos_embed=self.absolute_pos_embed[0] if self.spec.absolute_position else None,
             mean=mean,
             std=std,

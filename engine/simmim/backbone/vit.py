@@ -217,7 +217,7 @@ class ViT(nn.Module):
         self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
             length = 1 + spec.grid[0] * spec.grid[1]
             self.pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
@@ -269,7 +269,7 @@ class ViT(nn.Module):
             mask,
             self.patch_embed.proj.weight,
             self.patch_embed.proj.bias,
-            mask_token=self.mask_token.view(-1),
+            mask_token=None if self.mask_token is None else self.mask_token.view(-1),
             mean=mean,
             std=std,
             backend=self.backends.ops,

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
-from simmim.backbone.layers import Backends
+from simmim.method.images import ImageModel
 from simmim_kernels import linear_masked_l1_loss
-from simmim_kernels.masked_l1_loss.reference import normalise_pixels
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class SimMIM(nn.Module):
+class SimMIM(ImageModel):
     """An encoder, a linear decoder, and the masked L1 loss.
 
     Images are float tensors that are already normalised, or uint8 tensors (0–255) that the model
@@ -33,9 +29,6 @@ class SimMIM(nn.Module):
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         encoder: Encoder,
@@ -44,48 +37,19 @@ class SimMIM(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder, mean=mean, std=std)
         self.norm_target = norm_target
         self.loss_backend: str | None = None
         self.encoder_stride = encoder.spec.stride
-        self.channels = encoder.spec.channels
         self.decoder = nn.Sequential(
             nn.Conv2d(encoder.num_features, self.channels * self.encoder_stride**2, 1),
             nn.PixelShuffle(self.encoder_stride),
         )
-        rgb = self.channels == 3
-        mean = mean or (IMAGENET_MEAN if rgb else (0.5,) * self.channels)
-        std = std or (IMAGENET_STD if rgb else (0.25,) * self.channels)
-        if len(mean) != self.channels or len(std) != self.channels:
-            raise ValueError(
-                f"mean has {len(mean)} and std {len(std)} values for {self.channels} channels"
-            )
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
-        """Make every op use the backend `name`; None lets each op choose.
-
-        Args:
-            name: "triton", "native" or "reference".
-            attention: another backend for attention and its projections, such as "xformers".
-        """
-        self.encoder.backends = Backends(name, attention or name)
+        """See `ImageModel.use_backend`; the loss takes `name` too."""
+        super().use_backend(name, attention)
         self.loss_backend = name
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std; floating point passes unchanged."""
-        if image.dtype == torch.uint8:
-            return normalise_pixels(image, self.mean, self.std)
-        if not image.dtype.is_floating_point:
-            raise ValueError(f"images are uint8 or floating point, not {image.dtype}")
-        return image
-
-    def denormalise(self, image: Tensor) -> Tensor:
-        """The inverse of `normalise`: float [B, C, H, W] → uint8, clipped to 0–255."""
-        pixels = (image.float() * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)) * 255.0
-        return pixels.round().clamp(0, 255).to(torch.uint8)
 
     def token_mask(self, mask: Tensor) -> Tensor:
         """A mask on any grid of whole patches → bool on the encoder's token grid.
@@ -135,11 +99,3 @@ class SimMIM(nn.Module):
             norm_target=self.norm_target,
             backend=self.loss_backend,
         )
-
-    def _features(self, image: Tensor, token_mask: Tensor | None) -> Tensor:
-        features: Tensor = self.encoder(image, token_mask, **self._statistics(image))
-        return features
-
-    def _statistics(self, image: Tensor) -> dict[str, Tensor]:
-        # bytes go into the ops as they are: each normalises those that it reads
-        return {"mean": self.mean, "std": self.std} if image.dtype == torch.uint8 else {}

@@ -1,0 +1,1 @@
+"""What each command of `simmim` reads from its command line; one file per command."""

@@ -1,0 +1,89 @@
+"""What every model shares: an encoder, and images that it normalises with its own statistics.
+
+B batch, C channels, H W pixels, D width, h w cells of the encoder's output.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simmim.backbone.build import Encoder
+from simmim.backbone.layers import Backends
+from simmim_kernels.masked_l1_loss.reference import normalise_pixels
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageModel(nn.Module):
+    """An encoder of images.
+
+    Images are float tensors that are already normalised, or uint8 tensors (0–255) that the model
+    normalises with its own mean and std.
+
+    Args:
+        encoder: a backbone of `simmim.backbone`.
+        mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
+        std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
+
+    Raises:
+        ValueError: `mean` or `std` has not one value per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.channels = encoder.spec.channels
+        rgb = self.channels == 3
+        mean = mean or (IMAGENET_MEAN if rgb else (0.5,) * self.channels)
+        std = std or (IMAGENET_STD if rgb else (0.25,) * self.channels)
+        if len(mean) != self.channels or len(std) != self.channels:
+            raise ValueError(
+                f"mean has {len(mean)} and std {len(std)} values for {self.channels} channels"
+            )
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def use_backend(self, name: str | None, attention: str | None = None) -> None:
+        """Make every op use the backend `name`; None lets each op choose.
+
+        Args:
+            name: "triton", "native" or "reference".
+            attention: another backend for attention and its projections, such as "xformers".
+        """
+        self.encoder.backends = Backends(name, attention or name)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] → float32 (x / 255 - mean) / std; floating point passes unchanged."""
+        if image.dtype == torch.uint8:
+            return normalise_pixels(image, self.mean, self.std)
+        if not image.dtype.is_floating_point:
+            raise ValueError(f"images are uint8 or floating point, not {image.dtype}")
+        return image
+
+    def denormalise(self, image: Tensor) -> Tensor:
+        """The inverse of `normalise`: float [B, C, H, W] → uint8, clipped to 0–255."""
+        pixels = (image.float() * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)) * 255.0
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Feature map of the image, [B, D, h, w]."""
+        return self._features(image, None)
+
+    def _features(self, image: Tensor, token_mask: Tensor | None) -> Tensor:
+        features: Tensor = self.encoder(image, token_mask, **self._statistics(image))
+        return features
+
+    def _statistics(self, image: Tensor) -> dict[str, Tensor]:
+        # bytes go into the ops as they are: each normalises those that it reads
+        return {"mean": self.mean, "std": self.std} if image.dtype == torch.uint8 else {}
