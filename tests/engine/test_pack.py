@@ -23,8 +23,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from simmim.commands import pack as pack_command
 from simmim.cli import main
+from simmim.commands import pack as pack_command
 from simmim.data import pack as packing
 from simmim.data import parquet
 from simmim.data.decode import UnreadableImage, decode
