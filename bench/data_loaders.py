@@ -41,13 +41,14 @@ def simmim(job: Job) -> Endless:
     import torch
 
     from simmim.data.augment import Augmentation
+    from simmim.data.cropped import CroppedView
     from simmim.data.loader import Loader
     from simmim.data.source import open_source
     from simmim.distributed import World
 
     loader = Loader(
         open_source(str(job.source)),
-        Augmentation((job.size, job.size), SCALE, RATIO, 0.5, 3),
+        CroppedView(Augmentation((job.size, job.size), SCALE, RATIO, 0.5, 3), 0),
         seed=0,
         micro_batch=job.batch,
         accumulation_steps=1,

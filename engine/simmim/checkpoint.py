@@ -20,14 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simmim.config import MaskConfig
+from simmim.config import Config, MaskConfig
 from simmim.errors import RunError
 from simmim.files import sync
 from simmim.load import WEIGHTS_FILE, model_metadata
-from simmim.method.simmim import SimMIM
+from simmim.method.images import ImageModel
 from simmim.step import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
 STATE_FILE = "state.json"
 FORMAT = 1
 
@@ -47,15 +48,17 @@ class Loaded:
         state: the plain values of state.json.
         weights: name → tensor.
         optimizer: "exp_avg/name" and so on → tensor.
+        average: name → averaged tensor; empty where the run keeps no average.
     """
 
     folder: Path
     state: dict[str, Any]
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]
 
 
-def save_weights(model: SimMIM, path: Path, mask: MaskConfig | None = None) -> None:
+def save_weights(model: ImageModel, path: Path, mask: MaskConfig | None = None) -> None:
     """Write a model's weights, with what `load_model` needs to rebuild it and its mask."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     values = None if mask is None else asdict(mask)
@@ -91,9 +94,12 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
     temporary = root / f".{final.name}.tmp-{os.getpid()}"
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        save_weights(state.model, temporary / WEIGHTS_FILE, state.config.mask)
+        mask = state.config.mask if isinstance(state.config, Config) else None
+        save_weights(state.model, temporary / WEIGHTS_FILE, mask)
         _save_tensors(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
-        files = {name: _fingerprint(temporary / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+        if state.averaged is not None:
+            save_weights(state.averaged, temporary / AVERAGE_FILE, mask)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         content = {
             "format": FORMAT,
             "step": state.step,
@@ -159,7 +165,8 @@ def read(folder: Path) -> Loaded:
             if _fingerprint(folder / name) != expected:
                 raise CheckpointError(f"{folder}: {name} is damaged (size or SHA-256 differs)")
         weights = load_file(folder / WEIGHTS_FILE)
-        return Loaded(folder, state, weights, load_file(folder / OPTIMIZER_FILE))
+        average = load_file(folder / AVERAGE_FILE) if AVERAGE_FILE in state["files"] else {}
+        return Loaded(folder, state, weights, load_file(folder / OPTIMIZER_FILE), average)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
         raise CheckpointError(f"{folder}: damaged: {reason}") from None
@@ -207,6 +214,9 @@ def restore(state: TrainState, loaded: Loaded) -> None:
     """
     try:
         state.model.load_state_dict(loaded.weights)
+        if state.averaged is not None:
+            # a run that only now begins to average begins with the weights as they are
+            state.averaged.load_state_dict(loaded.average or loaded.weights)
         _restore_optimizer(state, loaded.optimizer)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

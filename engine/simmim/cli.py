@@ -1,9 +1,10 @@
-"""The `simmim` command: pretrain, reconstruct, pack, doctor, recipes."""
+"""The `simmim` command: which words it knows, and what they run."""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import simmim
@@ -14,24 +15,38 @@ usage: simmim COMMAND …
 commands:
   pretrain CONFIG [--section.key=value …]   pre-train an encoder on a folder of images
   reconstruct CHECKPOINT IMAGE…             draw original | masked | reconstruction of photos
+  finetune CONFIG [--section.key=value …]   fine-tune a pre-trained encoder on labelled images
+  evaluate CHECKPOINT SOURCE                accuracy of a fine-tuned model, by class
+  predict CHECKPOINT IMAGE…                 classes of photos
+  probe CHECKPOINT --train SOURCE           linear probe of every layer: which is best
+  knn CHECKPOINT --train SOURCE             nearest neighbours in feature space
+  features CHECKPOINT SOURCE OUT            features of every image, to safetensors, npy or parquet
+  convert IN OUT --to LAYOUT                to and from official, timm, Hugging Face, mmpretrain
+  export RUN FOLDER                         weights with a model card, ready to share
   pack SOURCE DEST                          make images into shards that train fast
   doctor                                    versions, devices, and the backend each op would use
   recipes                                   the shipped configurations
 
 `simmim COMMAND --help` tells more.
-Several devices: torchrun --nproc-per-node N -m simmim pretrain …
+Several devices: torchrun --nproc-per-node N -m simmim pretrain (or finetune) …
 """
+
+
+# Commands that are a file of simmim/commands.
+IN_FILES = ("evaluate", "predict", "probe", "knn", "features", "convert", "export", "pack")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (0 done, 1 failed, 2 wrong usage, 75 interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {
+    commands: dict[str, Callable[[list[str]], int]] = {
         "pretrain": _pretrain,
+        "finetune": _finetune,
         "reconstruct": _reconstruct,
-        "pack": _pack,
         "doctor": _doctor,
         "recipes": _recipes,
+        # heavy parts are imported when a command runs
+        **{name: _in_file(name) for name in IN_FILES},
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -56,6 +71,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _in_file(name: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        code: int = import_module(f"simmim.commands.{name}").main(arguments)
+        return code
+
+    return run
+
+
 def _pretrain(arguments: list[str]) -> int:
     from simmim.command_line import load
     from simmim.config import ConfigError
@@ -63,19 +86,42 @@ def _pretrain(arguments: list[str]) -> int:
     try:
         config = load(arguments)
     except ConfigError as error:
-        # every process finds the same fault; one of them says it
-        return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
-    from simmim.errors import RunError
+        return _refuse(error)
     from simmim.pretrain import pretrain
 
+    return _train(lambda: pretrain(config), config.output)
+
+
+def _finetune(arguments: list[str]) -> int:
+    from simmim.config import ConfigError
+    from simmim.downstream.finetune_config import load
+
     try:
-        return pretrain(config)
+        config = load(arguments)
     except ConfigError as error:
-        return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
+        return _refuse(error)
+    from simmim.downstream.finetune import finetune
+
+    return _train(lambda: finetune(config), config.output)
+
+
+def _refuse(error: Exception) -> int:
+    # every process finds the same fault; one of them says it
+    return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
+
+
+def _train(run: Callable[[], int], output: str) -> int:
+    from simmim.config import ConfigError
+    from simmim.errors import RunError
+
+    try:
+        return run()
+    except ConfigError as error:
+        return _refuse(error)
     except RunError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        where = error.filename or config.output
+        where = error.filename or output
         return _fail(f"{where}: {error.strerror or error}; the same command resumes the run", 1)
     except RuntimeError as error:
         if _is_out_of_memory(error):
@@ -121,10 +167,15 @@ def _reconstruct(arguments: list[str]) -> int:
     if options.output.exists() and not options.overwrite:
         return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
     from simmim.load import load_model, trained_mask
+    from simmim.method.simmim import SimMIM
     from simmim.reconstruct import reconstruct_files, save_picture
 
     try:
         model = load_model(options.checkpoint, options.image_size)
+        if not isinstance(model, SimMIM):
+            raise ValueError(
+                f"{options.checkpoint}: a classifier reconstructs nothing; give the pre-trained run"
+            )
         trained = trained_mask(options.checkpoint)
         picture = reconstruct_files(
             model,
@@ -141,12 +192,6 @@ def _reconstruct(arguments: list[str]) -> int:
         return _fail(f"{error.filename or options.output}: {error.strerror}", 1)
     print(options.output)
     return 0
-
-
-def _pack(arguments: list[str]) -> int:
-    from simmim.commands.pack import main as pack
-
-    return pack(arguments)
 
 
 def _doctor(arguments: list[str]) -> int:
@@ -169,5 +214,5 @@ def _recipes(arguments: list[str]) -> int:
     for folder in recipe_folders()[:1]:
         for path in sorted(folder.glob("*.toml")):
             first = path.read_text(encoding="utf-8").splitlines()[0]
-            print(f"{path.stem:<24} {first.lstrip('# ')}")
+            print(f"{path.stem:<30} {first.lstrip('# ')}")
     return 0

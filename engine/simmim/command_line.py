@@ -3,12 +3,26 @@
 import argparse
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from simmim.config import Config, ConfigError, check, flatten, from_dict, leaf_types, nearest
+from simmim.config import (
+    Config,
+    ConfigError,
+    RunConfig,
+    check,
+    flatten,
+    from_dict,
+    leaf_types,
+    nearest,
+)
+
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
+
+# The shipped recipes of fine-tuning begin with this; all others are of pre-training.
+FINETUNE_PREFIX = "finetune_"
 
 
 def find_recipe(name: str) -> Path:
@@ -37,7 +51,13 @@ def recipe_folders() -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def recipe_names(*, finetuning: bool) -> list[str]:
+    """The shipped recipes of fine-tuning, or those of pre-training."""
+    names = {p.stem for folder in recipe_folders() for p in folder.glob("*.toml")}
+    return sorted(name for name in names if name.startswith(FINETUNE_PREFIX) == finetuning)
+
+
+def read_toml(path: Path, cls: type = Config) -> dict[str, Any]:
     """A TOML file whose keys are all known.
 
     Raises:
@@ -47,58 +67,73 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    known = leaf_types()
+    known = leaf_types(cls)
     for key, _ in flatten(values):
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key}; {nearest(key, list(known))}")
     return values
 
 
-def make_parser(program: str) -> Any:
-    """The command line of `simmim pretrain`: one typed flag per key, documented from this file."""
+def make_parser(program: str, cls: type = Config, purpose: str = "Pre-train an encoder") -> Any:
+    """The command line of a training command: one typed flag per key, documented from its class."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=program,
         usage=f"{program} CONFIG [--section.key=value …]",
-        description="Pre-train an encoder. CONFIG is a TOML file or the name of a shipped recipe.",
+        description=f"{purpose}. CONFIG is a TOML file or the name of a shipped recipe.",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_class_arguments(Config, None, fail_untyped=True)
+    parser.add_class_arguments(cls, None, fail_untyped=True)
     return parser
 
 
 def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
+    """The configuration that a command line of pre-training asks for; see `load_as`."""
+    return load_as(Config, check, arguments, program, "Pre-train an encoder")
+
+
+def load_as(
+    cls: type[RunConfigT],
+    check: Callable[[RunConfigT], None],
+    arguments: Sequence[str],
+    program: str,
+    purpose: str,
+) -> RunConfigT:
     """The configuration that a command line asks for, checked.
 
     Args:
+        cls: of the configuration.
+        check: raises ConfigError for one that cannot run.
         arguments: a TOML file or the name of a recipe, then `--section.key=value`.
         program: name for messages.
+        purpose: what the command does, for `--help`.
 
     Raises:
         ConfigError: anything that cannot run; one line.
         SystemExit: `--help` was asked for.
     """
-    parser = make_parser(program)
+    parser = make_parser(program, cls, purpose)
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
-        names = sorted({p.stem for folder in recipe_folders() for p in folder.glob("*.toml")})
+        names = recipe_names(finetuning=cls is not Config)
         raise ConfigError(f"CONFIG is missing: a TOML file, or a recipe ({', '.join(names)})")
     recipe, flags = find_recipe(arguments[0]), list(arguments[1:])
-    types = leaf_types()
+    if recipe.stem.startswith(FINETUNE_PREFIX) == (cls is Config) and _is_shipped(recipe):
+        other = "finetune" if cls is Config else "pretrain"
+        raise ConfigError(f"{recipe.stem} is a recipe of `simmim {other}`")
+    types = leaf_types(cls)
     for flag in flags:
         name = flag.removeprefix("--").split("=", 1)[0]
         if flag.startswith("--") and name not in types:
             raise ConfigError(f"unknown flag --{name}; {nearest(name, list(types))}")
     try:
-        namespace = parser.parse_object(read_toml(recipe))
+        namespace = parser.parse_object(read_toml(recipe, cls))
         namespace = parser.parse_args(flags, namespace=namespace)
-        config: Config = from_dict(
-            namespace.as_dict() if hasattr(namespace, "as_dict") else namespace
-        )
+        config = from_dict(namespace.as_dict() if hasattr(namespace, "as_dict") else namespace, cls)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -107,6 +142,10 @@ def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
         config = replace(config, output=str(Path("runs") / recipe.stem))
     check(config)
     return config
+
+
+def _is_shipped(recipe: Path) -> bool:
+    return recipe.resolve().parent in [folder.resolve() for folder in recipe_folders()]
 
 
 def _readable(message: str, types: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ import os
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from simmim.backbone.build import PRESETS, Spec
 from simmim.backbone.swin import SwinSpec
 from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, KNOWN_BACKENDS
+
+ConfigT = TypeVar("ConfigT")
 
 
 class ConfigError(ValueError):
@@ -51,13 +53,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Images and their augmentation."""
+class ImagesConfig:
+    """Images, whatever is done with them."""
 
     path: str = ""
     """Folder of images (any layout), folder of .tar shards, or one .tar file."""
-    image_size: int | tuple[int, int] = 192
-    """Side, or [height, width], of the training crops, in pixels."""
     channels: int = 3
     """1 reads images as grey, 3 as RGB, 4 as RGBA; another number must be that of the files (.npy, multi-band TIFF)."""
     value_range: tuple[float, float] | None = None
@@ -66,14 +66,6 @@ class DataConfig:
     """Mean per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.5."""
     std: list[float] | None = None
     """Standard deviation per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.25."""
-    crop_scale: tuple[float, float] = (0.67, 1.0)
-    """Smallest and largest share of the image's area that a random crop covers."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width/height of a random crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    backend: Literal["auto", "cpu", "dali"] = "auto"
-    """What decodes: processes on the CPU, or NVIDIA DALI (extra `dali`), on the GPU where there is one; auto takes DALI on CUDA if it is installed."""
     workers: int = -1
     """Decoding processes per device; 0 decodes in the training process; -1 chooses from the CPU count."""
     prefetch: int = 4
@@ -82,6 +74,22 @@ class DataConfig:
     """Seconds after which a process that is still at one image is replaced; an image that does it twice is left out."""
     max_pixels: int = 2**27
     """Images of more pixels are left out before they are decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImagesConfig):
+    """Images and their augmentation."""
+
+    image_size: int | tuple[int, int] = 192
+    """Side, or [height, width], of the training crops, in pixels."""
+    crop_scale: tuple[float, float] = (0.67, 1.0)
+    """Smallest and largest share of the image's area that a random crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width/height of a random crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    backend: Literal["auto", "cpu", "dali"] = "auto"
+    """What decodes: processes on the CPU, or NVIDIA DALI (extra `dali`), on the GPU where there is one; auto takes DALI on CUDA if it is installed."""
     dali_memory_mib: int = 2048
     """Memory that DALI may take per device, on the GPU and page-locked together, in MiB."""
 
@@ -205,8 +213,8 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Run."""
+class RunConfig:
+    """What every training run has."""
 
     seed: int = 0
     """Seed of initialisation, sample order, augmentation, masks and stochastic depth."""
@@ -215,8 +223,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA when a device is there."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -228,6 +235,14 @@ class Config:
         """Whether images and convolutions are channels-last on a type of device."""
         chosen = self.train.channels_last
         return device_type == "cuda" if chosen is None else chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Pre-training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -248,7 +263,7 @@ def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def leaves(config: Config) -> dict[str, Any]:
+def leaves(config: RunConfig) -> dict[str, Any]:
     """Every key ("train.steps") and its value."""
     return dict(flatten(asdict(config)))
 
@@ -271,7 +286,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"known are {', '.join(known)}"
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: RunConfig) -> str:
     """The resolved configuration, every key, as TOML; unset keys are left out."""
     top, sections = [], []
     for key, value in asdict(config).items():
@@ -287,22 +302,18 @@ def to_toml(config: Config) -> str:
     return "\n\n".join(["\n".join(top), *sections]) + "\n"
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any], cls: type[ConfigT]) -> ConfigT:
     """A configuration from nested plain values (as `dataclasses.asdict` gives them)."""
-
-    def build(cls: type, inner: dict[str, Any]) -> Any:
-        hints = typing.get_type_hints(cls)
-        arguments = {}
-        for name, value in inner.items():
-            if is_dataclass(hints[name]):
-                value = build(typing.cast(type, hints[name]), value)
-            elif isinstance(value, list) and "tuple" in str(hints[name]):
-                value = tuple(value)
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if is_dataclass(hints[name]):
+            arguments[name] = from_dict(value, typing.cast(type, hints[name]))
+        elif isinstance(value, list) and "tuple" in str(hints[name]):
+            arguments[name] = tuple(value)
+        else:
             arguments[name] = value
-        return cls(**arguments)
-
-    config: Config = build(Config, values)
-    return config
+    return cls(**arguments)
 
 
 def resolve_spec(config: Config) -> Spec:
@@ -311,16 +322,33 @@ def resolve_spec(config: Config) -> Spec:
     Raises:
         ConfigError: unknown preset, a field of the other family, or parts that do not fit.
     """
-    model = config.model
-    if model.name not in PRESETS:
-        raise ConfigError(
-            f"model.name={model.name} is unknown; {nearest(model.name, list(PRESETS))}"
-        )
-    preset = PRESETS[model.name]
+    return make_spec(config.model, config.image_size, config.data.channels)
+
+
+def make_spec(
+    model: ModelConfig, image_size: tuple[int, int], channels: int, preset: Spec | None = None
+) -> Spec:
+    """An encoder's architecture: a preset with the configured fields in place.
+
+    Args:
+        model: the configured fields.
+        image_size: (height, width) in pixels.
+        channels: of the images.
+        preset: instead of the one that `model.name` names.
+
+    Raises:
+        ConfigError: unknown preset, a field of the other family, or parts that do not fit.
+    """
+    if preset is None:
+        if model.name not in PRESETS:
+            raise ConfigError(
+                f"model.name={model.name} is unknown; {nearest(model.name, list(PRESETS))}"
+            )
+        preset = PRESETS[model.name]
     swin = isinstance(preset, SwinSpec)
     changes: dict[str, Any] = {
-        "image_size": config.image_size,
-        "channels": config.data.channels,
+        "image_size": image_size,
+        "channels": channels,
         "drop_path": model.drop_path,
     }
     for name in ("patch_size", "embed_dim", "mlp_ratio", "qk_scale", "absolute_position"):
@@ -328,7 +356,8 @@ def resolve_spec(config: Config) -> Spec:
     only_swin, only_vit = ("window_size",), ("shared_relative_position", "layer_scale")
     for name in only_vit if swin else only_swin:
         if getattr(model, name) is not None:
-            raise ConfigError(f"model.{name} has no meaning for {model.name}; leave it out")
+            family = model.name or ("a Swin" if swin else "a ViT")
+            raise ConfigError(f"model.{name} has no meaning for {family}; leave it out")
     for name in only_swin if swin else only_vit:
         changes[name] = getattr(model, name)
     if swin:
@@ -358,41 +387,29 @@ def resolve_spec(config: Config) -> Spec:
 
 def check(config: Config) -> None:
     """Raise ConfigError for anything that cannot run, before any data is read."""
+    data = config.data
+    check_run(config)
+    check_ranges(
+        [
+            ("data.flip", data.flip, 0, 1),
+            ("data.dali_memory_mib", data.dali_memory_mib, 1, math.inf),
+            ("mask.unit", config.mask.unit, 1, math.inf),
+        ]
+    )
+    if any(side < 1 for side in config.image_size):
+        raise ConfigError(f"data.image_size={data.image_size} must be positive")
+    if not 0 < config.mask.ratio <= 1:
+        raise ConfigError(f"mask.ratio={config.mask.ratio} must be above 0 and at most 1")
+    check_crop("data", data.crop_scale, data.crop_ratio)
+    _check_mask(config, resolve_spec(config))
+    micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if not data.path:
+        raise ConfigError("data.path is not set: the folder of your images, --data.path=DIR")
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise ConfigError for what no training run can do, whatever it trains."""
     data, train, schedule = config.data, config.train, config.schedule
-    ranges: list[tuple[str, float, float, float]] = [
-        ("data.channels", data.channels, 1, math.inf),
-        ("optim.eps", config.optim.eps, 1e-30, math.inf),
-        ("optim.momentum", config.optim.momentum, 0, 0.9999999),
-        ("optim.betas", min(config.optim.betas), 0, 0.9999999),
-        ("optim.betas", max(config.optim.betas), 0, 0.9999999),
-        ("schedule.warmup_lr", schedule.warmup_lr, 0, math.inf),
-        ("schedule.min_lr", schedule.min_lr, 0, math.inf),
-        ("schedule.gamma", schedule.gamma, 0, 1),
-        ("schedule.step_epochs", schedule.step_epochs, 1e-9, math.inf),
-        ("data.flip", data.flip, 0, 1),
-        ("data.workers", data.workers, -1, 1024),
-        ("data.prefetch", data.prefetch, 1, math.inf),
-        ("data.timeout_s", data.timeout_s, 0.1, math.inf),
-        ("data.max_pixels", data.max_pixels, 1, math.inf),
-        ("data.dali_memory_mib", data.dali_memory_mib, 1, math.inf),
-        ("mask.unit", config.mask.unit, 1, math.inf),
-        ("train.steps", train.steps, 0, math.inf),
-        ("train.batch_size", train.batch_size, 1, math.inf),
-        ("train.accumulation_steps", train.accumulation_steps, 1, math.inf),
-        ("train.clip_norm", train.clip_norm, 0, math.inf),
-        ("train.max_bad_steps", train.max_bad_steps, 1, math.inf),
-        ("model.drop_path", config.model.drop_path, 0, 0.999),
-        ("optim.lr_batch", config.optim.lr_batch, 0, math.inf),
-        ("optim.weight_decay", config.optim.weight_decay, 0, math.inf),
-        ("schedule.warmup_epochs", schedule.warmup_epochs, 0, math.inf),
-        ("schedule.warmup_steps", schedule.warmup_steps, 0, math.inf),
-        ("checkpoint.every_steps", config.checkpoint.every_steps, 0, math.inf),
-        ("checkpoint.keep_last", config.checkpoint.keep_last, 1, math.inf),
-        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0, math.inf),
-        ("log.every_steps", config.log.every_steps, 1, math.inf),
-        ("log.picture_every_steps", config.log.picture_every_steps, -1, math.inf),
-        ("log.pictures", config.log.pictures, 1, 64),
-    ]
     for key, value in leaves(config).items():
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
@@ -402,22 +419,43 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"{ENVIRONMENT_VARIABLE}={forced} is unknown; known are {', '.join(KNOWN_BACKENDS)}"
         )
-    for key, value, low, high in ranges:
-        if not low <= value <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{key}={value} must be {bound}")
-    if any(side < 1 for side in config.image_size):
-        raise ConfigError(f"data.image_size={data.image_size} must be positive")
-    if not 0 < config.mask.ratio <= 1:
-        raise ConfigError(f"mask.ratio={config.mask.ratio} must be above 0 and at most 1")
+    check_ranges(
+        [
+            ("data.channels", data.channels, 1, math.inf),
+            ("optim.eps", config.optim.eps, 1e-30, math.inf),
+            ("optim.momentum", config.optim.momentum, 0, 0.9999999),
+            ("optim.betas", min(config.optim.betas), 0, 0.9999999),
+            ("optim.betas", max(config.optim.betas), 0, 0.9999999),
+            ("schedule.warmup_lr", schedule.warmup_lr, 0, math.inf),
+            ("schedule.min_lr", schedule.min_lr, 0, math.inf),
+            ("schedule.gamma", schedule.gamma, 0, 1),
+            ("schedule.step_epochs", schedule.step_epochs, 1e-9, math.inf),
+            ("data.workers", data.workers, -1, 1024),
+            ("data.prefetch", data.prefetch, 1, math.inf),
+            ("data.timeout_s", data.timeout_s, 0.1, math.inf),
+            ("data.max_pixels", data.max_pixels, 1, math.inf),
+            ("train.steps", train.steps, 0, math.inf),
+            ("train.batch_size", train.batch_size, 1, math.inf),
+            ("train.accumulation_steps", train.accumulation_steps, 1, math.inf),
+            ("train.clip_norm", train.clip_norm, 0, math.inf),
+            ("train.max_bad_steps", train.max_bad_steps, 1, math.inf),
+            ("model.drop_path", config.model.drop_path, 0, 0.999),
+            ("optim.lr_batch", config.optim.lr_batch, 0, math.inf),
+            ("optim.weight_decay", config.optim.weight_decay, 0, math.inf),
+            ("schedule.warmup_epochs", schedule.warmup_epochs, 0, math.inf),
+            ("schedule.warmup_steps", schedule.warmup_steps, 0, math.inf),
+            ("checkpoint.every_steps", config.checkpoint.every_steps, 0, math.inf),
+            ("checkpoint.keep_last", config.checkpoint.keep_last, 1, math.inf),
+            ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0, math.inf),
+            ("log.every_steps", config.log.every_steps, 1, math.inf),
+            ("log.picture_every_steps", config.log.picture_every_steps, -1, math.inf),
+            ("log.pictures", config.log.pictures, 1, 64),
+        ]
+    )
     if train.steps == 0 and train.epochs <= 0:
         raise ConfigError(f"train.epochs={train.epochs} must be above 0")
     if config.optim.lr <= 0:
         raise ConfigError(f"optim.lr={config.optim.lr} must be above 0")
-    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        raise ConfigError(f"data.crop_scale={list(data.crop_scale)} must rise within 0 … 1")
-    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
-        raise ConfigError(f"data.crop_ratio={list(data.crop_ratio)} must rise and be above 0")
     if data.value_range is not None and not data.value_range[0] < data.value_range[1]:
         raise ConfigError(f"data.value_range={list(data.value_range)} must rise")
     for key, values in (("mean", data.mean), ("std", data.std)):
@@ -440,10 +478,22 @@ def check(config: Config) -> None:
             f"schedule.milestones={schedule.milestones} begin before the warm-up ends "
             f"(schedule.warmup_epochs={schedule.warmup_epochs:g})"
         )
-    _check_mask(config, resolve_spec(config))
-    micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if not data.path:
-        raise ConfigError("data.path is not set: the folder of your images, --data.path=DIR")
+
+
+def check_ranges(ranges: Sequence[tuple[str, float, float, float]]) -> None:
+    """Raise ConfigError for the first (key, value, low, high) whose value is out of its range."""
+    for key, value, low, high in ranges:
+        if not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{key}={value} must be {bound}")
+
+
+def check_crop(section: str, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Raise ConfigError unless `scale` and `ratio` are ranges that crops can be drawn from."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ConfigError(f"{section}.crop_scale={list(scale)} must rise within 0 … 1")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise ConfigError(f"{section}.crop_ratio={list(ratio)} must rise and be above 0")
 
 
 def _check_mask(config: Config, spec: Spec) -> None:
@@ -463,7 +513,7 @@ def _check_mask(config: Config, spec: Spec) -> None:
     raise ConfigError(f"mask.unit={unit} px {what}; nearest that fits is {near}")
 
 
-def micro_batch(config: Config, world_size: int) -> int:
+def micro_batch(config: RunConfig, world_size: int) -> int:
     """Images per device and backward pass.
 
     Raises:

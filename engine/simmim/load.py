@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simmim.backbone.build import build_encoder, spec_from_dict, spec_to_dict
-from simmim.convert import official
+from simmim.backbone.build import Spec, build_encoder, spec_from_dict, spec_to_dict
+from simmim.convert import layouts, official
+from simmim.method.classifier import Classifier
+from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
 
 WEIGHTS_FILE = "model.safetensors"
@@ -112,6 +115,81 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds, under our names, before a model is built from it.
+
+    Attributes:
+        source: where it comes from, for messages.
+        layout: whose names it has: "simmim", "official", "timm", "hf" or "mmpretrain".
+        kind: "simmim" with a decoder, "classifier" with a class head, else "encoder".
+        state: name → tensor; `encoder.…`, `decoder.…`, `fc_norm.…`, `head.…`.
+        spec: the encoder's architecture.
+        metadata: mean, std, mask, classes and the like, as far as the file tells.
+    """
+
+    source: str
+    layout: str
+    kind: str
+    state: dict[str, Tensor]
+    spec: Spec
+    metadata: dict[str, Any]
+
+
+def read_model(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+    *,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
+) -> Weights:
+    """A checkpoint's weights under our names, and its architecture; builds no model.
+
+    Args:
+        path_or_state_dict: as for `load_model`.
+        image_size: as for `load_model`.
+        num_heads: as for `load_model`.
+        qk_scale: as for `load_model`.
+
+    Raises:
+        ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
+            finite, or does not fit `image_size`; names it.
+    """
+    metadata: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if isinstance(path_or_state_dict, Mapping):
+        source, state = "state dict", unwrap(path_or_state_dict)
+    else:
+        source = str(path_or_state_dict)
+        state, metadata = read_weights(path_or_state_dict)
+        config = layouts.read_config(find_weights(Path(path_or_state_dict)))
+    size = None if image_size is None else image_size_pair(image_size)
+    try:
+        _check_finite(state)
+        found = layouts.to_ours(state, config)
+        hints = {"num_heads": num_heads, "qk_scale": qk_scale} | {
+            key: value for key, value in found.hints.items() if value is not None
+        }
+        if metadata and size in (None, tuple(metadata["encoder"]["image_size"])):
+            spec = spec_from_dict(metadata["encoder"])
+        else:
+            told = metadata.get("encoder", {})
+            hints["qk_scale"] = hints["qk_scale"] or told.get("qk_scale")
+            told_size = hints.pop("image_size", None)
+            spec = official.infer_spec(found.state, size or told_size, **hints)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{source}: incomplete or inconsistent: {error!r}") from None
+    kind = "encoder"
+    if "decoder.0.weight" in found.state:
+        kind = "simmim"
+    elif "head.weight" in found.state:
+        kind = "classifier"
+    layout = "simmim" if metadata else found.layout
+    return Weights(source, layout, kind, found.state, spec, found.metadata | metadata)
+
+
 def load_model(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
@@ -119,14 +197,16 @@ def load_model(
     num_heads: int | None = None,
     qk_scale: float | None = None,
     norm_target: int | None = None,
-) -> SimMIM:
-    """A SimMIM model with the weights of a checkpoint, in evaluation mode on the CPU.
+) -> SimMIM | Classifier:
+    """The model of a checkpoint, in evaluation mode on the CPU.
 
-    The architecture comes from the file itself: from the metadata of our own checkpoints, from
-    names and shapes of official (microsoft/SimMIM) ones.
+    Layouts are told by their names: ours, microsoft/SimMIM, timm (Swin, BEiT), Hugging Face (Swin,
+    ViT, BEiT; a folder with config.json) and mmpretrain. The architecture comes from the file
+    itself: from its metadata or configuration, else from names and shapes.
 
     Args:
-        path_or_state_dict: a weights file, checkpoint folder or run folder; or a state dict.
+        path_or_state_dict: a weights file, a checkpoint folder, run folder, or folder of
+            `save_pretrained`; or a state dict.
         image_size: side, or (height, width), in pixels; None takes what the checkpoint tells (the
             square on which the last stage is one window, where it tells nothing).
         num_heads: heads of a ViT that has no position table; shapes cannot tell.
@@ -134,43 +214,90 @@ def load_model(
         norm_target: window of the target normalisation, which only the loss uses.
 
     Returns:
-        The model: `encode`, `reconstruct`, and the loss when called.
+        A `SimMIM` (`encode`, `reconstruct`, and the loss when called), or a `Classifier`
+        (`encode`, and logits when called) where there is a class head.
 
     Raises:
-        ValueError: the file is unreadable, unsafe, of an unknown layout, or does not fit
-            `image_size`.
+        ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
+            finite, has neither decoder nor head, or does not fit `image_size`; names it.
     """
-    metadata: dict[str, Any] = {}
-    if isinstance(path_or_state_dict, Mapping):
-        source, state = "state dict", unwrap(path_or_state_dict)
-    else:
-        source = str(path_or_state_dict)
-        state, metadata = read_weights(path_or_state_dict)
-    if not official.matches(state):
-        raise ValueError(
-            f"{source}: unknown layout; expected encoder.patch_embed.proj.weight and "
-            f"decoder.0.weight, found {', '.join(sorted(state)[:4])}, …"
-        )
-    size = None if image_size is None else image_size_pair(image_size)
+    weights = read_model(path_or_state_dict, image_size, num_heads=num_heads, qk_scale=qk_scale)
+    return build_model(weights, norm_target)
+
+
+def load_encoder(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+) -> ImageModel:
+    """The encoder alone of any checkpoint that `read_model` reads, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: see `load_model`; a missing decoder or head is no reason.
+    """
+    weights = read_model(path_or_state_dict, image_size)
+    told = weights.metadata
+    model = ImageModel(build_encoder(weights.spec), mean=told.get("mean"), std=told.get("std"))
+    encoder = {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}
+    if f"{official.PREFIX}mask_token" not in encoder:
+        model.encoder.mask_token = None
     try:
-        if metadata and size in (None, tuple(metadata["encoder"]["image_size"])):
-            spec = spec_from_dict(metadata["encoder"])
-        else:
-            spec = official.infer_spec(
-                state, size, num_heads, qk_scale or metadata.get("encoder", {}).get("qk_scale")
-            )
-        model = SimMIM(
-            build_encoder(spec),
-            norm_target=norm_target or metadata.get("norm_target"),
-            mean=metadata.get("mean"),
-            std=metadata.get("std"),
-        )
-        _load_state(model, official.parameters(state))
+        _load_state(model, encoder)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{source}: incomplete or inconsistent: {error!r}") from None
+        raise ValueError(f"{weights.source}: {error}") from None
     return model.eval()
+
+
+def build_model(weights: Weights, norm_target: int | None = None) -> SimMIM | Classifier:
+    """The model of weights that were read, in evaluation mode; see `load_model`."""
+    told = weights.metadata
+    model: SimMIM | Classifier
+    try:
+        if weights.kind == "encoder":
+            raise ValueError(
+                "an encoder without decoder or class head; simmim.load.load_encoder reads it, "
+                "`simmim finetune` starts from it"
+            )
+        encoder = build_encoder(weights.spec)
+        if weights.kind == "simmim":
+            model = SimMIM(
+                encoder,
+                norm_target=norm_target or told.get("norm_target"),
+                mean=told.get("mean"),
+                std=told.get("std"),
+            )
+        else:
+            model = Classifier(
+                encoder,
+                _class_names(told.get("classes"), len(weights.state["head.weight"])),
+                mean=told.get("mean"),
+                std=told.get("std"),
+                margin=told.get("margin"),
+            )
+        _load_state(model, weights.state)
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{weights.source}: incomplete or inconsistent: {error!r}") from None
+    return model.eval()
+
+
+def _class_names(names: Any, count: int) -> list[str]:
+    if names is None:
+        return [str(number) for number in range(count)]
+    if len(names) != count:
+        raise ValueError(f"{len(names)} class names for a head of {count} classes")
+    return [str(name) for name in names]
+
+
+def _check_finite(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            if name.endswith("attn_mask"):
+                continue
+            raise ValueError(
+                f"{name} holds values that are not finite: the run that made it broke down; take "
+                "an earlier checkpoint"
+            )
 
 
 def trained_mask(path: str | Path) -> dict[str, Any]:
@@ -192,7 +319,7 @@ def image_size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _load_state(model: SimMIM, state: dict[str, Tensor]) -> None:
+def _load_state(model: ImageModel, state: dict[str, Tensor]) -> None:
     own = model.state_dict()
     wrong = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
@@ -210,13 +337,15 @@ def _load_state(model: SimMIM, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def model_metadata(model: SimMIM, mask: Mapping[str, Any] | None = None) -> dict[str, str]:
+def model_metadata(model: ImageModel, mask: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What a weights file carries: how to rebuild the model, and the mask it was trained with."""
-    values = {
-        "mask": mask,
+    values: dict[str, Any] = {
         "encoder": spec_to_dict(model.encoder.spec),
-        "norm_target": model.norm_target,
         "mean": model.mean.tolist(),
         "std": model.std.tolist(),
     }
+    if isinstance(model, SimMIM):
+        values |= {"kind": "simmim", "mask": mask, "norm_target": model.norm_target}
+    elif isinstance(model, Classifier):
+        values |= {"kind": "classifier", "classes": model.classes, "margin": model.margin}
     return {METADATA_KEY: json.dumps(values)}

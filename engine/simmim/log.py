@@ -16,6 +16,7 @@ from simmim.errors import RunError
 from simmim.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 LOG_FILE = "log.txt"
 
 WIDTH_FOR_A_BAR = 140
@@ -87,20 +88,37 @@ class RunLog:
             self._progress.start()
 
     def start_after(self, step: int) -> None:
-        """Open TensorBoard, and drop metrics of steps beyond `step`: a resumed run makes them."""
+        """Open TensorBoard, and drop records of steps beyond `step`: a resumed run makes them."""
         if self._tensorboard:
             self._events = _open_events(self.folder, step)
-        path = self.folder / METRICS_FILE
+        for name in (METRICS_FILE, EVALUATIONS_FILE):
+            if self.is_main and (self.folder / name).is_file():
+                kept = [row for row in self.recorded(name) if row["step"] <= step]
+                write_text(self.folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def recorded(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a file of records, such as METRICS_FILE; none in other processes."""
+        path = self.folder / name
         if not self.is_main or not path.is_file():
-            return
-        kept = []
+            return []
+        rows = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row["step"], int) else []
+            except (ValueError, KeyError, TypeError):
                 continue  # the line a killed process was writing
-        write_text(path, "".join(kept))
+        return rows
+
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row to a file of records, and its numbers to TensorBoard; main process only."""
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            section = name.removesuffix(".jsonl")
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{section}/{key}", value, row["step"])
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
         """Record rows (one a step), and show the last one."""

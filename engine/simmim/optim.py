@@ -1,13 +1,23 @@
 """Parameter groups as published, and the optimiser over them."""
 
+import re
+from collections import defaultdict
+
 import torch
 from torch import nn
 
+from simmim.backbone.vit import ViT, ViTSpec
 from simmim.config import OptimConfig
-from simmim.method.simmim import SimMIM
+from simmim.method.classifier import Classifier
+from simmim.method.images import ImageModel
+
+# What the published fine-tuning does not decay in a Swin; a ViT's tables it does.
+POSITION_PARAMETERS = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
-def decays(name: str, parameter: nn.Parameter, model: SimMIM, decay_position_tables: bool) -> bool:
+def decays(
+    name: str, parameter: nn.Parameter, model: ImageModel, decay_position_tables: bool
+) -> bool:
     """Whether weight decay applies to a parameter, as in the published pre-training.
 
     Exempt are one-dimensional parameters, biases and the encoder's own list (Swin: absolute
@@ -21,7 +31,7 @@ def decays(name: str, parameter: nn.Parameter, model: SimMIM, decay_position_tab
 
 
 def parameter_groups(
-    model: SimMIM, weight_decay: float, *, decay_position_tables: bool = True
+    model: ImageModel, weight_decay: float, *, decay_position_tables: bool = True
 ) -> list[dict[str, object]]:
     """Two groups, decayed and not, each {"params", "names", "weight_decay"}.
 
@@ -47,9 +57,76 @@ def parameter_groups(
     return groups
 
 
-def build_optimizer(model: SimMIM, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a run; fused, so that it can skip a step on the device (see step.py)."""
-    groups = parameter_groups(
+def finetune_groups(
+    model: Classifier,
+    weight_decay: float,
+    layer_decay: float,
+    *,
+    decay_position_tables: bool = False,
+) -> list[dict[str, object]]:
+    """Groups of parameters that share layer and decay, from the first layer to the head.
+
+    Each is {"params", "names", "weight_decay", "lr_scale"}; lr_scale is layer_decay^(last - layer).
+
+    Source: microsoft/SimMIM optimizer.py (get_finetune_param_groups).
+    """
+    last = sum(_depths(model)) + 1
+    groups: dict[tuple[int, bool], list[str]] = defaultdict(list)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        exempt = (
+            not decay_position_tables
+            and not isinstance(model.encoder, ViT)
+            and any(word in name for word in POSITION_PARAMETERS)
+        )
+        decay = not exempt and decays(name, parameter, model, True)
+        groups[layer_of(name, model), decay].append(name)
+    return [
+        {
+            "params": [parameters[name] for name in names],
+            "names": names,
+            "weight_decay": weight_decay if decay else 0.0,
+            "lr_scale": layer_decay ** (last - layer),
+        }
+        for (layer, decay), names in sorted(groups.items())
+    ]
+
+
+def layer_of(name: str, model: ImageModel) -> int:
+    """The layer of a parameter, as layer-wise decay counts: embeddings 0, blocks from 1, head last.
+
+    A Swin's merging counts to the block before it, and, as published, its absolute positions to
+    the head, as do final norms and a ViT's shared position table.
+    """
+    name = name.removeprefix("encoder.")
+    if name.startswith("patch_embed.") or name in ("cls_token", "pos_embed", "mask_token"):
+        return 0
+    if match := re.match(r"blocks\.(\d+)\.", name):
+        return int(match[1]) + 1
+    if match := re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name):
+        stage, block = int(match[1]), match[2]
+        if block is None:
+            return sum(_depths(model)[: stage + 1])
+        return sum(_depths(model)[:stage]) + int(block) + 1
+    return sum(_depths(model)) + 1
+
+
+def _depths(model: ImageModel) -> tuple[int, ...]:
+    spec = model.encoder.spec
+    return (spec.depth,) if isinstance(spec, ViTSpec) else spec.depths
+
+
+def build_optimizer(
+    model: ImageModel, config: OptimConfig, groups: list[dict[str, object]] | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a run; fused, so that it can skip a step on the device (see step.py).
+
+    Args:
+        model: whose parameters train.
+        config: of the optimiser.
+        groups: of parameters; None takes those of pre-training.
+    """
+    groups = groups or parameter_groups(
         model, config.weight_decay, decay_position_tables=config.decay_position_tables
     )
     if config.name == "sgd":

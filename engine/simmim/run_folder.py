@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from simmim import distributed, environment, files
 from simmim.checkpoint import Loaded
-from simmim.config import Config, ConfigError, from_dict, leaves, to_toml
+from simmim.config import ConfigError, RunConfig, from_dict, leaves, to_toml
 from simmim.distributed import World
 
 RUN_FILE = "run.json"
@@ -23,7 +23,7 @@ FIXED_KEYS = ("seed", "train.batch_size", "optim.name", "data.image_size", "data
 
 
 @contextmanager
-def run_folder(config: Config, world: World) -> Iterator[Path]:
+def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
     """The run folder, made if needed and locked against a second run.
 
     Raises:
@@ -68,7 +68,7 @@ def _claim(folder: Path) -> IO[str]:
     return lock
 
 
-def record_start(folder: Path, config: Config, world: World, step: int) -> None:
+def record_start(folder: Path, config: RunConfig, world: World, step: int) -> None:
     """Write the resolved configuration, and add this start to the list in run.json."""
     files.write_text(folder / CONFIG_FILE, to_toml(config))
     path = folder / RUN_FILE
@@ -81,7 +81,7 @@ def record_start(folder: Path, config: Config, world: World, step: int) -> None:
     files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
 
 
-def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -> list[str]:
+def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]) -> list[str]:
     """What differs between a checkpoint's configuration and data and those of this start.
 
     Raises:
@@ -89,7 +89,7 @@ def changes_since(loaded: Loaded, config: Config, fingerprint: dict[str, Any]) -
     """
     found = []
     try:
-        before = leaves(from_dict(loaded.state["config"]))
+        before = leaves(from_dict(loaded.state["config"], type(config)))
     except (TypeError, KeyError):
         found.append("the checkpoint's configuration is of another version; not compared")
         before = {}

@@ -2,9 +2,9 @@
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from simmim.config import Config
+from simmim.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,16 @@ class Schedule:
     gamma: float = 0.1
     warmup_prefix: bool = False
 
-    def value_at(self, update: int) -> float:
-        """The rate the published scheduler sets at its update number `update` (0, 1, …)."""
+    def value_at(self, update: int, scale: float = 1.0) -> float:
+        """The rate the published scheduler sets at its update number `update` (0, 1, …).
+
+        Args:
+            update: of the scheduler.
+            scale: factor of the peak rate, as layer decay gives it; the first and the last rate
+                stay what they are, as published.
+        """
+        if scale != 1.0:
+            return replace(self, lr=self.lr * scale).value_at(update)
         if update < self.warmup_steps:
             return self.warmup_lr + update * (self.lr - self.warmup_lr) / self.warmup_steps
         if self.name == "cosine":
@@ -58,16 +66,16 @@ class Schedule:
             return float(self.lr * self.gamma ** bisect_right(self.milestones, update))
         return self.lr
 
-    def lr_at(self, step: int) -> float:
-        """The rate that step number `step` (0, 1, …) uses.
+    def lr_at(self, step: int, scale: float = 1.0) -> float:
+        """The rate that step number `step` (0, 1, …) uses, with the peak rate times `scale`.
 
         The published loop updates the schedule after each step with the number of that step, so
         the first two steps both use the initial value.
         """
-        return self.value_at(max(step - 1, 0))
+        return self.value_at(max(step - 1, 0), scale)
 
 
-def resolve_schedule(config: Config, num_images: int) -> Schedule:
+def resolve_schedule(config: RunConfig, num_images: int) -> Schedule:
     """The schedule of a run over `num_images` images."""
     steps_per_epoch = num_images / config.train.batch_size
     total = config.train.steps or max(1, int(config.train.epochs * steps_per_epoch))

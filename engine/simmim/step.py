@@ -5,7 +5,8 @@ weights and state alone) as tensors, the protocol of torch.amp.GradScaler. Unsca
 skipping therefore cost no pass of their own and no synchronisation.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simmim import precision
-from simmim.config import Config
+from simmim.config import Config, RunConfig
 from simmim.data.loader import Batch
 from simmim.distributed import World, all_reduce_sum
 from simmim.masking import sample_mask
-from simmim.method.simmim import SimMIM
+from simmim.method.images import ImageModel
 from simmim.precision import LossScale
 from simmim.schedule import Schedule
 from simmim_kernels.gradient_norm import gradient_norm
 from simmim_kernels.splitmix import fold, signed
+
+LossOf = Callable[["TrainState", Batch, int], Tensor]
 
 # Keeps the step's draws (stochastic depth) apart from those of other uses of the same seed.
 STREAM = 0x73746570  # "step"
@@ -35,23 +38,36 @@ class TrainState:
     Args:
         model: the module whose parameters train.
         wrapped: the same, as it is called (DistributedDataParallel, torch.compile).
-        optimizer: from `simmim.optim.build_optimizer`.
+        optimizer: its groups may carry "lr_scale", the factor of the scheduled peak rate.
         config: the run's configuration.
         schedule: learning rates.
         world: this process.
+        loss_of: (state, micro-batch, its number within the step) → the mean loss of its images; a
+            method's part of the step.
+        ema_decay: of a moving average of the weights; 0 keeps none.
+
+    Attributes:
+        averaged: the model with averaged weights, in evaluation mode; None where none is kept.
     """
 
     def __init__(
         self,
-        model: SimMIM,
+        model: ImageModel,
         wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
-        config: Config,
+        config: RunConfig,
         schedule: Schedule,
         world: World,
+        loss_of: "LossOf | None" = None,
+        ema_decay: float = 0.0,
     ) -> None:
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.config, self.schedule, self.world = config, schedule, world
+        self.loss_of: LossOf = loss_of or masked_loss
+        self.ema_decay = ema_decay
+        self.averaged: ImageModel | None = None
+        if ema_decay:
+            self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.loss_scale = LossScale(world.device, config.train.precision)
         self.step = 0
         # skipped steps so far; length of the present unbroken run of them, and of the longest
@@ -105,17 +121,14 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
     _seed(config.seed, state.step, world)
     lr = state.schedule.lr_at(state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    channels_last = config.channels_last_on(world.device.type)
+        group["lr"] = state.schedule.lr_at(state.step, group.get("lr_scale", 1.0))
     size = len(batches[0].ids)
     share = torch.zeros(2, device=world.device)  # Σ loss·weight, Σ weight; 1 = a full micro-batch
     for number, batch in enumerate(batches):
         weight = batch.num_valid / size
         with _gradient_sync(state.wrapped, last=number == len(batches) - 1):
             with precision.autocast(world.device, config.train.precision):
-                loss = state.wrapped(
-                    prepare_image(batch.image, channels_last), draw_mask(state, batch)
-                )
+                loss: Any = state.loss_of(state, batch, number)
             (loss * (state.loss_scale.scale * (weight / len(batches)))).backward()
         share += torch.stack([loss.detach() * weight, loss.new_full((), weight)])
     share = all_reduce_sum(share, world)
@@ -123,18 +136,26 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
     return _update(state, share[0] / share[1], present, lr)
 
 
+def masked_loss(state: TrainState, batch: Batch, number: int) -> Tensor:
+    """SimMIM's part of the step: the mean error of the hidden pixels of a uint8 micro-batch."""
+    channels_last = state.config.channels_last_on(state.world.device.type)
+    loss: Tensor = state.wrapped(prepare_image(batch.image, channels_last), draw_mask(state, batch))
+    return loss
+
+
 def draw_mask(state: TrainState, batch: Batch) -> Tensor:
     """The batch's mask units, from (seed, epoch, sample)."""
-    spec = state.model.encoder.spec
+    spec, config = state.model.encoder.spec, state.config
+    assert isinstance(config, Config)
     return sample_mask(
         batch.ids,
         batch.epochs,
         spec.grid,
         patch_size=spec.patch_size,
-        mask_unit=state.config.mask.unit,
-        ratio=state.config.mask.ratio,
-        seed=state.config.seed,
-        backend=state.config.kernels.backend,
+        mask_unit=config.mask.unit,
+        ratio=config.mask.ratio,
+        seed=config.seed,
+        backend=config.kernels.backend,
     )
 
 
@@ -154,6 +175,8 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     optimizer.zero_grad()
+    if state.averaged is not None:
+        _average(state.averaged, state.model, state.ema_decay, state.step, finite)
     state.loss_scale.update(finite)
     bad = (~finite).float()
     state.skipped = state.skipped + bad
@@ -161,6 +184,19 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     state.longest_bad_run = torch.maximum(state.longest_bad_run, state.bad_in_a_row)
     state.step += 1
     return Metrics(loss, grad_norm, finite, lr)
+
+
+@torch.no_grad()
+def _average(
+    averaged: nn.Module, model: nn.Module, decay: float, step: int, finite: Tensor
+) -> None:
+    # young averages follow faster; a step that was skipped changes nothing
+    decay = min(decay, (1 + step) / (10 + step))
+    old: list[Tensor] = list(averaged.parameters())
+    new: list[Tensor] = list(model.parameters())
+    change = torch._foreach_sub(new, old)
+    torch._foreach_mul_(change, finite.float() * (1.0 - decay))
+    torch._foreach_add_(old, change)
 
 
 def _seed(seed: int, step: int, world: World) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from simmim.data import dali
 from simmim.data.augment import Augmentation, augment, sample_key
+from simmim.data.cropped import CroppedView
 from simmim.data.dali import DaliPipeline, choose_backend, estimate_bytes, largest_sub_batch
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.loader import Loader
@@ -211,7 +212,7 @@ def test_an_epoch_visits_every_readable_image_once(mixed: Path) -> None:
     count = len(source.names)  # 16: four steps of four are an epoch
     loader = Loader(
         source,
-        AUGMENTATION,
+        CroppedView(AUGMENTATION, SEED),
         seed=SEED,
         micro_batch=4,
         accumulation_steps=1,

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from simmim.data.augment import Augmentation, augment, centre_view, crop_box, sample_key
+from simmim.data.cropped import CroppedView
 from simmim.data.decode import UnreadableImage, decode, read_header
 from simmim.data.loader import Batch, Loader
 from simmim.data.order import MicroBatches, SampleOrder
@@ -39,7 +40,7 @@ def loader(source: Source, **options: object) -> Loader:
         "prefetch": 2,
         "world": HERE,
     } | options
-    return Loader(source, AUGMENTATION, **settings)
+    return Loader(source, CroppedView(AUGMENTATION, settings["seed"]), **settings)
 
 
 @pytest.mark.parametrize(

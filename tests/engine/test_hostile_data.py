@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from simmim.data.augment import Augmentation
+from simmim.data.cropped import CroppedView
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
-from simmim.data.loader import CroppedView, Loader
+from simmim.data.loader import Loader
 from simmim.data.producer import SourceViews
 from simmim.data.source import MAX_FILE_BYTES, open_source, read_file
 from simmim.distributed import World
@@ -159,7 +160,7 @@ def test_a_run_goes_on_among_them(photos: Path, tmp_path: Path) -> None:
     assert len(source.names) == 11
     loader = Loader(
         source,
-        Augmentation((32, 32), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3),
+        CroppedView(Augmentation((32, 32), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3), 0),
         seed=0,
         micro_batch=11,
         accumulation_steps=1,

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from simmim.distributed import World
-from simmim.pretrain import NAMED_UNREADABLE, WAIT_WARNING_INTERVAL, _Loop
+from simmim.loop import NAMED_UNREADABLE, WAIT_WARNING_INTERVAL, Loop
 from small_run import CPU
 
 
@@ -36,7 +36,7 @@ def test_waiting_for_data_is_said_once_with_a_remedy() -> None:
     for step in range(10, 3 * WAIT_WARNING_INTERVAL, 10):
         run.state.step = step
         before = len(run.log.lines)
-        _Loop._warn_of_waiting(run, 0.05 if step in (20, 30) else 0.35, 10)
+        Loop._warn_of_waiting(run, 0.05 if step in (20, 30) else 0.35, 10)
         if len(run.log.lines) > before:
             heard[step] = run.log.lines[-1]
     # not in the first window, nor below the limit, and then every thousand steps
@@ -49,7 +49,7 @@ def test_many_unreadable_images_do_not_flood_the_terminal() -> None:
     run = loop(loader=SimpleNamespace(source=SimpleNamespace(names=names), problems=[]))
     for _ in range(2):
         run.loader.problems = [(sample, "cut off") for sample in range(NAMED_UNREADABLE + 5)]
-        _Loop._note_unreadable(run)
+        Loop._note_unreadable(run)
     assert run.log.lines[:2] == ["unreadable: 0.jpg: cut off", "unreadable: 1.jpg: cut off"]
     assert len(run.log.lines) == NAMED_UNREADABLE + 5 + 1  # every image once, and the count
     assert run.log.shown[-1] == "unreadable: 5 more, all in log.txt"

@@ -238,7 +238,7 @@ def resident_bytes() -> int:
 def test_memory_does_not_grow_over_10000_batches(photos: Path) -> None:
     """The trend over the last 8,000 batches of real photos: below 100 bytes a batch."""
     from simmim.data.augment import Augmentation
-    from simmim.data.loader import CroppedView
+    from simmim.data.cropped import CroppedView
     from simmim.data.producer import SourceViews
     from simmim.data.source import open_source
 

@@ -1,7 +1,8 @@
-"""The layout of microsoft/SimMIM pre-training checkpoints, which is also ours.
+"""The layout of microsoft/SimMIM checkpoints: pre-trained, which is also ours, and fine-tuned.
 
 Architecture is inferred from names and shapes. Buffers that the published code saves
-(`relative_position_index`, `attn_mask`) are dropped: they follow from the architecture.
+(`relative_position_index`, `attn_mask`) are dropped: they follow from the architecture. A
+fine-tuned checkpoint has no prefix (`layers.0…`, `head.weight`) where ours say `encoder.layers.0…`.
 """
 
 import math
@@ -19,10 +20,38 @@ State = dict[str, Tensor]
 _BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
 PREFIX = "encoder."
 
+# Parts of a model that stand beside its encoder.
+HEADS = ("head.", "fc_norm.", "decoder.")
+
 
 def matches(state: State) -> bool:
-    """Whether the names are those of an official pre-training checkpoint."""
-    return f"{PREFIX}patch_embed.proj.weight" in state and "decoder.0.weight" in state
+    """Whether the names are those of an official pre-training checkpoint, or of ours."""
+    return f"{PREFIX}patch_embed.proj.weight" in state
+
+
+def matches_finetuned(state: State) -> bool:
+    """Whether the names are those of an official fine-tuned checkpoint."""
+    if "patch_embed.proj.weight" not in state or any(name.startswith("decoder.") for name in state):
+        return False
+    if "blocks.0.attn.qkv.weight" in state:  # a plain ViT has blocks.0.attn.qkv.bias
+        return "blocks.0.attn.qkv.bias" not in state and "blocks.0.ls1.gamma" not in state
+    merged = any(re.match(r"layers\.\d+\.downsample\.", name) for name in state)
+    return "layers.0.blocks.0.attn.qkv.weight" in state and (
+        "layers.0.downsample.reduction.weight" in state or not merged
+    )
+
+
+def from_finetuned(state: State) -> State:
+    """Our names for those of an official fine-tuned checkpoint."""
+    return {
+        name if name.startswith(HEADS) else PREFIX + name: tensor
+        for name, tensor in parameters(state).items()
+    }
+
+
+def to_finetuned(state: State) -> State:
+    """The official names for ours."""
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
 def parameters(state: State) -> State:
@@ -35,9 +64,14 @@ def parameters(state: State) -> State:
 
 
 def infer_spec(
-    state: State, image_size: tuple[int, int] | None, num_heads: int | None, qk_scale: float | None
+    state: State,
+    image_size: tuple[int, int] | None,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
+    norm_eps: float | None = None,
+    pretrained_window_sizes: tuple[int, ...] | None = None,
 ) -> Spec:
-    """The architecture of an official checkpoint.
+    """The architecture of a checkpoint under our names.
 
     Args:
         state: names and tensors of the whole model.
@@ -45,6 +79,8 @@ def infer_spec(
         num_heads: heads of a ViT without any position table (shapes cannot tell); None takes one
             head per 64 channels.
         qk_scale: factor of q·k, which shapes cannot tell; None is 1/√(head width).
+        norm_eps: of a ViT's norms, which shapes cannot tell; None is the published one.
+        pretrained_window_sizes: of a SwinV2, which shapes cannot tell; None has none.
 
     Raises:
         ValueError: a part of the architecture cannot be told, or contradicts `image_size`.
@@ -55,7 +91,8 @@ def infer_spec(
             raise ValueError("this is a SwinV2 checkpoint; SwinV2 is not supported yet")
         return replace(_infer_swin(encoder, image_size), qk_scale=qk_scale)
     if "blocks.0.attn.qkv.weight" in encoder:
-        return replace(_infer_vit(encoder, image_size, num_heads), qk_scale=qk_scale)
+        vit = replace(_infer_vit(encoder, image_size, num_heads), qk_scale=qk_scale)
+        return vit if norm_eps is None else replace(vit, norm_eps=norm_eps)
     raise ValueError("the encoder is neither a Swin nor a ViT of the published layout")
 
 

@@ -2,6 +2,7 @@
 
 from simmim.config import Config, micro_batch
 from simmim.data.augment import Augmentation
+from simmim.data.cropped import CroppedView
 from simmim.data.dali import DaliPipeline, choose_backend
 from simmim.data.loader import Loader, default_workers
 from simmim.data.producer import Producer
@@ -37,9 +38,12 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
             timeout_s=data.timeout_s,
             report=lambda line: loader.report(line),
         )
+    view = CroppedView(
+        augmentation, config.seed, max_pixels=data.max_pixels, value_range=data.value_range
+    )
     loader = Loader(
         source,
-        augmentation,
+        view,
         seed=config.seed,
         micro_batch=batch,
         accumulation_steps=config.train.accumulation_steps,
@@ -47,8 +51,6 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
         prefetch=data.prefetch,
         world=world,
         timeout_s=data.timeout_s,
-        max_pixels=data.max_pixels,
-        value_range=data.value_range,
         producer=producer,
     )
     loader.backend = f"{backend} ({reason})"

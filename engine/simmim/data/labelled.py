@@ -114,8 +114,8 @@ class TrainingView:
     """Random views by the published recipe, through timm.
 
     Views of at most 32 pixels are shifted by up to 4 pixels instead of cropped to a random scale;
-    an image of another size is scaled to cover the view first. Other than 1 and 3 channels are
-    cropped and flipped only, without timm: its policies are made for grey and colour.
+    an image of another size is scaled to cover the view first. A recipe of crop and flip alone does
+    without timm, and so do other than 1 and 3 channels: its policies are made for grey and colour.
 
     Args:
         pixels: what the arrays hold.
@@ -126,17 +126,20 @@ class TrainingView:
         note: a line on what the recipe leaves out for these images; "" where it is whole.
 
     Raises:
-        RunError: timm is missing.
+        RunError: timm is missing, and the recipe needs it.
     """
 
     dtype = "float32"
 
     def __init__(self, pixels: Pixels, seed: int, recipe: Recipe | None = None) -> None:
         self.pixels, self.seed, self.recipe = pixels, seed, recipe or Recipe()
-        self.shape = pixels.shape
+        self.shape: tuple[int, ...] = pixels.shape
         channels = len(pixels.mean)
         self.note = ""
         self._transform: Any = None
+        plain = not (self.recipe.auto_augment or self.recipe.color_jitter or self.recipe.erase)
+        if plain:
+            return
         if channels in (1, 3):
             self._transform = _published(pixels, self.recipe)
         else:
@@ -207,7 +210,7 @@ class EvaluationView:
         if margin != 0 and margin < 1:
             raise ValueError(f"margin={margin}: choose 1 or more, or 0 to squeeze the image")
         self.pixels, self.margin = pixels, margin
-        self.shape = pixels.shape
+        self.shape: tuple[int, ...] = pixels.shape
 
     def __call__(self, data: bytes) -> NDArray[np.float32]:
         """The view as a new array, float32 [C, H, W]; raises UnreadableImage."""
@@ -231,7 +234,7 @@ class EvaluationView:
 
 
 class Mixing:
-    """Mixup and CutMix of a batch, and its soft targets, through timm.
+    """Mixup and CutMix of a batch through timm, and its soft targets.
 
     Args:
         num_classes: K.
@@ -243,7 +246,7 @@ class Mixing:
         smoothing: label smoothing.
 
     Raises:
-        RunError: timm is missing.
+        RunError: timm is missing, and `mixup` or `cutmix` is on.
     """
 
     def __init__(
@@ -258,17 +261,18 @@ class Mixing:
         smoothing: float = 0.1,
     ) -> None:
         self.num_classes, self.seed = num_classes, seed
-        self._mix = _imported("timm.data").Mixup(
-            mixup_alpha=mixup,
-            cutmix_alpha=cutmix,
-            prob=probability,
-            switch_prob=switch,
-            mode="batch",
-            label_smoothing=smoothing,
-            num_classes=num_classes,
-        )
         self.enabled = mixup > 0 or cutmix > 0
         self.smoothing = smoothing
+        if self.enabled:
+            self._mix = _imported("timm.data").Mixup(
+                mixup_alpha=mixup,
+                cutmix_alpha=cutmix,
+                prob=probability,
+                switch_prob=switch,
+                mode="batch",
+                label_smoothing=smoothing,
+                num_classes=num_classes,
+            )
 
     def __call__(
         self, image: Tensor, label: Tensor, step: int, rank: int, micro_batch: int = 0
@@ -292,9 +296,9 @@ class Mixing:
             ValueError: B is odd.
         """
         if not self.enabled:
-            target = _imported("timm.data").mixup.mixup_target(
-                label.clamp(min=0), self.num_classes, smoothing=self.smoothing
-            )
+            off = self.smoothing / self.num_classes
+            target = torch.full((len(label), self.num_classes), off, device=label.device)
+            target.scatter_(1, label.clamp(min=0)[:, None], 1.0 - self.smoothing + off)
             return image, target * (label >= 0)[:, None]
         if len(image) % 2:
             raise ValueError(f"{len(image)} images cannot be mixed in pairs; choose an even number")

@@ -1,4 +1,4 @@
-"""Steps of uint8 batches on the device; counts what could not be read, times the wait."""
+"""Steps of batches on the device; counts what could not be read, times the wait."""
 
 import os
 import time
@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.decode import MAX_PIXELS, decode
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled, Producer, SourceViews
+from simmim.data.producer import Filled, Producer, SourceViews, View
 from simmim.data.source import DataError, Source
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
@@ -29,7 +26,7 @@ class Batch:
     """Images of one backward pass, on the device.
 
     Attributes:
-        image: uint8 [B, H, W, C]; zeros in empty slots.
+        image: [B, *shape] as the view makes it, such as uint8 [B, H, W, C]; zeros in empty slots.
         ids: int64 [B]; -1 in empty slots (unreadable images).
         epochs: int64 [B].
         num_valid: slots that hold an image; known on the host.
@@ -39,41 +36,6 @@ class Batch:
     ids: Tensor
     epochs: Tensor
     num_valid: int
-
-
-class CroppedView:
-    """The view of pre-training: a random crop, uint8 [H, W, C].
-
-    Args:
-        augmentation: what is drawn per sample.
-        seed: the run's seed.
-        max_pixels: larger images are refused.
-        value_range: see `decode`.
-    """
-
-    dtype = "uint8"
-
-    def __init__(
-        self,
-        augmentation: Augmentation,
-        seed: int,
-        *,
-        max_pixels: int = MAX_PIXELS,
-        value_range: tuple[float, float] | None = None,
-    ) -> None:
-        self.augmentation, self.seed = augmentation, seed
-        self.max_pixels, self.value_range = max_pixels, value_range
-        self.shape: tuple[int, ...] = (*augmentation.size, augmentation.channels)
-
-    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
-        """See `View`; every draw is keyed, nothing is remembered."""
-        image = decode(
-            data,
-            self.augmentation.channels,
-            max_pixels=self.max_pixels,
-            value_range=self.value_range,
-        )
-        augment(image, sample_key(self.seed, epoch, sample), self.augmentation, out)
 
 
 def default_workers(world: World) -> int:
@@ -100,7 +62,7 @@ class Loader:
 
     Args:
         source: images.
-        augmentation: what is drawn per sample.
+        view: makes the arrays.
         seed: the run's seed.
         micro_batch: images per process and backward pass.
         accumulation_steps: backward passes per step.
@@ -108,8 +70,6 @@ class Loader:
         prefetch: micro-batches held ready.
         world: this process.
         timeout_s: seconds after which a process that is still at one image is replaced.
-        max_pixels: larger images are refused.
-        value_range: see `decode`.
         producer: what makes the images instead of `workers`, such as DALI.
 
     Attributes:
@@ -123,7 +83,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        augmentation: Augmentation,
+        view: View,
         *,
         seed: int,
         micro_batch: int,
@@ -132,8 +92,6 @@ class Loader:
         prefetch: int,
         world: World,
         timeout_s: float = 120,
-        max_pixels: int = MAX_PIXELS,
-        value_range: tuple[float, float] | None = None,
         producer: Producer | None = None,
     ) -> None:
         self.source, self.world = source, world
@@ -147,7 +105,6 @@ class Loader:
         self.report: Callable[[str], None] = lambda line: None
         self.backend = "cpu"
         self._unreadable_in_a_row = 0
-        view = CroppedView(augmentation, seed, max_pixels=max_pixels, value_range=value_range)
         views = SourceViews(source, view)
         on_cuda = world.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(world.device) if on_cuda else None  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmim.errors import RunError
 
@@ -145,6 +146,22 @@ class FolderSource:
 
     def read(self, index: int) -> bytes:
         return read_file(f"{self._prefix}{self.names[index]}")
+
+
+class SelectedSource:
+    """Some images of another source, numbered from 0 in the given order.
+
+    Args:
+        source: the other one.
+        samples: numbers of its images.
+    """
+
+    def __init__(self, source: Source, samples: NDArray[np.int64]) -> None:
+        self.source, self.samples = source, samples
+        self.names = PackedStrings([source.names[sample] for sample in samples.tolist()])
+
+    def read(self, index: int) -> bytes:
+        return self.source.read(int(self.samples[index]))
 
 
 def open_source(path: str) -> Source:

@@ -1,0 +1,388 @@
+"""One fine-tuning run, from pre-trained weights to a classifier; readable top to bottom."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simmim import checkpoint, distributed, files
+from simmim.backbone.build import Spec, build_encoder
+from simmim.checkpoint import CheckpointError
+from simmim.config import ConfigError, make_spec, micro_batch
+from simmim.data.labelled import EvaluationView, Mixing, Recipe, TrainingView
+from simmim.data.labelled_sets import LabelledImages, open_labelled_sets
+from simmim.data.loader import Batch, Loader
+from simmim.data.source import DataError
+from simmim.distributed import World
+from simmim.downstream.evaluate import evaluate, evaluation_view
+from simmim.downstream.finetune_config import FinetuneConfig
+from simmim.downstream.handover import finetune_spec, hand_over
+from simmim.downstream.metrics import ClassificationMetrics, write_report
+from simmim.interrupts import Interrupts
+from simmim.load import Weights, read_model
+from simmim.log import EVALUATIONS_FILE, RunLog
+from simmim.loop import Loop, train, write_weights
+from simmim.method.classifier import Classifier
+from simmim.optim import build_optimizer, finetune_groups
+from simmim.pretrain import check_backends
+from simmim.run_folder import run_folder
+from simmim.schedule import resolve_schedule
+from simmim.step import TrainState
+from simmim_kernels.splitmix import fold, signed
+
+BEST_FILE = "best.safetensors"
+HANDOVER_FILE = "handover.txt"
+
+# Of the best evaluation: per-class accuracy and confusion matrix.
+REPORT_FOLDER = "best"
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Fine-tune as `config` says, resuming whatever its run folder holds.
+
+    Returns:
+        0 when the run is complete, 75 when a signal stopped it (run again to resume).
+
+    Raises:
+        ConfigError: bad input: the run folder, the data and their labels, the pre-trained weights.
+        CheckpointError: a checkpoint could not be written or read.
+        RunStopped: too many steps in a row had non-finite gradients.
+    """
+    world = distributed.init(config.device)
+    with Interrupts() as interrupts, run_folder(config, world) as folder:
+        code = _run(config, world, folder, interrupts)
+    # not after an error: leaving the group waits for processes that may wait for this one
+    distributed.finish(world)
+    return code
+
+
+def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interrupts) -> int:
+    try:
+        images, val = _open_data(config)
+        weights = _starting_weights(config, folder)
+        model, notes = build_classifier(config, images.labels.classes, weights, world.device)
+        view, mixing = _training_view(config, model), _mixing(config, len(model.classes))
+    except (DataError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    schedule = resolve_schedule(config, len(images.source.names))
+    groups = finetune_groups(
+        model,
+        config.optim.weight_decay,
+        config.optim.layer_decay,
+        decay_position_tables=config.optim.decay_position_tables,
+    )
+    optimizer = build_optimizer(model, config.optim, groups)
+    wrapped: nn.Module = distributed.wrap(model, world)
+    if config.train.compile:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    loss_of = ClassificationLoss(images.labels.values, mixing, world.device)
+    state = TrainState(
+        model, wrapped, optimizer, config, schedule, world, loss_of, config.train.ema_decay
+    )
+    log = RunLog(
+        folder,
+        schedule.total_steps,
+        is_main=world.is_main,
+        tensorboard=config.log.tensorboard,
+    )
+    with closing(log):
+        if world.is_main:
+            _note_start(folder, log, notes, view.note, images, val)
+        return train(
+            state,
+            images.source,
+            lambda: _make_loader(config, images, view, world),
+            lambda loader: Evaluations(config, model, images, val, world),
+            folder,
+            log,
+            interrupts,
+        )
+
+
+def _open_data(config: FinetuneConfig) -> tuple[LabelledImages, LabelledImages]:
+    data = config.data
+    return open_labelled_sets(
+        data.path,
+        seed=config.seed,
+        val_path=data.val_path,
+        num_held_out=data.holdout,
+        fraction=data.fraction,
+        labels=data.labels,
+        val_labels=data.val_labels,
+        classes=data.classes,
+        first_number=data.first_number,
+    )
+
+
+def _starting_weights(config: FinetuneConfig, folder: Path) -> Weights | None:
+    # a run that goes on needs the pre-trained weights no more: its checkpoint tells all
+    if checkpoint.steps(folder / "checkpoints"):
+        return read_model(folder)
+    return read_model(config.pretrained) if config.pretrained else None
+
+
+def build_classifier(
+    config: FinetuneConfig,
+    classes: tuple[str, ...],
+    weights: Weights | None,
+    device: torch.device,
+) -> tuple[Classifier, list[str]]:
+    """The configured classifier on `device`, with the weights handed over.
+
+    What the weights do not provide is initialised from the run's seed.
+
+    Returns:
+        The model, and what became of every weight, in lines.
+
+    Raises:
+        ConfigError: parts that do not fit together.
+        ValueError: the weights are of another architecture; names their file.
+        RunError: `kernels` names a backend that cannot run here.
+    """
+    check_backends(config.kernels, device)
+    torch.manual_seed(signed(fold(config.seed)))
+    told = {} if weights is None else weights.metadata
+    model = Classifier(
+        build_encoder(classifier_spec(config, None if weights is None else weights.spec)),
+        classes,
+        mean=config.data.mean or told.get("mean"),
+        std=config.data.std or told.get("std"),
+        margin=config.augment.margin,
+    )
+    lines = ["trained from scratch"] if weights is None else hand_over(weights, model).lines()
+    model.encoder.activation_checkpointing = config.train.activation_checkpointing
+    model.use_backend(config.kernels.backend, config.kernels.attention)
+    if config.channels_last_on(device.type):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device), lines
+
+
+def classifier_spec(config: FinetuneConfig, pretrained: Spec | None) -> Spec:
+    """The architecture of the run's encoder: that of the weights but for what is configured."""
+    size = config.data.image_size or (pretrained.image_size if pretrained is not None else 224)
+    preset = None if config.model.name else pretrained
+    pair = (size, size) if isinstance(size, int) else size
+    spec = make_spec(config.model, pair, config.data.channels, preset)
+    return finetune_spec(spec, pretrained)
+
+
+def _training_view(config: FinetuneConfig, model: Classifier) -> TrainingView:
+    augment = config.augment
+    recipe = Recipe(
+        crop_scale=augment.crop_scale,
+        crop_ratio=augment.crop_ratio,
+        flip=augment.flip,
+        auto_augment=augment.auto_augment,
+        color_jitter=augment.color_jitter,
+        erase=augment.erase,
+        erase_mode=augment.erase_mode,
+        erase_count=augment.erase_count,
+    )
+    return TrainingView(_view(config, model).pixels, config.seed, recipe)
+
+
+def _view(config: FinetuneConfig, model: Classifier) -> EvaluationView:
+    limits = config.data.max_pixels, config.data.value_range
+    return evaluation_view(model, max_pixels=limits[0], value_range=limits[1])
+
+
+def _mixing(config: FinetuneConfig, num_classes: int) -> Mixing:
+    augment = config.augment
+    return Mixing(
+        num_classes,
+        config.seed,
+        mixup=augment.mixup,
+        cutmix=augment.cutmix,
+        probability=augment.mix_probability,
+        switch=augment.mix_switch,
+        smoothing=augment.smoothing,
+    )
+
+
+def _make_loader(
+    config: FinetuneConfig, images: LabelledImages, view: TrainingView, world: World
+) -> Loader:
+    return Loader(
+        images.source,
+        view,
+        seed=config.seed,
+        micro_batch=micro_batch(config, world.size),
+        accumulation_steps=config.train.accumulation_steps,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        world=world,
+        timeout_s=config.data.timeout_s,
+    )
+
+
+class ClassificationLoss:
+    """Fine-tuning's part of the step: cross-entropy of mixed images with their soft targets.
+
+    Args:
+        labels: class of every training image.
+        mixing: of images and targets.
+        device: where batches lie.
+    """
+
+    def __init__(self, labels: Any, mixing: Mixing, device: torch.device) -> None:
+        self.labels, self.mixing = torch.from_numpy(labels).to(device), mixing
+
+    def __call__(self, state: TrainState, batch: Batch, number: int) -> Tensor:
+        """The mean over the images of a float32 micro-batch; see `simmim.step.TrainState`."""
+        label = torch.where(batch.ids >= 0, self.labels[batch.ids.clamp(min=0)], -1)
+        image, target = self.mixing(batch.image, label, state.step, state.world.rank, number)
+        if state.config.channels_last_on(state.world.device.type):
+            image = image.contiguous(memory_format=torch.channels_last)
+        return soft_cross_entropy(state.wrapped(image), target)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy in float32 with targets that are distributions, averaged over them.
+
+    Args:
+        logits: [B, K].
+        target: [B, K]; rows of zeros (empty slots) count for nothing.
+    """
+    log_probability = torch.log_softmax(logits.float(), dim=1)
+    return -(target * log_probability).sum() / target.sum().clamp(min=1.0)
+
+
+class Evaluations:
+    """Classifies the validation images as the run goes on; see `simmim.loop.Observer`.
+
+    Every evaluation is a row of evaluations.jsonl. The weights of the best (top-1, the earlier one
+    of equals) are kept, with its accuracy by class and confusion matrix.
+
+    Args:
+        config: the run.
+        model: that trains.
+        images: training images.
+        val: validation images.
+        world: this process.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Classifier,
+        images: LabelledImages,
+        val: LabelledImages,
+        world: World,
+    ) -> None:
+        self.config, self.world, self.val, self.busy = config, world, val, False
+        self.view = _view(config, model)
+        self.num_images = len(images.source.names)
+        self.rows: list[dict[str, Any]] = []
+
+    def begin(self, loop: Loop) -> None:
+        """Read what was evaluated before; evaluate what a stop left out."""
+        self.rows = loop.log.recorded(EVALUATIONS_FILE)
+        step = loop.state.step
+        evaluated = any(row["step"] == step for row in self.rows)
+        evaluated = bool(distributed.broadcast_object(evaluated, self.world))
+        if step > 0 and not evaluated and self._is_due(step, last=step == loop.total):
+            self._evaluate(loop)
+
+    def observe(self, loop: Loop, *, last: bool, stopping: bool) -> None:
+        """Evaluate where it is due; a run that is asked to stop does so when it goes on."""
+        if not stopping and self._is_due(loop.state.step, last):
+            self._evaluate(loop)
+            loop.restart_clock()
+
+    def _is_due(self, step: int, last: bool) -> bool:
+        per_evaluation = self.num_images * self.config.evaluate.every_epochs
+        batch = self.config.train.batch_size
+        return last or int(step * batch / per_evaluation) > int((step - 1) * batch / per_evaluation)
+
+    def _evaluate(self, loop: Loop) -> None:
+        state, config = loop.state, self.config
+        model = state.averaged or state.model
+        assert isinstance(model, Classifier)
+        self.busy = self.world.size == 1
+        try:
+            metrics = evaluate(
+                model,
+                self.val.source,
+                self.val.labels,
+                self.world,
+                view=self.view,
+                batch_size=config.evaluate.batch_size or micro_batch(config, self.world.size),
+                workers=config.data.workers,
+                precision=config.train.precision,
+                timeout_s=config.data.timeout_s,
+                report=loop.log.warn,
+            )
+        finally:
+            self.busy = False
+        row = {
+            "step": state.step,
+            "epoch": state.step * config.train.batch_size / self.num_images,
+            **metrics.summary(),
+        }
+        problem: object = None
+        if self.world.is_main:
+            problem = self._record(loop, row, metrics)
+        problem = distributed.broadcast_object(problem, self.world)
+        if problem:
+            raise CheckpointError(str(problem))
+
+    def _record(
+        self, loop: Loop, row: dict[str, Any], metrics: ClassificationMetrics
+    ) -> str | None:
+        """Log an evaluation; keep the weights and the report where it is the best so far."""
+        better = row["top1"] > max((r["top1"] for r in self.rows), default=-1.0)
+        notes: list[str] = []
+        try:
+            if better:
+                write_weights(loop.state, loop.folder / BEST_FILE)
+                classes = self.val.labels.classes
+                notes = write_report(loop.folder / REPORT_FOLDER, metrics, classes)
+            loop.log.record(EVALUATIONS_FILE, row)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{error.filename or loop.folder}: {error.strerror}"
+        first = not self.rows
+        self.rows.append(row)
+        best = max(self.rows, key=lambda r: r["top1"])
+        loop.log.info(
+            f"step {row['step']}: top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}, loss "
+            f"{row['loss']:.4f} on {row['images']:,} images; best {best['top1']:.2%} at step "
+            f"{best['step']}"
+        )
+        for note in notes if first else []:
+            loop.log.info(note)
+        return None
+
+    def finish(self, loop: Loop) -> None:
+        """Say what the best is, and where."""
+        if not self.world.is_main or not self.rows:
+            return
+        best = max(self.rows, key=lambda r: r["top1"])
+        loop.log.info(
+            f"best top-1 {best['top1']:.2%} (top-5 {best['top5']:.2%}) at step {best['step']}: "
+            f"weights in {loop.folder / BEST_FILE}, accuracy by class in "
+            f"{loop.folder / REPORT_FOLDER}"
+        )
+
+
+def _note_start(
+    folder: Path,
+    log: RunLog,
+    handover: list[str],
+    note: str,
+    images: LabelledImages,
+    val: LabelledImages,
+) -> None:
+    classes = images.labels.classes
+    log.info(
+        f"{len(images.source.names):,} training images of {len(classes)} classes ({images.name}); "
+        f"{len(val.source.names):,} to validate on ({val.name})"
+    )
+    if not (folder / HANDOVER_FILE).exists():
+        files.write_text(folder / HANDOVER_FILE, "\n".join(handover) + "\n")
+        log.info(f"{handover[0]}; {HANDOVER_FILE} has every key")
+    if note:
+        log.info(note)

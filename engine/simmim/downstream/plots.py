@@ -1,0 +1,119 @@
+"""Pictures of results, with matplotlib (extra `plots`); where it is missing, a line says so."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.files import write_atomic
+
+# Class names are written up to the first number, counts into the cells up to the second.
+MOST_NAMED, MOST_NUMBERED = 60, 20
+
+_LONGEST_NAME = 24
+
+
+def save_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: Path) -> str | None:
+    """Draw a confusion matrix, every row as shares of its images.
+
+    Args:
+        confusion: [K, K], rows true, columns answered.
+        classes: K names.
+        path: PNG to write, whole or not at all.
+
+    Returns:
+        None, or a line that says why there is no picture.
+    """
+    figure = _new_figure()
+    if isinstance(figure, str):
+        return figure
+    K = len(classes)
+    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    side = min(14.0, max(4.0, 1.8 + 0.42 * K)) if K <= MOST_NAMED else 9.0
+    figure.set_size_inches(side + 1.2, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
+    axes.set_xlabel("answered")
+    axes.set_ylabel("true")
+    right = int(np.trace(confusion)) / max(1, int(confusion.sum()))
+    axes.set_title(f"{right:.1%} of {int(confusion.sum()):,} images right")
+    if K <= MOST_NAMED:
+        names = [_shortened(name) for name in classes]
+        size = 9 if K <= MOST_NUMBERED else 6
+        axes.set_xticks(range(K), names, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(K), names, fontsize=size, parse_math=False)
+    if K <= MOST_NUMBERED:
+        for row, column in np.ndindex(K, K):
+            if confusion[row, column]:
+                colour = "white" if shares[row, column] < 0.6 else "black"
+                text = str(int(confusion[row, column]))
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+    _save(figure, path)
+    return None
+
+
+def save_layers(
+    names: Sequence[str], accuracies: dict[str, Sequence[float]], title: str, path: Path
+) -> str | None:
+    """Draw accuracy by layer.
+
+    Args:
+        names: of the layers, first to last.
+        accuracies: what a line shows → its share per layer.
+        title: of the picture.
+        path: PNG to write, whole or not at all.
+
+    Returns:
+        None, or a line that says why there is no picture.
+    """
+    figure = _new_figure()
+    if isinstance(figure, str):
+        return figure
+    figure.set_size_inches(max(5.0, 1.5 + 0.35 * len(names)), 4.0)
+    axes = figure.add_subplot()
+    places = np.arange(len(names))
+    for number, (label, values) in enumerate(accuracies.items()):
+        percent = 100 * np.asarray(values)
+        axes.plot(places, percent, marker="o", label=label, color=f"C{number}")
+        best = int(np.argmax(percent))
+        axes.annotate(
+            f"{percent[best]:.1f} %",
+            (best, percent[best]),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_xticks(places, [_shortened(name) for name in names], rotation=90, parse_math=False)
+    axes.set_ylabel("accuracy, %")
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    axes.set_title(title, parse_math=False)
+    if len(accuracies) > 1:
+        axes.legend()
+    _save(figure, path)
+    return None
+
+
+def _new_figure() -> Any:
+    try:
+        # no pyplot: it would choose a window system and keep every figure
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture: pip install 'simmim[plots]' draws one"
+    return Figure(layout="constrained", dpi=120)
+
+
+def _save(figure: Any, path: Path) -> None:
+    # without a date, so that equal results are equal files
+    write_atomic(
+        path,
+        lambda temporary: figure.savefig(temporary, format="png", metadata={"Software": None}),
+    )
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"

@@ -1,0 +1,414 @@
+"""The loop of a training run: steps, and what is due after each. The same for every method."""
+
+import gc
+import resource
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from simmim import checkpoint, distributed, environment, files, load
+from simmim.checkpoint import Loaded
+from simmim.config import Config
+from simmim.data.loader import Loader
+from simmim.data.source import DataError, Source
+from simmim.distributed import World
+from simmim.errors import RunError
+from simmim.interrupts import EXIT_INTERRUPTED, Interrupts, StopWaiting
+from simmim.log import RunLog
+from simmim.run_folder import changes_since, record_start
+from simmim.step import Metrics, TrainState, train_step
+
+# Steps between checkpoints where an epoch is shorter than that.
+SHORTEST_INTERVAL = 100
+
+# Steps between looks at signals and bad steps where looking means waiting for the device.
+CONTROL_INTERVAL = 10
+
+
+# Share of the time that a step may wait for data before the log says what to do about it, and the
+# steps until it says so again.
+TOLERATED_WAIT = 0.10
+WAIT_WARNING_INTERVAL = 1000
+
+# Unreadable images that are named on the terminal each time; log.txt names them all.
+NAMED_UNREADABLE = 20
+
+
+class RunStopped(RunError):
+    """A run that cannot go on; the message says at which step, why, and what is saved."""
+
+
+class Observer(Protocol):
+    """What a run does between its steps beside logging and saving: pictures, evaluations.
+
+    Attributes:
+        busy: whether it does something right now that a signal may cut short; only where one
+            process runs.
+    """
+
+    busy: bool
+
+    def begin(self, loop: "Loop") -> None:
+        """Called in every process before the first step of this start."""
+
+    def observe(self, loop: "Loop", *, last: bool, stopping: bool) -> None:
+        """Called after every step in every process, once its checkpoint, if due, is saved.
+
+        Args:
+            loop: the run.
+            last: whether the run is complete.
+            stopping: whether the run is asked to stop now.
+        """
+
+    def finish(self, loop: "Loop") -> None:
+        """Called in every process when the run is complete and its weights are written."""
+
+
+def train(
+    state: TrainState,
+    source: Source,
+    make_loader: Callable[[], Loader],
+    make_observer: Callable[[Loader], Observer],
+    folder: Path,
+    log: RunLog,
+    interrupts: Interrupts,
+) -> int:
+    """Resume what the folder holds, and run to the last step.
+
+    Args:
+        state: fresh; changed in place.
+        source: images of the run.
+        make_loader: called once the run is known to go on.
+        make_observer: the same, with the loader.
+        folder: of the run, claimed.
+        log: of the run.
+        interrupts: signals.
+
+    Returns:
+        0 when the run is complete, 75 when a signal stopped it.
+
+    Raises:
+        ConfigError: what the folder holds is a run of other settings.
+        DataError: data fails.
+        CheckpointError: a checkpoint could not be written or read.
+        RunStopped: too many steps in a row had non-finite gradients.
+    """
+    world, config, total = state.world, state.config, state.schedule.total_steps
+    fingerprint = _agreed_fingerprint(source, world)
+    unreadable = _resume(state, folder, fingerprint, log)
+    if state.step >= total and (folder / load.WEIGHTS_FILE).exists():
+        log.info(
+            f"already done: {state.step} steps, nothing written; a larger --train.steps or "
+            "--train.epochs goes on, another --output starts anew"
+        )
+        return 0
+    log.info(_headline(state, len(source.names)))
+    if world.is_main:
+        record_start(folder, config, world, state.step)
+    loader = make_loader()
+    loader.report = log.warn
+    if world.device.type == "cuda" or getattr(config.data, "backend", None) == "dali":
+        log.info(f"data.backend: {loader.backend}")
+    observer = make_observer(loader)
+    return Loop(state, loader, folder, fingerprint, unreadable, log, observer).run(interrupts)
+
+
+class Loop:
+    """The loop over steps, and what is due after each."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        loader: Loader,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        unreadable: set[int],
+        log: RunLog,
+        observer: Observer,
+    ) -> None:
+        self.unreadable, self.observer = unreadable, observer
+        self.state, self.loader, self.folder, self.log = state, loader, folder, log
+        self.fingerprint = fingerprint
+        self.config, self.world = state.config, state.world
+        self.total = state.schedule.total_steps
+        self.pending: list[Metrics] = []
+        self.first_step, self.next_wait_warning = state.step, 0
+        self.saved_step = state.step if checkpoint.steps(self.checkpoints) else -1
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def run(self, interrupts: Interrupts) -> int:
+        if self.world.size == 1:
+            # data may never come (a hung file server); with several processes the others would
+            # then wait for this one, and the launcher ends them all
+            interrupts.only_waiting = lambda: self.loader.waiting or self.observer.busy
+        # what was built stays: collections need not walk through it at every few steps, and in
+        # forked data workers they would copy every page that holds an object
+        gc.freeze()
+        try:
+            return self._train(interrupts)
+        except StopWaiting:
+            self._save()
+            return self._interrupted(interrupts)
+        except DataError:
+            # data is asked for between two steps: nothing is half done. With several processes the
+            # others wait in a step, and no save can be agreed on.
+            if self.world.size == 1 and self.state.step > self.first_step:
+                self._save()
+            raise
+        finally:
+            gc.unfreeze()
+
+    def _train(self, interrupts: Interrupts) -> int:
+        state, config = self.state, self.config
+        self.log.start(state.step)
+        self.observer.begin(self)
+        self.restart_clock()
+        on_cpu, alone = self.world.device.type == "cpu", self.world.size == 1
+        # closed on every way out, so that no worker outlives the loop
+        with closing(self.loader.steps(state.step, self.total)) as steps:
+            for batches in steps:
+                self.pending.append(train_step(state, batches))
+                last = state.step == self.total
+                due = last or state.step % config.log.every_steps == 0
+                # reading a device scalar waits for the device: not at every step on CUDA
+                control = on_cpu or due or state.step % CONTROL_INTERVAL == 0
+                if control:
+                    self._check_finite()
+                stopping = (control or alone) and interrupts.agreed(self.world) and not last
+                if due or stopping:
+                    self._log_metrics()
+                if last or stopping or self._checkpoint_due():
+                    self._save()
+                self.observer.observe(self, last=last, stopping=stopping)
+                if stopping:
+                    return self._interrupted(interrupts)
+        self._finish()
+        return 0
+
+    def restart_clock(self) -> None:
+        self.started, self.waited = time.perf_counter(), self.loader.wait_s
+
+    def _log_metrics(self) -> None:
+        if not self.pending:
+            return
+        state, count = self.state, len(self.pending)
+        values = (
+            _read([v for m in self.pending for v in (m.loss, m.grad_norm)]).view(-1, 2).tolist()
+        )
+        elapsed = time.perf_counter() - self.started
+        batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
+        self._note_unreadable()
+        shared = {
+            "images_per_s": batch_size * count / elapsed,
+            "data_wait": (self.loader.wait_s - self.waited) / elapsed,
+            "peak_memory_bytes": _peak_memory(self.world),
+            "eta_s": elapsed / count * (self.total - state.step),
+            "skipped": int(state.skipped),
+            "unreadable": len(self.unreadable),
+        }
+        first = state.step - count
+        rows = [
+            {
+                "step": first + i + 1,
+                "epoch": (first + i + 1) * batch_size / num_images,
+                "loss": _finite(loss),
+                "lr": metrics.lr,
+                "grad_norm": _finite(norm),
+                **shared,
+            }
+            for i, (metrics, (loss, norm)) in enumerate(zip(self.pending, values))
+        ]
+        self.log.metrics(rows)
+        bad = [str(row["step"]) for row in rows if None in (row["loss"], row["grad_norm"])]
+        if bad:
+            self.log.warn(f"non-finite loss or gradient, update skipped: step {', '.join(bad)}")
+        self.pending.clear()
+        self._warn_of_waiting(shared["data_wait"], count)
+        self.restart_clock()
+
+    def _warn_of_waiting(self, share: float, count: int) -> None:
+        """Say what helps when the device waits for data, at most once in WAIT_WARNING_INTERVAL."""
+        step = self.state.step
+        first_window = step - count == self.first_step  # there the data path is only starting
+        if share <= TOLERATED_WAIT or first_window or step < self.next_wait_warning:
+            return
+        self.next_wait_warning = step + WAIT_WARNING_INTERVAL
+        self.log.warn(f"data-wait {share:.0%} of the time: {self.loader.remedy()}")
+
+    def _note_unreadable(self) -> None:
+        """Name and count every unreadable image once, whichever process met it."""
+        found = distributed.gather_objects(self.loader.problems, self.world)
+        self.loader.problems = []
+        new = dict(problem for problems in found for problem in problems)
+        new = {sample: reason for sample, reason in new.items() if sample not in self.unreadable}
+        self.unreadable.update(new)
+        for number, (sample, reason) in enumerate(new.items()):
+            line = f"unreadable: {self.loader.source.names[sample]}: {reason}"
+            self.log.warn(line, shown=number < NAMED_UNREADABLE)
+        if len(new) > NAMED_UNREADABLE:
+            self.log.warn(f"unreadable: {len(new) - NAMED_UNREADABLE} more, all in log.txt")
+
+    def _check_finite(self) -> None:
+        bad = int(self.state.longest_bad_run)
+        if bad < self.config.train.max_bad_steps:
+            return
+        self._log_metrics()
+        kept = max(checkpoint.steps(self.checkpoints), default=None)
+        saved = (
+            "nothing was saved yet" if kept is None else f"the checkpoint of step {kept} is kept"
+        )
+        raise RunStopped(
+            f"step {self.state.step}: {bad} steps in a row had a non-finite loss or gradient and "
+            f"were skipped; {saved}. Try a lower --optim.lr, or --train.precision=bf16 or float32, "
+            "on the same run folder"
+        )
+
+    def _checkpoint_due(self) -> bool:
+        steps_per_epoch = len(self.loader.source.names) // self.config.train.batch_size
+        every = self.config.checkpoint.every_steps or max(steps_per_epoch, SHORTEST_INTERVAL)
+        return self.state.step % every == 0
+
+    def _save(self) -> None:
+        state = self.state
+        if state.step == self.saved_step:
+            return
+        self._log_metrics()
+        # a skipped step leaves the weights alone, so saving is safe; but weights that only make
+        # such steps must not push out the last good checkpoint
+        healthy = int(state.bad_in_a_row) == 0
+        problem: object = self._write_checkpoint(healthy) if self.world.is_main else None
+        problem = distributed.broadcast_object(problem, self.world)
+        if problem:
+            raise checkpoint.CheckpointError(str(problem))
+        self.saved_step = state.step
+        self.restart_clock()
+
+    def _write_checkpoint(self, prune: bool) -> str | None:
+        extra = {
+            "config": asdict(self.config),
+            "data": self.fingerprint,
+            "unreadable": sorted(self.unreadable),
+        }
+        keep = self.config.checkpoint
+        try:
+            checkpoint.save(self.checkpoints, self.state, extra)
+            if prune:
+                checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_every_steps)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.checkpoints}: {error.strerror}"
+        return None
+
+    def _interrupted(self, interrupts: Interrupts) -> int:
+        name = interrupts.received.name if interrupts.received else "a signal to another process"
+        saved = f"saved at step {self.saved_step}" if self.saved_step >= 0 else "nothing saved yet"
+        self.log.stop_progress()
+        self.log.info(f"stopped by {name}: {saved}; the same command resumes")
+        return EXIT_INTERRUPTED
+
+    def _finish(self) -> None:
+        state = self.state
+        if self.world.is_main:
+            weights = self.folder / load.WEIGHTS_FILE
+            write_weights(state, weights)
+            self.log.stop_progress()
+            self.log.info(f"done: {state.step} steps; weights in {weights}")
+        self.observer.finish(self)
+
+
+def write_weights(state: TrainState, path: Path) -> None:
+    """Write the weights the run is for, whole or not at all: averaged ones where there are.
+
+    Raises:
+        CheckpointError: they could not be written.
+    """
+    mask = state.config.mask if isinstance(state.config, Config) else None
+    model = state.averaged or state.model
+    try:
+        files.write_atomic(path, lambda temporary: checkpoint.save_weights(model, temporary, mask))
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.CheckpointError(f"{path}: could not be written: {error}") from None
+
+
+def _agreed_fingerprint(source: Source, world: World) -> dict[str, Any]:
+    """Number and names' digest of the images, the same in every process."""
+    own = {"images": len(source.names), "digest": source.names.digest()}
+    for rank, other in enumerate(distributed.gather_objects(own, world)):
+        if other != own:
+            raise DataError(
+                f"process {world.rank} sees {own['images']} images and process {rank} sees "
+                f"{other['images']}, or other names: every process needs the same data.path"
+            )
+    return own
+
+
+def _resume(state: TrainState, folder: Path, fingerprint: dict[str, Any], log: RunLog) -> set[int]:
+    """Restore the newest whole checkpoint, if any; returns the images known to be unreadable."""
+    root, world = folder / "checkpoints", state.world
+    loaded: Loaded | None = None
+    problem: object = None
+    if world.is_main:  # one process decides, the others read what it chose
+        checkpoint.remove_leftovers(root)
+        try:
+            loaded = checkpoint.read_newest(root, log.warn)
+        except (checkpoint.CheckpointError, OSError) as error:
+            problem = str(error)
+    chosen = distributed.broadcast_object((problem, loaded and loaded.folder), world)
+    problem, path = cast(tuple[str | None, Path | None], chosen)
+    if problem:
+        raise checkpoint.CheckpointError(str(problem))
+    if path is None:
+        if (folder / load.WEIGHTS_FILE).exists():
+            raise checkpoint.CheckpointError(
+                f"{folder}: holds the weights of a finished run and no checkpoint to go on from; "
+                "starting over would overwrite them: choose another --output"
+            )
+        log.start_after(0)
+        return set()
+    loaded = loaded or checkpoint.read(path)
+    for change in changes_since(loaded, state.config, fingerprint):
+        if world.is_main:
+            log.warn(change)
+    log.start_after(int(loaded.state["step"]))
+    checkpoint.restore(state, loaded)
+    log.info(f"resumed from {loaded.folder} at step {state.step}")
+    return set(loaded.state.get("unreadable", []))
+
+
+def _headline(state: TrainState, num_images: int) -> str:
+    config, world = state.config, state.world
+    processes = f" × {world.size}" if world.size > 1 else ""
+    name = config.model.name or type(state.model.encoder).__name__
+    return (
+        f"{name}, {sum(p.numel() for p in state.parameters()):,} parameters; "
+        f"{num_images:,} images; {state.schedule.total_steps} steps of {config.train.batch_size} "
+        f"images; {config.train.precision} on {environment.device_name(world.device)}{processes}"
+    )
+
+
+def _read(values: list[Tensor]) -> Tensor:
+    """Device scalars → one host tensor, in one transfer."""
+    return torch.stack([value.detach().float().reshape(()) for value in values]).cpu()
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN
+    return value if np.isfinite(value) else None
+
+
+def _peak_memory(world: World) -> int:
+    if world.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(world.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
