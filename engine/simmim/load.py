@@ -56,7 +56,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             warnings.simplefilter("ignore")  # remarks on the pickle protocol
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        if "GLOBAL " in str(error) or "Unsupported class" in str(error):
             found = str(error).split("GLOBAL ")[-1].split(" ")[0]
             raise ValueError(
                 f"{file}: refused, loading it would run code ({found}); only tensors and plain "

@@ -201,7 +201,7 @@ def _split_projections(state: State, key_bias: bool) -> State:
     return split
 
 
-def model_type(spec: Spec) -> str:
+def model_type(spec: Spec, kind: str) -> str:
     """Their name of an architecture: "swin", "swinv2", "vit" or "beit".
 
     Raises:
@@ -213,6 +213,8 @@ def model_type(spec: Spec) -> str:
             raise ValueError("Hugging Face has no factor of q·k other than 1/√(head width)")
         if plain and spec.layer_scale is None and spec.absolute_position and spec.final_norm:
             return "vit"
+        if not spec.final_norm and kind != "classifier":
+            raise ValueError("Hugging Face's ViT and BEiT end in a norm; this encoder has none")
         if not spec.qkv_bias:
             raise ValueError("Hugging Face's BEiT always has biases of q and v")
         return "beit"
@@ -246,7 +248,7 @@ def from_ours(
     Raises:
         ValueError: they have no model that computes the same.
     """
-    family = model_type(spec)
+    family = model_type(spec, kind)
     if family == "beit" and kind == "simmim":
         # their BEiT predicts visual tokens: the encoder goes, the pixel decoder has no place
         state = {name: tensor for name, tensor in state.items() if not name.startswith("decoder.")}

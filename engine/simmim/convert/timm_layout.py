@@ -86,6 +86,8 @@ def from_ours(
     if getattr(spec, "qk_scale", None) is not None:
         raise ValueError("timm has no factor of q·k other than 1/√(head width)")
     if isinstance(spec, ViTSpec):
+        if kind != "classifier" and not spec.final_norm:
+            raise ValueError("timm's BEiT ends in a norm; this encoder has none")
         if kind == "classifier" and spec.final_norm:
             raise ValueError(
                 "timm's BEiT reads the norm of the mean; this one the mean of normalised tokens"

@@ -1,18 +1,30 @@
 """A classifier's answers to labelled images, counted."""
 
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from simmim import precision as compute
+from simmim.data.decode import MAX_PIXELS
 from simmim.data.labelled import EvaluationView, Pixels
-from simmim.data.labels import Labels
+from simmim.data.labels import Labels, match_classes
 from simmim.data.one_pass import one_pass
-from simmim.data.source import Source
+from simmim.data.source import DataError, Source
 from simmim.distributed import World, gather_objects
 from simmim.downstream.metrics import ClassificationMetrics, label_tensor
+from simmim.load import load_model
 from simmim.method.classifier import Classifier
 from simmim.method.images import ImageModel
+
+# Unreadable images that a message names; the rest is counted.
+NAMED_UNREADABLE = 5
+
+# Of a fine-tuning run: the weights of its best evaluation.
+BEST_FILE = "best.safetensors"
 
 
 def evaluation_view(
@@ -30,13 +42,12 @@ def evaluation_view(
         max_pixels: larger images are refused; None takes the default.
         value_range: see `simmim.data.decode.decode`.
     """
-    limits = {} if max_pixels is None else {"max_pixels": max_pixels}
     pixels = Pixels(
         model.encoder.spec.image_size,
         model.mean.tolist(),
         model.std.tolist(),
+        max_pixels=max_pixels or MAX_PIXELS,
         value_range=value_range,
-        **limits,
     )
     if margin is None and isinstance(model, Classifier):
         margin = model.margin
@@ -58,63 +69,124 @@ def evaluate(
     report: Callable[[str], None] = print,
     advance: Callable[[int], None] | None = None,
 ) -> ClassificationMetrics:
-    """Classify every labelled image once, shared among processes.
+    """Classify every labelled image of a source once, shared among processes.
 
     Args:
         model: on the world's device; left in the mode it was in.
         source: images.
-        labels: their classes, numbered as the model's; images with -1 are skipped.
+        labels: their classes, matched to the model's by name; images with -1 are skipped.
         world: this process.
         batch_size: images per device.
         view: makes the model's inputs; None takes `evaluation_view`.
         workers: decoding processes; 0 decodes here; -1 chooses.
         precision: compute type.
         timeout_s: see `one_pass`.
-        report: told, in a line, of images that cannot be read and of replaced processes.
-        advance: told how many images each batch had.
+        report: told, in lines, of images that cannot be read and of replaced processes.
+        advance: told how many images each batch of this process had.
 
     Returns:
         Counts over all processes, in each of them. Images that cannot be read are not counted.
 
     Raises:
-        DataError: all images cannot be read.
+        DataError: classes that the model does not have, no image with a label, or none that can be
+            read.
     """
-    labelled = (labels.values >= 0).nonzero()[0]
+    matched = match_to_model(labels, model)
+    labelled = np.flatnonzero(matched.values >= 0)
+    if not len(labelled):
+        raise DataError("none of the images has a label: there is nothing to evaluate")
     metrics = ClassificationMetrics(len(model.classes), world.device)
-    numbers = label_tensor(labels, world.device)
-    unreadable: list[tuple[str, str]] = []
+    numbers = label_tensor(matched, world.device)
+    unreadable: list[tuple[int, str]] = []
+    batches = one_pass(
+        source,
+        view or evaluation_view(model),
+        world,
+        batch_size=batch_size,
+        workers=workers,
+        samples=labelled,
+        timeout_s=timeout_s,
+        report=report,
+        note_problem=lambda sample, reason: unreadable.append((sample, reason)),
+    )
     training = model.training
     model.eval()
     try:
-        batches = one_pass(
-            source,
-            view or evaluation_view(model),
-            world,
-            batch_size=batch_size,
-            workers=workers,
-            samples=labelled,
-            timeout_s=timeout_s,
-            report=report,
-            note_problem=lambda sample, why: unreadable.append((source.names[sample], why)),
-        )
-        for batch in batches:
-            label = torch.where(batch.ids >= 0, numbers[batch.ids.clamp(min=0)], -1)
-            with compute.autocast(world.device, precision):
-                logits = model(batch.image)
-            metrics.add(logits, label)
-            if advance is not None:
-                advance(len(batch.ids))
+        with closing(batches):
+            for batch in batches:
+                label = torch.where(batch.ids >= 0, numbers[batch.ids.clamp(min=0)], -1)
+                with compute.autocast(world.device, precision):
+                    logits = model(batch.image)
+                metrics.add(logits, label)
+                if advance is not None:
+                    advance(len(batch.ids))
     finally:
         model.train(training)
     metrics.merge(world)
-    found = [pair for pairs in gather_objects(unreadable, world) for pair in pairs]
+    found = sorted(pair for pairs in gather_objects(unreadable, world) for pair in pairs)
+    if len(found) == len(labelled):
+        sample, reason = found[0]
+        raise DataError(
+            f"none of the {len(labelled)} labelled images could be read "
+            f"({source.names[sample]}: {reason})"
+        )
     if world.is_main:
-        _name_unreadable(found, report)
+        _name_unreadable(source, labelled, found, report)
     return metrics
 
 
-def _name_unreadable(found: list[tuple[str, str]], report: Callable[[str], None]) -> None:
-    for name, why in found[:5]:
-        report(f"unreadable, not counted: {name}: {why}")
-    if len(found) > 5:
-        report(f"unreadable, not counted: {len(found) - 5} more")
+def _name_unreadable(
+    source: Source,
+    labelled: NDArray[np.int64],
+    found: list[tuple[int, str]],
+    report: Callable[[str], None],
+) -> None:
+    for sample, reason in found[:NAMED_UNREADABLE]:
+        report(f"unreadable, not counted: {source.names[sample]}: {reason}")
+    if len(found) > NAMED_UNREADABLE:
+        report(f"unreadable, not counted: {len(found)} of {len(labelled)} images in all")
+
+
+def match_to_model(labels: Labels, model: Classifier) -> Labels:
+    """The same labels, numbered as the model's classes; classes without images are fine.
+
+    Where the model's classes are mere numbers and the labels have names, the k-th name means
+    class k only if there are as many.
+
+    Raises:
+        DataError: classes that the model does not have; names them.
+    """
+    if labels.classes == model.classes:
+        return labels
+    only_numbers = model.classes == tuple(str(number) for number in range(len(model.classes)))
+    named = not any(name.isdecimal() for name in labels.classes)
+    try:
+        return match_classes(labels, model.classes, subset=not (only_numbers and named))
+    except DataError as error:
+        told = str(error).replace("the validation set", "the images")
+        raise DataError(told.replace("the training set", "the model")) from None
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """The classifier of a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        path: as for `load_model`; of a fine-tuning run's folder, its best weights.
+
+    Raises:
+        ValueError: not readable, or there is no class head; says what makes one.
+    """
+    model = load_model(best_weights(path))
+    if isinstance(model, Classifier):
+        return model
+    raise ValueError(
+        f"{path}: a pre-trained model without a class head; `simmim finetune` makes a classifier "
+        "of it"
+    )
+
+
+def best_weights(path: str | Path) -> Path:
+    """The best weights of a fine-tuning run's folder; any other path as it is."""
+    path = Path(path).expanduser()
+    best = path / BEST_FILE
+    return best if best.is_file() else path
