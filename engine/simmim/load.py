@@ -228,13 +228,22 @@ def load_model(
 def load_encoder(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
+    *,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
 ) -> ImageModel:
     """The encoder alone of any checkpoint that `read_model` reads, in evaluation mode on the CPU.
 
     Raises:
         ValueError: see `load_model`; a missing decoder or head is no reason.
     """
-    weights = read_model(path_or_state_dict, image_size)
+    return encoder_of(
+        read_model(path_or_state_dict, image_size, num_heads=num_heads, qk_scale=qk_scale)
+    )
+
+
+def encoder_of(weights: Weights) -> ImageModel:
+    """The encoder alone of weights that were read, in evaluation mode; see `load_encoder`."""
     told = weights.metadata
     model = ImageModel(build_encoder(weights.spec), mean=told.get("mean"), std=told.get("std"))
     encoder = {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}

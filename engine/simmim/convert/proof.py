@@ -14,8 +14,7 @@ from simmim.backbone.vit import ViTSpec
 from simmim.convert import layouts
 from simmim.convert.export import Export, write
 from simmim.convert.manifest import expected
-from simmim.convert.official import PREFIX
-from simmim.load import Weights, build_model, load_encoder
+from simmim.load import Weights, build_model, encoder_of
 from simmim.method.classifier import Classifier
 from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
@@ -109,7 +108,7 @@ def _check_manifest(weights: Weights, export: Export) -> None:
 
 def _our_model(weights: Weights, export: Export) -> ImageModel:
     if export.kind == "encoder" or weights.kind == "encoder":
-        return load_encoder({k: v for k, v in weights.state.items() if k.startswith(PREFIX)})
+        return encoder_of(weights)
     return build_model(weights)
 
 

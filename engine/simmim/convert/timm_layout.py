@@ -96,7 +96,7 @@ def from_ours(
             "depth": spec.depth,
             "num_heads": spec.num_heads,
             "qkv_bias": spec.qkv_bias,
-            "init_values": spec.layer_scale,
+            "init_values": spec.layer_scale or 0.0,  # create_model passes over None
             "use_abs_pos_emb": spec.absolute_position,
             "use_rel_pos_bias": spec.layer_relative_position,
             "use_shared_rel_pos_bias": spec.shared_relative_position,
