@@ -87,14 +87,18 @@ def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interru
         is_main=world.is_main,
         tensorboard=config.log.tensorboard,
     )
-    with closing(log):
+
+    def begin(loader: Loader) -> Evaluations:
         if world.is_main:
             _note_start(folder, log, notes, view.note, images, val)
+        return Evaluations(config, model, images, val, world)
+
+    with closing(log):
         return train(
             state,
             images.source,
             lambda: _make_loader(config, images, view, world),
-            lambda loader: Evaluations(config, model, images, val, world),
+            begin,
             folder,
             log,
             interrupts,
