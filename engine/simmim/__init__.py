@@ -3,13 +3,33 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["SimMIM", "__version__", "load_model"]
+__all__ = [
+    "Classifier",
+    "Prediction",
+    "SimMIM",
+    "__version__",
+    "load_encoder",
+    "load_model",
+    "predict",
+    "push_to_hub",
+]
 
 if TYPE_CHECKING:
-    from simmim.load import load_model
+    from simmim.downstream.hub import push_to_hub
+    from simmim.downstream.predict import Prediction, predict
+    from simmim.load import load_encoder, load_model
+    from simmim.method.classifier import Classifier
     from simmim.method.simmim import SimMIM
 
-_HOMES = {"SimMIM": "simmim.method.simmim", "load_model": "simmim.load"}
+_HOMES = {
+    "Classifier": "simmim.method.classifier",
+    "Prediction": "simmim.downstream.predict",
+    "SimMIM": "simmim.method.simmim",
+    "load_encoder": "simmim.load",
+    "load_model": "simmim.load",
+    "predict": "simmim.downstream.predict",
+    "push_to_hub": "simmim.downstream.hub",
+}
 
 
 def __getattr__(name: str) -> Any:

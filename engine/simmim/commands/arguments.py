@@ -126,6 +126,8 @@ def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], i
             return _fail(str(error).removeprefix("data.path="), 2)
         except RunError as error:
             return _fail(str(error), 1)
+        except BrokenPipeError:
+            raise  # whoever read the output has enough
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             return _fail(f"{where}{error.strerror or error}", 1)

@@ -29,8 +29,8 @@ SHOWN_CLASSES = 20
 DESCRIPTION = "Loss and accuracy of a fine-tuned model on labelled images, over all and by class."
 
 EPILOGUE = """\
-SOURCE is a folder with a folder of images per class, labelled shards, a packed folder, or any images
-with --labels. Classes are matched to the model's by name.
+SOURCE is a folder with a folder of images per class, labelled shards, a packed folder, or any
+images with --labels. Classes are matched to the model's by name.
 """
 
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("checkpoint", help="fine-tuning run (its best weights), checkpoint folder or weights file")
     add("source", metavar="SOURCE", help="labelled images, see below")
     add(
-        "--output", type=Path, metavar="FOLDER", help="write the report there (default: print only)"
+        "--output", type=Path, metavar="FOLDER", help="write the report there (default: only print)"
     )
     add("--overwrite", action="store_true", help="replace the report that is in FOLDER")
     add(
@@ -64,9 +64,8 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
     given = parser().parse_args(arguments)
     world = pick_world(given.device)
-    existing = [] if given.output is None else [p for p in report_files(given.output) if p.exists()]
-    if existing and not given.overwrite:
-        raise ValueError(f"{existing[0]} exists; choose another --output or add --overwrite")
+    if given.output is not None:
+        _check_output(given.output, given.overwrite)
     model = load_classifier(given.checkpoint).to(world.device)
     source, labels = open_labelled(given.source, given)
     try:
@@ -96,6 +95,14 @@ def main(arguments: list[str]) -> int:
             print(f"simmim: {note}", file=sys.stderr)
         print(given.output)
     return 0
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --output")
+    existing = [path for path in report_files(folder) if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{existing[0]} exists; choose another --output or add --overwrite")
 
 
 def _print(metrics: ClassificationMetrics, labels: Labels, classes: Sequence[str]) -> None:

@@ -163,7 +163,7 @@ def match_to_model(labels: Labels, model: Classifier) -> Labels:
     try:
         return match_classes(labels, model.classes, subset=not (only_numbers and named))
     except DataError as error:
-        told = str(error).replace("the validation set", "the images")
+        told = str(error).replace("the validation set", "this set")
         raise DataError(told.replace("the training set", "the model")) from None
 
 

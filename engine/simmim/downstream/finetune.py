@@ -16,7 +16,7 @@ from simmim.data.labelled_sets import LabelledImages, open_labelled_sets
 from simmim.data.loader import Batch, Loader
 from simmim.data.source import DataError
 from simmim.distributed import World
-from simmim.downstream.evaluate import evaluate, evaluation_view
+from simmim.downstream.evaluate import BEST_FILE, evaluate, evaluation_view
 from simmim.downstream.finetune_config import FinetuneConfig
 from simmim.downstream.handover import finetune_spec, hand_over
 from simmim.downstream.metrics import ClassificationMetrics, write_report
@@ -32,7 +32,6 @@ from simmim.schedule import resolve_schedule
 from simmim.step import TrainState
 from simmim_kernels.splitmix import fold, signed
 
-BEST_FILE = "best.safetensors"
 HANDOVER_FILE = "handover.txt"
 
 # Of the best evaluation: per-class accuracy and confusion matrix.

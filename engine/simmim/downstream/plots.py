@@ -35,7 +35,7 @@ def save_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
     figure.set_size_inches(side + 1.2, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.03)
+    figure.colorbar(image, ax=axes, label="share of the true class")
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
     right = int(np.trace(confusion)) / max(1, int(confusion.sum()))

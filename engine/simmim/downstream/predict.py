@@ -76,7 +76,7 @@ def predict(
     """
     if isinstance(model, torch.nn.Module) and not isinstance(model, Classifier):
         raise ValueError(
-            f"a {type(model).__name__} has no class head; `simmim finetune` makes a classifier of it"
+            f"a {type(model).__name__} has no class head; `simmim finetune` makes a classifier"
         )
     if not isinstance(model, Classifier):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,7 +199,7 @@ def _open(image: Any, number: int) -> Source:
         image = np.moveaxis(values, -3, -1)
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"image {number}: a {type(image).__name__} is no path, PIL image, array or tensor"
+            f"image {number}: {type(image).__name__} is no path, PIL image, array or tensor"
         )
     if image.dtype != np.uint8:
         raise ValueError(
@@ -243,24 +243,34 @@ class _InMemory:
         )
 
     def read(self, index: int) -> bytes:
-        image = self._images[index]
-        if not isinstance(image, Image.Image):
-            if image.ndim == 3 and image.shape[2] not in (1, 2, 3, 4):
-                return _npy(image)
-            grey = image.ndim == 3 and image.shape[2] == 1
-            image = Image.fromarray(np.ascontiguousarray(image[:, :, 0] if grey else image))
-        if image.width * image.height > MAX_PIXELS:
-            raise OSError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS}")
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I":  # 16 bits that Pillow holds in 32
-            return _npy(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
-        if image.mode == "F" or image.mode.startswith("I;16"):
-            return _npy(np.asarray(image))
-        if image.mode not in PNG_MODES:
-            image = image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")
-        data = io.BytesIO()
-        image.save(data, format="PNG", compress_level=0)
-        return data.getvalue()
+        try:
+            return _encode(self._images[index])
+        except OSError:
+            raise
+        except Exception as error:
+            # of a picture that is still in its file, which Pillow reads only now
+            raise OSError(str(error) or type(error).__name__) from None
+
+
+def _encode(image: Image.Image | NDArray[Any]) -> bytes:
+    """An image as PNG or .npy, whichever keeps all its values."""
+    if not isinstance(image, Image.Image):
+        if image.ndim == 3 and image.shape[2] not in (1, 2, 3, 4):
+            return _npy(image)
+        grey = image.ndim == 3 and image.shape[2] == 1
+        image = Image.fromarray(np.ascontiguousarray(image[:, :, 0] if grey else image))
+    if image.width * image.height > MAX_PIXELS:
+        raise OSError(f"{image.width}×{image.height} pixels, more than {MAX_PIXELS}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I":  # 16 bits that Pillow holds in 32
+        return _npy(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        return _npy(np.asarray(image))
+    if image.mode not in PNG_MODES:
+        image = image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")
+    data = io.BytesIO()
+    image.save(data, format="PNG", compress_level=0)
+    return data.getvalue()
 
 
 def _npy(values: NDArray[Any]) -> bytes:

@@ -4,6 +4,8 @@ B batch, C channels, H W pixels, D width, h w cells of the encoder's output.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,19 @@ class ImageModel(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         """Feature map of the image, [B, D, h, w]."""
         return self._features(image, None)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model as a folder to share; see `simmim.downstream.hub.save_pretrained`."""
+        from simmim.downstream.hub import save_pretrained  # which knows every kind of model
+
+        return save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **options: Any) -> Self:
+        """A model of a folder or of the Hub; see `simmim.downstream.hub.from_pretrained`."""
+        from simmim.downstream.hub import from_pretrained  # which knows every kind of model
+
+        return from_pretrained(name_or_folder, cls, **options)
 
     def _features(self, image: Tensor, token_mask: Tensor | None) -> Tensor:
         features: Tensor = self.encoder(image, token_mask, **self._statistics(image))

@@ -1,0 +1,247 @@
+"""Models as folders: saved, loaded, and exchanged with a Hub that is a folder too."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from simmim.backbone.build import build_encoder
+from simmim.backbone.swin import SwinSpec
+from simmim.backbone.vit import ViTSpec
+from simmim.downstream.hub import FILES, from_pretrained, push_to_hub, save_pretrained
+from simmim.errors import RunError
+from simmim.method.classifier import Classifier
+from simmim.method.images import ImageModel
+from simmim.method.simmim import SimMIM
+
+SWIN = SwinSpec(
+    image_size=(32, 32), patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4
+)
+VIT = ViTSpec(image_size=(32, 32), patch_size=16, embed_dim=16, depth=1, num_heads=2)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_simmim() -> SimMIM:
+    return SimMIM(build_encoder(SWIN), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).eval()
+
+
+def make_classifier() -> Classifier:
+    return Classifier(build_encoder(VIT), ("cat", "dog"), margin=1.25).eval()
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if huggingface_hub were not installed."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """huggingface_hub, which must not reach out."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    return hub
+
+
+def cached(cache: Path, name: str, model: ImageModel) -> Path:
+    """A repository as huggingface_hub keeps it once it is downloaded."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    save_pretrained(model, snapshot)
+    return snapshot
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("make", [make_simmim, make_classifier])
+def test_a_folder_needs_no_hub(make: Callable[[], ImageModel], tmp_path: Path) -> None:
+    model = make()
+    assert save_pretrained(model, tmp_path / "out") == tmp_path / "out"
+    loaded = from_pretrained(tmp_path / "out", type(model))
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert loaded.encoder.spec == model.encoder.spec
+    assert torch.equal(loaded.mean, model.mean)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    if isinstance(loaded, Classifier):
+        assert (loaded.classes, loaded.margin) == (("cat", "dog"), 1.25)
+    assert type(from_pretrained(str(tmp_path / "out"), ImageModel)) is type(model)
+    if isinstance(loaded, SimMIM):
+        larger = from_pretrained(tmp_path / "out", SimMIM, image_size=64)
+        assert larger.encoder.spec.image_size == (64, 64)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_one_line_without_the_package(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"user/model: no such folder .* 'simmim\[hub\]'$"):
+        from_pretrained("user/model", SimMIM)
+    save_pretrained(make_simmim(), tmp_path)
+    with pytest.raises(RunError, match=r"'simmim\[hub\]'$"):
+        push_to_hub(tmp_path, "user/model")
+
+
+def test_the_wrong_kind(tmp_path: Path) -> None:
+    save_pretrained(make_classifier(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"a Classifier, no SimMIM; Classifier\.from_pretrained loads"
+    ):
+        from_pretrained(tmp_path, SimMIM)
+    with pytest.raises(ValueError, match="is a folder here, which has no revision v1"):
+        from_pretrained(tmp_path, Classifier, revision="v1")
+
+
+def test_saved_files(tmp_path: Path) -> None:
+    model = make_classifier()
+    save_pretrained(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"model\.safetensors exists; choose another folder or"):
+        save_pretrained(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["classes"] == ["cat", "dog"]
+    assert config["margin"] == 1.25
+    with torch.no_grad():
+        model.head.bias.fill_(3.0)
+    save_pretrained(model, tmp_path / "out", overwrite=True)
+    assert from_pretrained(tmp_path / "out", Classifier).head.bias.tolist() == [3.0, 3.0]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name not in FILES]
+
+
+@pytest.mark.skipif(not hasattr(ImageModel, "from_pretrained"), reason="no methods yet")
+def test_methods(tmp_path: Path) -> None:
+    model = make_simmim()
+    model.save_pretrained(tmp_path / "out")
+    loaded = SimMIM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.decoder[0].weight, model.decoder[0].weight)
+    with pytest.raises(ValueError, match="holds a SimMIM, no Classifier"):
+        Classifier.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="exists"):
+        model.save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out", overwrite=True)
+
+
+def test_from_the_cache(offline: Any, tmp_path: Path) -> None:
+    model = make_simmim()
+    snapshot = cached(tmp_path / "cache", "user/model", model)
+    # what else lies there is not looked at
+    (snapshot / "pytorch_model.bin").write_bytes(b"\x80\x04 a pickle")
+    loaded = from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache")
+    assert torch.equal(loaded.decoder[0].weight, model.decoder[0].weight)
+    assert from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache", revision=COMMIT)
+    with pytest.raises(ValueError, match="user/model: holds a SimMIM, no Classifier"):
+        from_pretrained("user/model", Classifier, cache_dir=tmp_path / "cache")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises((ValueError, RunError), match="user/model: ") as found:
+        from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache")
+    assert "\n" not in str(found.value)
+
+
+def test_offline_and_unknown(offline: Any, tmp_path: Path) -> None:
+    for name in ("user/nobody", "nobody"):
+        with pytest.raises(RunError) as found:
+            from_pretrained(name, SimMIM, cache_dir=tmp_path)
+        assert str(found.value) == (
+            f"{name}: no such folder here, not downloaded before, and the Hub cannot be reached "
+            "(or HF_HUB_OFFLINE is set)"
+        )
+    for name in ("runs/mine/again", "/no/such", "~nobody/x", "a b/c", "", "../up"):
+        with pytest.raises(ValueError, match=r"no such (file or )?folder"):
+            from_pretrained(name or "missing folder", SimMIM, cache_dir=tmp_path)
+
+
+def test_only_safetensors_are_downloaded(
+    offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    save_pretrained(make_classifier(), tmp_path / "repository")
+
+    def download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(tmp_path / "repository")
+
+    monkeypatch.setattr(offline, "snapshot_download", download)
+    from_pretrained("user/model", Classifier, revision="v2", token="hf_x")
+    assert asked[0]["name"] == "user/model"
+    assert asked[0]["revision"] == "v2"
+    assert asked[0]["token"] == "hf_x"
+    assert asked[0]["allow_patterns"] == ["model.safetensors", "config.json", "README.md"]
+    (tmp_path / "repository" / "model.safetensors").rename(tmp_path / "repository" / "model.bin")
+    with pytest.raises(ValueError, match=r"user/model: has no model\.safetensors, and nothing"):
+        from_pretrained("user/model", Classifier)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "no such model on the Hub, or a private one"),
+        ("GatedRepoError", "asks you to accept terms"),
+        ("RevisionNotFoundError", "has no revision v9 on the Hub"),
+        ("HfHubHTTPError", "the Hub: 503 Server Error"),
+    ],
+)
+def test_what_the_hub_answers(
+    offline: Any, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(getattr(offline.errors, kind)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            Exception.__init__(self, "503 Server Error\nfor url: …")
+
+        def __str__(self) -> str:
+            return "503 Server Error\nfor url: …"
+
+    def download(name: str, **options: Any) -> str:
+        raise Refused
+
+    monkeypatch.setattr(offline, "snapshot_download", download)
+    with pytest.raises((ValueError, RunError)) as found:
+        from_pretrained("user/model", SimMIM, revision="v9")
+    assert str(found.value).startswith("user/model: ")
+    assert message in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_push(offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Address(str):
+        repo_id = "someone/model"
+
+    class Api:
+        def __init__(self, **options: Any) -> None:
+            calls.append(("api", options))
+
+        def create_repo(self, name: str, **options: Any) -> Address:
+            calls.append(("create", {"name": name, **options}))
+            return Address("https://hub/someone/model")
+
+        def upload_folder(self, **options: Any) -> SimpleNamespace:
+            calls.append(("upload", options))
+            return SimpleNamespace()
+
+    monkeypatch.setattr(offline, "HfApi", Api)
+    with pytest.raises(ValueError, match=r"has no model\.safetensors; `simmim export` makes"):
+        push_to_hub(tmp_path, "model")
+    save_pretrained(make_simmim(), tmp_path)
+    with pytest.raises(ValueError, match="a b: no name on the Hub"):
+        push_to_hub(tmp_path, "a b")
+    assert calls == []
+    assert push_to_hub(tmp_path, "model", private=True, token="t") == "https://hub/someone/model"
+    assert calls[0] == ("api", {"token": "t", "library_name": "simmim"})
+    assert calls[1] == ("create", {"name": "model", "private": True, "exist_ok": True})
+    upload = calls[2][1]
+    assert upload["repo_id"] == "someone/model"
+    assert upload["folder_path"] == tmp_path
+    assert upload["allow_patterns"] == list(FILES)
+
+
+def test_push_offline(offline: Any, tmp_path: Path) -> None:
+    save_pretrained(make_simmim(), tmp_path)
+    with pytest.raises(RunError, match="user/model: ") as found:
+        push_to_hub(tmp_path, "user/model", token="t")
+    assert "\n" not in str(found.value)
