@@ -8,6 +8,7 @@ __all__ = [
     "Prediction",
     "SimMIM",
     "__version__",
+    "extract_features",
     "load_encoder",
     "load_model",
     "predict",
@@ -15,6 +16,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from simmim.downstream.features import extract_features
     from simmim.downstream.hub import push_to_hub
     from simmim.downstream.predict import Prediction, predict
     from simmim.load import load_encoder, load_model
@@ -25,6 +27,7 @@ _HOMES = {
     "Classifier": "simmim.method.classifier",
     "Prediction": "simmim.downstream.predict",
     "SimMIM": "simmim.method.simmim",
+    "extract_features": "simmim.downstream.features",
     "load_encoder": "simmim.load",
     "load_model": "simmim.load",
     "predict": "simmim.downstream.predict",

@@ -1,0 +1,201 @@
+"""Weighted nearest neighbours in feature space, in pieces of the images and of the bank.
+
+M images asked about, N images of the bank, D width, K classes, k neighbours.
+A neighbour of cosine similarity s votes for its class with exp(s / T).
+Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; T = 0.07 as there and in DINO
+(facebookresearch/dino:eval_knn.py).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+TEMPERATURE = 0.07
+NEIGHBOURS = (1, 5, 20, 200)
+
+# Images asked about, and images of the bank, whose similarities are held at a time.
+QUERIES, BANK = 512, 32768
+
+_LOW_BITS = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest images of the bank, nearest first; of equally near ones, the lower number first.
+
+    Attributes:
+        similarity: float32 [M, k], cosine.
+        index: int64 [M, k], rows of the bank.
+    """
+
+    similarity: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class NeighbourScore:
+    """How often the vote of k neighbours is right.
+
+    Attributes:
+        k: neighbours.
+        top1: share of images whose best class is right.
+        top5: share with the right class among the five best; classes without a vote do not count.
+    """
+
+    k: int
+    top1: float
+    top5: float
+
+
+def score_neighbours(
+    bank: Tensor,
+    bank_labels: NDArray[np.int64],
+    queries: Tensor,
+    labels: NDArray[np.int64],
+    neighbours: Sequence[int] = NEIGHBOURS,
+    *,
+    temperature: float = TEMPERATURE,
+    device: torch.device | None = None,
+    advance: Callable[[int], None] | None = None,
+    num_queries: int = QUERIES,
+    num_bank: int = BANK,
+) -> list[NeighbourScore]:
+    """Classify images by the images of a bank, for several numbers of neighbours at once.
+
+    Args:
+        bank: features [N, D], any floating type; need not be normalised.
+        bank_labels: int64 [N], from 0.
+        queries: features [M, D].
+        labels: int64 [M].
+        neighbours: every k; a larger one than N is N.
+        temperature: T.
+        device: where similarities are computed; None is where the features are.
+        advance: told how many of the images have been classified.
+        num_queries: images held at a time.
+        num_bank: images of the bank held at a time.
+
+    Returns:
+        One score for every k, ascending, without repetitions.
+
+    Raises:
+        ValueError: a k below 1, a temperature not above 0, or no images.
+    """
+    if not neighbours or min(neighbours) < 1:
+        raise ValueError(f"k={list(neighbours)}: choose numbers of at least 1")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: choose one above 0")
+    if not len(bank) or not len(queries):
+        raise ValueError(f"{len(queries)} images and a bank of {len(bank)}: nothing to compare")
+    ks = sorted({min(k, len(bank)) for k in neighbours})
+    num_classes = int(max(bank_labels.max(), labels.max())) + 1
+    right = np.zeros((len(ks), 2), dtype=np.int64)
+    found = _pieces(bank, queries, ks[-1], device, num_queries, num_bank)
+    for start, nearest in found:
+        own = torch.from_numpy(labels[start : start + len(nearest.index)])
+        voted = torch.from_numpy(bank_labels)[nearest.index]
+        for row, k in enumerate(ks):
+            votes = vote(nearest.similarity[:, :k], voted[:, :k], num_classes, temperature)
+            rank = _rank(votes, own)
+            right[row] += [int((rank < 1).sum()), int((rank < 5).sum())]
+        if advance is not None:
+            advance(len(own))
+    shares = (right / len(queries)).tolist()
+    return [NeighbourScore(k, *share) for k, share in zip(ks, shares)]
+
+
+def find_nearest(
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    device: torch.device | None = None,
+    num_queries: int = QUERIES,
+    num_bank: int = BANK,
+) -> Nearest:
+    """The k nearest images of the bank for each of the queries; see `score_neighbours`."""
+    parts = [part for _, part in _pieces(bank, queries, k, device, num_queries, num_bank)]
+    return Nearest(
+        torch.cat([part.similarity for part in parts]), torch.cat([part.index for part in parts])
+    )
+
+
+def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Votes for every class, float64 [M, K]; up to a factor of each row.
+
+    Args:
+        similarity: [M, k], nearest first.
+        labels: int64 [M, k], classes of the neighbours.
+        num_classes: K.
+        temperature: T.
+    """
+    # relative to the nearest: exp(1 / T) overflows where T is small
+    away = (similarity.double() - similarity[:, :1].double()) / temperature
+    votes = away.new_zeros(len(labels), num_classes)
+    return votes.scatter_add_(1, labels, away.exp())
+
+
+def _rank(votes: Tensor, label: Tensor) -> Tensor:
+    # how many classes come before the right one: those with more votes, or as many and a lower
+    # number; all of them where it has none
+    own = votes.gather(1, label[:, None])
+    number = torch.arange(votes.shape[1])
+    before = (votes > own) | ((votes == own) & (number < label[:, None]))
+    return torch.where(own.squeeze(1) > 0, before.sum(1), votes.shape[1] + 5)
+
+
+def _pieces(
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    device: torch.device | None,
+    num_queries: int,
+    num_bank: int,
+) -> Iterator[tuple[int, Nearest]]:
+    # (number of the first query, what is nearest, on the CPU) for one piece of queries at a time
+    for start in range(0, len(queries), num_queries):
+        asked = _normalised(queries[start : start + num_queries], device)
+        best: Tensor | None = None
+        for first in range(0, len(bank), num_bank):
+            part = _normalised(bank[first : first + num_bank], device)
+            keys = _best_keys(asked @ part.T, first, k)
+            keys = keys if best is None else torch.cat([best, keys], 1)
+            best = keys.topk(min(k, keys.shape[1]), dim=1).values
+        assert best is not None
+        yield start, _unpacked(best.cpu())
+
+
+def _normalised(features: Tensor, device: torch.device | None) -> Tensor:
+    return F.normalize(features.to(device).float(), dim=1)
+
+
+def _best_keys(similarity: Tensor, first: int, k: int) -> Tensor:
+    # the keys of the k largest of every row; between equal ones, topk alone takes any
+    values, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    keys = _sortable(values, index + first)
+    last = values[:, -1:]
+    left_out = (similarity == last).sum(1) > (values == last).sum(1)
+    rows = left_out.nonzero().squeeze(1)
+    if len(rows):
+        every = torch.arange(first, first + similarity.shape[1], device=similarity.device)
+        keys[rows] = _sortable(similarity[rows], every).topk(keys.shape[1], dim=1).values
+    return keys
+
+
+def _sortable(similarity: Tensor, index: Tensor) -> Tensor:
+    # one int64 that orders by similarity, then by the lower row: no two are equal, so that the k
+    # largest are the same however the bank is cut. Bits of a float order as integers do where the
+    # sign is 0; where it is 1, the other way round
+    bits = (similarity + 0.0).view(torch.int32)  # + 0.0 makes -0.0 positive
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    return (ordered << 32) | (_LOW_BITS - index)
+
+
+def _unpacked(keys: Tensor) -> Nearest:
+    ordered = (keys >> 32).int()
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return Nearest(bits.view(torch.float32), _LOW_BITS - (keys & _LOW_BITS))
