@@ -17,6 +17,9 @@ from simmim.config import (
     resolve_spec,
     to_toml,
 )
+from simmim.downstream.finetune import classifier_spec
+from simmim.downstream.finetune_config import FinetuneConfig
+from simmim.downstream.finetune_config import load as load_finetuning
 from simmim.schedule import resolve_schedule
 
 RECIPES = sorted(p.stem for p in recipe_folders()[0].glob("*.toml"))
@@ -26,7 +29,17 @@ def parse(*flags: str, recipe: str = "smoke") -> Config:
     return load([recipe, "--data.path=photos", *flags])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.startswith("finetune_")])
+def test_every_finetuning_recipe_loads(recipe: str) -> None:
+    config = load_finetuning([recipe, "--data.path=photos", "--pretrained=runs/mine"])
+    assert config.output == f"runs/{recipe}"
+    assert from_dict(asdict(config), FinetuneConfig) == config
+    if config.model.name:
+        spec = classifier_spec(config, None)
+        assert not spec.problems()
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if not r.startswith("finetune_")])
 def test_every_recipe_loads(recipe: str) -> None:
     config = parse(recipe=recipe)
     spec = resolve_spec(config)

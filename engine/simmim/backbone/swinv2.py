@@ -1,0 +1,273 @@
+"""Swin Transformer V2 as an encoder of masked images, under the published parameter names.
+
+Each branch is normalised after it, attention is the cosine of q and k times a learned factor, and
+the position bias comes from a small network over log-spaced offsets, which fits any window.
+
+B batch, H W token rows and columns of a stage, C width, N heads, K head width, w side of a window.
+Source: microsoft/Swin-Transformer models/swin_transformer_v2.py and models/simmim.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.backbone.layers import (
+    Backends,
+    DropPath,
+    check_image,
+    drop_path_rates,
+    init_linear,
+    run_block,
+)
+from simmim.backbone.swin import NORM_EPS, PatchEmbed, SwinSpec
+from simmim_kernels import embed_patches, window_attention
+
+# The learned factor of a cosine stays below this; beyond it nothing is learned.
+LARGEST_LOGIT_SCALE = math.log(100.0)
+
+# Hidden width of the network of position biases, and the largest bias it gives.
+POSITION_HIDDEN, LARGEST_BIAS = 512, 16.0
+
+
+@dataclass(frozen=True)
+class SwinV2Spec(SwinSpec):
+    """Everything that defines a SwinV2 encoder; see `SwinSpec`.
+
+    Attributes:
+        pretrained_window_sizes: per stage the window that the position network was trained with; 0
+            is the stage's own. `qk_scale` has no meaning here.
+    """
+
+    window_size: int = 12
+    pretrained_window_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(self.pretrained_window_sizes):
+            object.__setattr__(self, "pretrained_window_sizes", (0,) * len(self.depths))
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(field, message) for all that does not fit together; empty when it can be built."""
+        found = super().problems()
+        if self.qk_scale is not None:
+            found.append(("qk_scale", "has no meaning for SwinV2; leave it out"))
+        if len(self.pretrained_window_sizes) != len(self.depths):
+            count = len(self.pretrained_window_sizes)
+            found.append(
+                ("pretrained_window_sizes", f"{count} values for {len(self.depths)} stages")
+            )
+        return found
+
+
+class WindowAttention(nn.Module):
+    """Cosine attention inside windows with its projections and position network."""
+
+    def __init__(self, spec: SwinV2Spec, stage: int, block: int) -> None:
+        super().__init__()
+        width = spec.embed_dim << stage
+        self.num_heads = spec.num_heads[stage]
+        self.window, self.shift = spec.window(stage), spec.shift(stage, block)
+        self.logit_scale = nn.Parameter(torch.full((self.num_heads, 1, 1), math.log(10.0)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, POSITION_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(POSITION_HIDDEN, self.num_heads, bias=False),
+        )
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if spec.qkv_bias else None
+        self.proj = nn.Linear(width, width)
+        offsets = log_offsets(self.window, spec.pretrained_window_sizes[stage])
+        self.register_buffer("offsets", offsets, persistent=False)
+
+    offsets: Tensor
+
+    def position_table(self) -> Tensor:
+        """Bias of every offset in a window, float32 [(2w-1)², N]."""
+        with torch.autocast(self.offsets.device.type, enabled=False):
+            table: Tensor = LARGEST_BIAS * torch.sigmoid(self.cpb_mlp(self.offsets))
+        return table
+
+    def forward(self, x: Tensor, backend: str | None) -> Tensor:
+        """Attention of every token to its window, [B, H, W, C]."""
+        bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        B, H, W, C = x.shape
+        q, k, v = qkv.view(B, H, W, 3, self.num_heads, -1).unbind(3)  # [B, H, W, N, K] each
+        # cosines times up to 100 need float32 until they are exponents
+        factor = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().view(-1, 1)
+        q = F.normalize(q.float(), dim=-1) * factor
+        k = F.normalize(k.float(), dim=-1)
+        joined = torch.stack((q, k, v.float()), dim=3).view(B, H, W, 3 * C)
+        attended = window_attention(
+            joined,
+            self.position_table(),
+            self.num_heads,
+            self.window,
+            self.shift,
+            scale=1.0,
+            backend=backend,
+        )
+        out: Tensor = self.proj(attended.to(qkv.dtype))
+        return out
+
+
+def log_offsets(window: int, pretrained: int = 0) -> Tensor:
+    """Inputs of the position network, float32 [(2w-1)², 2]: offsets on a logarithmic scale.
+
+    Args:
+        window: side in tokens.
+        pretrained: the window that the offsets are relative to; 0 is `window`.
+    """
+    offset = torch.arange(1 - window, window, dtype=torch.float32)
+    # a window of one token has no offsets; 0 / 0 in the published code
+    offset = 8 * offset / max(1, (pretrained or window) - 1)
+    scaled = offset.sign() * torch.log2(offset.abs() + 1.0) / math.log2(8)
+    rows, columns = torch.meshgrid(scaled, scaled, indexing="ij")
+    return torch.stack((rows, columns), dim=-1).view(-1, 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class SwinV2Block(nn.Module):
+    """Window attention and MLP, each followed by a LayerNorm, then the residual."""
+
+    def __init__(self, spec: SwinV2Spec, stage: int, block: int, drop_path: float) -> None:
+        super().__init__()
+        width = spec.embed_dim << stage
+        self.norm1 = nn.LayerNorm(width, NORM_EPS)
+        self.attn = WindowAttention(spec, stage, block)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(width, NORM_EPS)
+        self.mlp = Mlp(width, int(width * spec.mlp_ratio))
+
+    def forward(self, x: Tensor, backends: Backends) -> Tensor:
+        x = x + self._dropped(self.norm1(self.attn(x, backends.attention)))
+        return x + self._dropped(self.norm2(self.mlp(x)))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        scale = self.drop_path(branch)
+        return branch if scale is None else branch * scale.view(-1, 1, 1, 1).to(branch.dtype)
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours become one token of twice the width. [B, H, W, C] → [B, H/2, W/2, 2C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(2 * width, NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        # the neighbours (0,0), (1,0), (0,1), (1,1) as (row, column), C channels each
+        x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)
+        merged: Tensor = self.norm(self.reduction(x.reshape(B, H // 2, W // 2, 4 * C)))
+        return merged
+
+
+class SwinV2Stage(nn.Module):
+    """The blocks of one resolution, then the merging to the next."""
+
+    def __init__(self, spec: SwinV2Spec, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            SwinV2Block(spec, stage, block, rate) for block, rate in enumerate(drop_paths)
+        )
+        last = stage == len(spec.depths) - 1
+        self.downsample = None if last else PatchMerging(spec.embed_dim << stage)
+
+    def forward(self, x: Tensor, recompute: bool, backends: Backends) -> Tensor:
+        for block in self.blocks:
+            x = run_block(block, recompute, x, backends)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class SwinV2(nn.Module):
+    """SwinV2 encoder with a mask token.
+
+    Args:
+        spec: the architecture.
+
+    Raises:
+        ValueError: the parts of `spec` do not fit together.
+    """
+
+    # as published; the position network is decided by the optimiser's settings
+    no_decay = frozenset({"absolute_pos_embed", "mask_token"})
+
+    def __init__(self, spec: SwinV2Spec) -> None:
+        super().__init__()
+        if problems := spec.problems():
+            raise ValueError("; ".join(f"{field}: {message}" for field, message in problems))
+        self.spec = spec
+        self.num_features = spec.embed_dim << (len(spec.depths) - 1)
+        self.activation_checkpointing = False
+        self.backends = Backends()
+        self.patch_embed = PatchEmbed(spec)
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        if spec.absolute_position:
+            length = spec.grid[0] * spec.grid[1]
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
+        rates = iter(drop_path_rates(spec.drop_path, sum(spec.depths)))
+        self.layers = nn.ModuleList(
+            SwinV2Stage(spec, stage, [next(rates) for _ in range(depth)])
+            for stage, depth in enumerate(spec.depths)
+        )
+        self.norm = nn.LayerNorm(self.num_features, NORM_EPS)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        self.apply(init_linear)
+        for name, parameter in self.named_parameters():
+            if name in ("absolute_pos_embed", "mask_token"):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif ".blocks." in name and (".norm1." in name or ".norm2." in name):
+                nn.init.zeros_(parameter)  # every branch begins as nothing
+
+    def forward(
+        self,
+        image: Tensor,
+        mask: Tensor | None = None,
+        *,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ) -> Tensor:
+        """Features of an image whose hidden tokens are replaced by the mask token; see `Swin`."""
+        check_image(image, self.spec.channels, self.spec.image_size)
+        embed, C = self.patch_embed, self.spec.embed_dim
+        norm = embed.norm if isinstance(embed.norm, nn.LayerNorm) else None
+        tokens = embed_patches(
+            image,
+            mask,
+            embed.proj.weight,
+            embed.proj.bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            None if self.mask_token is None else self.mask_token.view(C),
+            pos_embed=self.absolute_pos_embed[0] if self.spec.absolute_position else None,
+            mean=mean,
+            std=std,
+            eps=NORM_EPS,
+            backend=self.backends.ops,
+        ).view(len(image), *self.spec.grid, C)
+        recompute = self.activation_checkpointing and self.training
+        for stage in self.layers:
+            tokens = stage(tokens, recompute, self.backends)
+        features: Tensor = self.norm(tokens).permute(0, 3, 1, 2)
+        return features
