@@ -57,6 +57,9 @@ def test_data_flows_one_way() -> None:
     assert_never(
         [ROOT / "engine/simmim/step.py"], "simmim.pretrain", "simmim.checkpoint", "simmim.log"
     )
+    apart = [ROOT / "engine/simmim/loop.py", *under("engine/simmim/convert")]
+    assert_never([*under("engine/simmim/data"), *apart], "simmim.downstream", "simmim.commands")
+    assert_never(under("engine/simmim/downstream"), "simmim.commands")
     assert_never(SOURCES, "bench", "tests", "conftest")
 
 
