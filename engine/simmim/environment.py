@@ -11,7 +11,16 @@ import torch
 
 import simmim
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "xformers", "nvidia-dali-cuda130")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "pillow",
+    "xformers",
+    "nvidia-dali-cuda130",
+    "timm",
+)
 
 
 def package_versions() -> dict[str, str | None]:

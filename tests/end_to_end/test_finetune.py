@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from simmim import cli
+from simmim.downstream import finetune as finetuning
 from simmim.load import load_model
 from simmim.method.classifier import Classifier
 
@@ -186,6 +187,34 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     same_end(whole, output)
 
 
+def test_a_signal_during_an_evaluation_leaves_it_for_later(
+    straight: Path,
+    pretrained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "stopped"
+    arguments = flags(pretrained, images, output, "--train.steps=24")
+    real = finetuning.evaluate
+    calls = []
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the handler does not let this end
+        return real(*given, **named)
+
+    monkeypatch.setattr(finetuning, "evaluate", interrupted)
+    assert cli.main(arguments) == 75
+    assert [row["step"] for row in rows(output)] == [6]
+    assert (output / "checkpoints" / "step_00000012").is_dir()
+    monkeypatch.setattr(finetuning, "evaluate", real)
+    assert cli.main(arguments) == 0
+    same_end(straight, output)
+
+
 def test_two_processes_are_one(pretrained: Path, images: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--train.steps=6", "--model.drop_path=0", "--augment.smoothing=0.1")
@@ -228,7 +257,7 @@ def test_another_size_window_and_no_pretraining(
 
 def test_a_fraction_of_the_labels(pretrained: Path, images: Path, tmp_path: Path) -> None:
     output = tmp_path / "tenth"
-    options = ("--data.fraction=0.25", "--train.steps=1")
+    options = ("--data.fraction=0.25", "--train.steps=1", "--train.precision=fp16")
     assert cli.main(flags(pretrained, images, output, *options)) == 0
     assert "12 training images of 3 classes" in (output / "log.txt").read_text()
 
