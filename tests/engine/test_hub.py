@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     """huggingface_hub, which must not reach out."""
     hub = pytest.importorskip("huggingface_hub")
+    import_module("huggingface_hub.constants")  # loaded on demand, and patched below
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     return hub

@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 import simmim
 from numerics import load_golden, with_prefix
 from simmim import load_model
-from simmim.load import read_weights
+from simmim.convert.official import BUFFERS
+from simmim.load import build_model, load_encoder, read_model, read_weights, weights_metadata
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +155,37 @@ def test_image_size_and_what_shapes_cannot_tell(official: dict[str, Tensor]) -> 
         load_model(clipped, image_size=96)
 
 
+def test_masks_of_shifted_windows_tell_the_size(official: dict[str, Tensor]) -> None:
+    # of images of 128 px, on which no stage is one window
+    masks = {name: tensor for name, tensor in official.items() if name.endswith("attn_mask")}
+    assert masks
+    larger = {name: tensor.repeat(4, 1, 1) for name, tensor in masks.items()}
+    assert load_model(official | larger).encoder.spec.image_size == (128, 128)
+    tuned = {name.removeprefix("encoder."): tensor for name, tensor in official.items()}
+    tuned = {name: tensor for name, tensor in tuned.items() if not name.startswith("decoder.")}
+    assert read_model(tuned).spec.image_size == (64, 64)
+    larger = {name.removeprefix("encoder."): tensor for name, tensor in larger.items()}
+    assert read_model(tuned | larger).spec.image_size == (128, 128)
+
+
+def test_buffers_tell_the_window_of_a_swinv2() -> None:
+    state = with_prefix(load_golden("simmim2-swinv2-plain-ape")[1], "weights/")
+    assert load_model(state).encoder.spec.window_size == 3
+    bare = {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
+    with pytest.raises(ValueError, match="cannot tell the window of this SwinV2: say window_size="):
+        load_model(bare)
+    assert load_model(bare, window_size=6, image_size=48).encoder.spec.window_size == 6
+    # as models say whose network was trained with windows of 2 tokens
+    offsets = torch.arange(-2, 3.0) * 8
+    column = offsets.sign() * (offsets.abs() + 1).log2() / 3
+    table = torch.stack(torch.meshgrid(column, column, indexing="ij"), -1)[None]
+    tables = {n: table for n in state if n.endswith("relative_coords_table")}
+    assert load_model(state | tables).encoder.spec.pretrained_window_sizes == (2, 2, 2)
+    assert load_model(state).encoder.spec.pretrained_window_sizes == (0, 0, 0)
+    old = {name.replace("cpb_mlp", "rpe_mlp"): tensor for name, tensor in state.items()}
+    assert same(load_model(old), state)
+
+
 def test_vit_without_tables_needs_its_heads() -> None:
     state = with_prefix(load_golden("simmim-vit-ape-shared-rpb-p8")[1], "weights/")
     plain = {k: v for k, v in state.items() if "rel_pos_bias" not in k}
@@ -177,6 +210,66 @@ def test_metadata_rebuilds_what_shapes_cannot_tell(tmp_path: Path, official: dic
     assert square.encoder.spec.qk_scale == 0.3
     _, metadata = read_weights(tmp_path)
     assert json.loads(json.dumps(metadata)) == metadata
+
+
+def test_encoders_without_a_decoder(official: dict[str, Tensor], tmp_path: Path) -> None:
+    bare = {name: tensor for name, tensor in official.items() if name.startswith("encoder.")}
+    with pytest.raises(ValueError, match="state dict: an encoder without decoder or class head"):
+        load_model(bare)
+    weights = read_model(bare, layout="official")
+    assert (weights.kind, weights.layout) == ("encoder", "official")
+    image = torch.randn(2, 3, 64, 64)
+    features = load_model(official).encode(image)
+    assert torch.equal(load_encoder(bare).encode(image), features)
+    assert torch.equal(load_encoder(official).encode(image), features)
+    del bare["encoder.mask_token"]
+    assert torch.equal(load_encoder(bare).encode(image), features)
+    save_file(bare, tmp_path / "encoder.safetensors", weights_metadata("encoder", weights.spec, {}))
+    assert read_model(tmp_path / "encoder.safetensors").layout == "simmim"
+
+
+def test_classifiers_keep_their_classes(tmp_path: Path) -> None:
+    from simmim.backbone.build import PRESETS, build_encoder
+    from simmim.checkpoint import save_weights
+    from simmim.method.classifier import Classifier
+
+    spec = replace(PRESETS["vit_tiny"], depth=1, image_size=(32, 32), final_norm=False)
+    model = Classifier(build_encoder(spec), ["ape", "bee"], margin=0.9).eval()
+    save_weights(model, tmp_path / "model.safetensors")
+    again = load_model(tmp_path)
+    assert isinstance(again, Classifier)
+    assert (again.classes, again.margin) == (("ape", "bee"), 0.9)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(again(image), model(image))
+    weights = read_model(tmp_path)
+    assert weights.kind == "classifier"
+    with pytest.raises(ValueError, match="3 class names for a head of 2 classes"):
+        build_model(replace(weights, metadata={"classes": ["a", "b", "c"]}))
+
+
+def test_values_that_are_no_weights(official: dict[str, Tensor]) -> None:
+    norm = official["encoder.norm.bias"]
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"norm\.bias holds values that are not finite"):
+            load_model({**official, "encoder.norm.bias": norm.new_full(norm.shape, value)})
+    with pytest.raises(ValueError, match=r"norm\.bias holds torch\.int8 values"):
+        load_model({**official, "encoder.norm.bias": norm.to(torch.int8)})
+    half = load_model({name: tensor.half() for name, tensor in official.items()})
+    assert half.encoder.norm.bias.dtype == torch.float32
+
+
+def test_another_size_keeps_what_the_metadata_tells(tmp_path: Path) -> None:
+    from simmim.backbone.build import PRESETS, build_encoder
+    from simmim.checkpoint import save_weights
+
+    spec = replace(PRESETS["vit_base_plain"], depth=1, embed_dim=12, num_heads=2, norm_eps=1e-3)
+    spec = replace(spec, image_size=(32, 32), absolute_position=False)
+    save_weights(simmim.SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
+    assert load_model(tmp_path).encoder.spec == spec
+    larger = load_model(tmp_path, image_size=(64, 32)).encoder.spec
+    assert larger == replace(spec, image_size=(64, 32))
+    with pytest.raises(ValueError, match="image_size is a side or"):
+        load_model(tmp_path, image_size=(1, 2, 3))
 
 
 def test_import_is_light() -> None:

@@ -14,11 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simmim.backbone.build import Spec
-from simmim.convert import hf, mmpretrain, official, timm_layout
+from simmim.convert import hf, layouts, mmpretrain, official, timm_layout
 from simmim.files import sync, write_atomic
-from simmim.load import WEIGHTS_FILE, Weights, build_model, model_metadata
-
-LAYOUTS = ("simmim", "official", "mmpretrain", "timm", "hf")
+from simmim.load import WEIGHTS_FILE, Weights, weights_metadata
 
 # What .pth files of other programs keep their weights under.
 _WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
@@ -57,19 +55,14 @@ def to_layout(weights: Weights, layout: str) -> Export:
     if layout == "simmim":
         return Export(layout, kind, spec, dict(state), {})
     if layout == "official":
-        renamed = official.to_finetuned(state) if kind == "classifier" else dict(state)
+        renamed = official.to_finetuned(state, spec) if kind == "classifier" else dict(state)
         return Export(layout, kind, spec, renamed, {})
-    modules = {"hf": hf, "timm": timm_layout, "mmpretrain": mmpretrain}
-    converted, config = modules[layout].from_ours(state, spec, kind, weights.metadata)
-    left_out: list[str] = []
-    if layout == "timm":
-        left_out = [
-            n for n in state if n.startswith("decoder.") or n == f"{official.PREFIX}mask_token"
-        ]
-        kind = "classifier" if kind == "classifier" else "encoder"
-    elif layout == "hf" and kind == "simmim" and config["model_type"] == "beit":
-        left_out, kind = [n for n in state if n.startswith("decoder.")], "encoder"
-    return Export(layout, kind, spec, converted, config, tuple(left_out))
+    module: Any = {"hf": hf, "timm": timm_layout, "mmpretrain": mmpretrain}[layout]
+    left_out = tuple(module.left_out(state, spec, kind))
+    kept = {name: tensor for name, tensor in state.items() if name not in left_out}
+    kind = official.kind_of(kept)
+    converted, config = module.from_ours(kept, spec, kind, weights.metadata)
+    return Export(layout, kind, spec, converted, config, left_out)
 
 
 def write(export: Export, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -79,35 +72,50 @@ def write(export: Export, path: Path, metadata: Mapping[str, Any]) -> None:
         export: what to write.
         path: a folder for "hf"; else a .safetensors file, or .pth for plain tensors as torch.save
             writes them.
-        metadata: of the weights: mean, std, classes.
+        metadata: of the weights: mean, std, mask, classes.
 
     Raises:
         OSError: it cannot be written; what was at `path` is still there.
     """
-    state = {name: tensor.contiguous() for name, tensor in export.state.items()}
+    state = _unshared(export.state)
     if export.layout == "hf":
         _write_folder(export, state, path, metadata)
         return
-    if path.suffix in (".pth", ".pt", ".bin"):
+    if path.suffix != ".safetensors":
         wrapper = _WRAPPERS.get(export.layout)
         content: Any = {wrapper: state} if wrapper else state
-        write_atomic(path, lambda temporary: torch.save(content, temporary))
+        write_atomic(path, lambda temporary: _pickle(content, temporary))
         return
-    notes = {"format": "pt"}
-    if export.layout == "simmim":
-        notes |= _own_metadata(export, state, metadata)
-    elif export.config:
+    notes = _notes(export, metadata)
+    if export.config:
         notes[export.layout] = json.dumps(export.config)
     write_atomic(path, lambda temporary: _save(state, temporary, notes))
 
 
-def _own_metadata(
-    export: Export, state: dict[str, Tensor], metadata: Mapping[str, Any]
-) -> dict[str, str]:
-    if export.kind == "encoder":
-        return {}
-    weights = Weights("", "simmim", export.kind, state, export.spec, dict(metadata))
-    return model_metadata(build_model(weights), metadata.get("mask"))
+def _notes(export: Export, metadata: Mapping[str, Any]) -> dict[str, str]:
+    # ours in every layout: names and shapes do not tell everything
+    return {"format": "pt", **weights_metadata(export.kind, export.spec, metadata)}
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each in memory of its own, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        tensor = tensor.contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(memory.data_ptr())
+        found[name] = tensor
+    return found
+
+
+def _pickle(content: Any, path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # how torch says that a disk is full
+        raise OSError(f"cannot be written: {error}") from None
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -120,16 +128,23 @@ def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Non
     path.chmod(0o666 & ~mask)
 
 
+def strange_files(folder: Path) -> list[str]:
+    """What a folder holds beside the files that `write` makes, and would be lost with it."""
+    own = {WEIGHTS_FILE, layouts.CONFIG_FILE, layouts.PREPROCESSOR_FILE}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own)
+
+
 def _write_folder(
     export: Export, state: dict[str, Tensor], path: Path, metadata: Mapping[str, Any]
 ) -> None:
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _save(state, temporary / WEIGHTS_FILE, {"format": "pt"})
+        _save(state, temporary / WEIGHTS_FILE, _notes(export, metadata))
         for name, content in (
-            ("config.json", export.config),
-            ("preprocessor_config.json", hf.preprocessor(export.spec, dict(metadata))),
+            (layouts.CONFIG_FILE, export.config),
+            (layouts.PREPROCESSOR_FILE, hf.preprocessor(export.spec, dict(metadata))),
         ):
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")

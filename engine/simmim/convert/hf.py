@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from simmim.backbone.build import Spec
+from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
+from simmim.convert.official import BUFFERS
 from simmim.convert.renaming import Renaming, State, unknown_names
 
 PREFIXES = ("swin.", "swinv2.", "vit.", "beit.")
@@ -105,11 +107,21 @@ def matches(state: State) -> bool:
     return bare or any(name.startswith(PREFIXES) for name in state)
 
 
+# Parts of their models that ours have no place for: what a bare ViT makes of its class token, and
+# the visual tokens that a BEiT predicts.
+_FOREIGN = ("pooler.dense.", "lm_head.", "layernorm.")
+
+
 def to_ours(state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any], dict[str, Any]]:
     """Our names for theirs, and what config.json tells.
 
+    Args:
+        state: their names and tensors.
+        config: of `simmim.convert.layouts.read_config`; {} for none.
+
     Returns:
-        The state; hints for the architecture; metadata (classes).
+        The state; hints for the architecture; metadata (classes, mean, std, and "dropped": the
+        names that have no place here).
 
     Raises:
         ValueError: names that are not theirs, or a part that we do not have.
@@ -122,32 +134,39 @@ def to_ours(state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]
     model = next(p for p in PREFIXES if any(name.startswith(p) for name in state))
     on_disk, in_memory = _renamings(model)
     renamed: State = {}
-    unknown = []
+    unknown, dropped = [], []
     for name, tensor in state.items():
-        if name.endswith(("relative_position_index", "relative_coords_table")):
+        if name.endswith(BUFFERS):
             continue
         ours = on_disk.to_ours(name) or in_memory.to_ours(name)
-        if ours is None:
-            unknown.append(name)
-        else:
+        if ours is not None:
             renamed[ours] = tensor
+        elif name.startswith((*_FOREIGN, f"{model}pooler.dense.")):
+            dropped.append(name)
+        else:
+            unknown.append(name)
     if unknown:
         raise unknown_names(unknown)
     joined = _join_projections(renamed, fused_bias=model == "swin.")
-    metadata: dict[str, Any] = {}
-    if model == "vit." and "head.weight" in joined:
-        # their head reads the class token, ours the mean of the patch tokens
-        dropped = [name for name in joined if name.startswith("head.")]
-        metadata["dropped"] = dropped
-        joined = {name: tensor for name, tensor in joined.items() if name not in dropped}
-    elif isinstance(names := config.get("id2label"), dict) and "head.weight" in joined:
+    if model in ("vit.", "beit.") and "fc_norm.weight" not in joined:
+        # their head reads the class token then, ours the mean of the patch tokens
+        heads = [name for name in joined if name.startswith("head.")]
+        joined = {name: tensor for name, tensor in joined.items() if name not in heads}
+        dropped += [name for name in state if name.startswith("classifier.")]
+    metadata: dict[str, Any] = {"dropped": dropped} if dropped else {}
+    if isinstance(names := config.get("id2label"), dict) and "head.weight" in joined:
         metadata["classes"] = [names[key] for key in sorted(names, key=int)]
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if theirs in config:
+            metadata[ours] = config[theirs]
     return joined, _hints(model, config), metadata
 
 
 def _hints(model: str, config: dict[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act is {config['hidden_act']}; ours is gelu")
     size = config.get("image_size")
     hints: dict[str, Any] = {
         "image_size": (size, size) if isinstance(size, int) else size and tuple(size)
@@ -155,14 +174,12 @@ def _hints(model: str, config: dict[str, Any]) -> dict[str, Any]:
     if model in ("vit.", "beit."):
         hints |= {
             "num_heads": config.get("num_attention_heads"),
-            "norm_eps": config.get("layer_norm_eps"),
+            "norm_eps": config.get("layer_norm_eps", 1e-12),
         }
     elif config.get("layer_norm_eps", 1e-5) != 1e-5:
         raise ValueError(f"layer_norm_eps is {config['layer_norm_eps']}; ours is 1e-5")
     if model == "swinv2.":
-        hints["pretrained_window_sizes"] = (
-            tuple(config.get("pretrained_window_sizes") or ()) or None
-        )
+        hints |= {key: config.get(key) for key in ("window_size", "pretrained_window_sizes")}
     return hints
 
 
@@ -218,20 +235,37 @@ def model_type(spec: Spec, kind: str) -> str:
         if not spec.qkv_bias:
             raise ValueError("Hugging Face's BEiT always has biases of q and v")
         return "beit"
-    kind = "swinv2" if type(spec).__name__ == "SwinV2Spec" else "swin"
+    if spec.absolute_position:
+        raise ValueError("Hugging Face's Swin cannot add absolute positions")
+    if not spec.patch_norm:
+        raise ValueError("Hugging Face's Swin always has a norm after the patch embedding")
+    if spec.qk_scale is not None:
+        raise ValueError("Hugging Face has no factor of q·k other than 1/√(head width)")
     windows = {spec.window(stage) for stage in range(len(spec.depths))}
+    if isinstance(spec, SwinV2Spec):
+        if windows != {spec.window_size} and spec.image_size[0] != spec.image_size[1]:
+            raise ValueError(
+                "Hugging Face shrinks windows by side, we by the smaller side of a stage"
+            )
+        return "swinv2"
     if windows != {spec.window_size}:
         raise ValueError(
             f"windows of {sorted(windows)} tokens: Hugging Face's Swin has one window for all "
             f"stages, {spec.window_size}, and cannot shrink it where a stage is smaller"
         )
-    if spec.absolute_position:
-        raise ValueError("Hugging Face's Swin cannot add absolute positions")
-    if not spec.patch_norm:
-        raise ValueError("Hugging Face's Swin always has a norm after the patch embedding")
-    if getattr(spec, "qk_scale", None) is not None:
-        raise ValueError("Hugging Face has no factor of q·k other than 1/√(head width)")
-    return kind
+    return "swin"
+
+
+def left_out(state: State, spec: Spec, kind: str) -> list[str]:
+    """Our names that have no place there."""
+    parts: tuple[str, ...] = ()
+    if model_type(spec, kind) == "beit":
+        parts = ("decoder.",)  # theirs predicts visual tokens, not pixels
+    elif kind == "encoder":
+        parts = ("encoder.mask_token",)
+    if kind == "encoder":
+        parts += ("fc_norm.",)
+    return [name for name in state if name.startswith(parts)]
 
 
 def from_ours(
@@ -249,10 +283,6 @@ def from_ours(
         ValueError: they have no model that computes the same.
     """
     family = model_type(spec, kind)
-    if family == "beit" and kind == "simmim":
-        # their BEiT predicts visual tokens: the encoder goes, the pixel decoder has no place
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("decoder.")}
-        kind = "encoder"
     if isinstance(spec, ViTSpec) and kind == "classifier" and (family != "beit" or spec.final_norm):
         raise ValueError(
             "Hugging Face's classifiers read the class token or the norm of the mean; this one "
@@ -327,8 +357,8 @@ def _config(
             "layer_norm_eps": 1e-5,
             "use_absolute_embeddings": False,
         }
-        if family == "swinv2":
-            config["pretrained_window_sizes"] = list(getattr(spec, "pretrained_window_sizes"))  # noqa: B009
+        if isinstance(spec, SwinV2Spec):
+            config["pretrained_window_sizes"] = list(spec.pretrained_window_sizes)
     if kind == "classifier":
         classes = metadata.get("classes") or [str(k) for k in range(len(state["head.weight"]))]
         config["id2label"] = {str(number): name for number, name in enumerate(classes)}

@@ -8,8 +8,12 @@ from typing import Any
 
 from simmim.convert import hf, mmpretrain, official, timm_layout
 from simmim.convert.official import State
+from simmim.weights_file import read_notes
 
 CONFIG_FILE = "config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
+
+LAYOUTS = ("simmim", "official", "mmpretrain", "timm", "hf")
 
 
 @dataclass(frozen=True)
@@ -30,39 +34,71 @@ class Found:
 
 
 def read_config(weights_file: Path) -> dict[str, Any]:
-    """The configuration of Hugging Face's that stands beside a weights file; {} for none."""
-    path = weights_file.with_name(CONFIG_FILE)
+    """The configuration that a weights file of another program has; {} for none.
+
+    Of Hugging Face: config.json beside it, with the image statistics of preprocessor_config.json
+    under their names there. Of timm: its metadata, or timm's own config.json beside it.
+    """
+    notes = read_notes(weights_file)
+    for values in (_plain(notes.get("timm")), _json(weights_file.with_name(CONFIG_FILE))):
+        if "architecture" in values:
+            return values
+        if "model_type" in values:
+            statistics = _json(weights_file.with_name(PREPROCESSOR_FILE))
+            keys = ("image_mean", "image_std")
+            return values | {key: statistics[key] for key in keys if key in statistics}
+    return {}
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return _plain(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) and "model_type" in values else {}
 
 
-def to_ours(state: State, config: dict[str, Any]) -> Found:
+def _plain(text: str | None) -> dict[str, Any]:
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+_READERS: dict[str, tuple[Callable[[State], bool], Callable[..., Any]]] = {
+    "official": (official.matches, official.to_ours),
+    "finetuned": (official.matches_finetuned, official.from_finetuned),
+    "hf": (hf.matches, hf.to_ours),
+    "mmpretrain": (mmpretrain.matches, mmpretrain.to_ours),
+    "timm": (timm_layout.matches, timm_layout.to_ours),
+}
+
+
+def to_ours(state: State, config: dict[str, Any], layout: str | None = None) -> Found:
     """A checkpoint of any known layout under our names.
 
     Args:
         state: names and tensors as they lie in the file.
-        config: Hugging Face's configuration; {} for none.
+        config: of `read_config`; {} for none.
+        layout: whose names they are, one of LAYOUTS; None tells by the names.
 
     Raises:
-        ValueError: the layout is unknown.
+        ValueError: the layout is unknown, or not `layout`.
     """
-    if official.matches(state):
-        return Found("official", official.parameters(state))
-    if official.matches_finetuned(state):
-        return Found("official", official.from_finetuned(state))
-    readers: list[tuple[str, Callable[[State], bool], Callable[..., Any]]] = [
-        ("hf", hf.matches, hf.to_ours),
-        ("mmpretrain", mmpretrain.matches, mmpretrain.to_ours),
-        ("timm", timm_layout.matches, timm_layout.to_ours),
-    ]
-    for name, matches, convert in readers:
+    wanted = {None: list(_READERS), "simmim": ["official"], "official": ["official", "finetuned"]}
+    for name in wanted.get(layout, [layout or ""]):
+        matches, convert = _READERS[name]
         if matches(state):
             converted, hints, metadata = convert(state, config)
+            hints = {key: value for key, value in hints.items() if value is not None}
+            if any(key.endswith(".logit_scale") for key in converted):
+                hints = official.window_hints(state) | hints
+            if name == "finetuned":  # whose names timm's BEiT has too
+                name = "timm" if "architecture" in config else "official"
             return Found(name, converted, hints, metadata)
     some = ", ".join(sorted(state)[:4])
+    if layout is not None:
+        raise ValueError(f"not the names of {layout}; found {some}, …")
     raise ValueError(
         "unknown layout; expected encoder.patch_embed.proj.weight as we and microsoft/SimMIM have "
         f"it, or the names of timm, Hugging Face or mmpretrain; found {some}, …"

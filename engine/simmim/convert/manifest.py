@@ -6,16 +6,17 @@ other; the tests hold both against the libraries themselves.
 C width of a stage, M hidden width of its MLP, R rows of a position table, N heads, K classes.
 """
 
-from typing import Any
-
 from simmim.backbone.build import Spec
+from simmim.backbone.swin import SwinSpec
+from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
+from simmim.convert.timm_layout import family_of
 
 Shape = tuple[int, ...]
 Manifest = dict[str, Shape]
 
 
-def expected(layout: str, spec: Spec, kind: str, num_classes: int) -> Manifest:
+def expected(layout: str, spec: Spec, kind: str, num_classes: int, masked: bool) -> Manifest:
     """Every parameter of a library's model.
 
     Args:
@@ -23,9 +24,11 @@ def expected(layout: str, spec: Spec, kind: str, num_classes: int) -> Manifest:
         spec: the encoder's architecture.
         kind: "simmim", "classifier" or "encoder", as the library's model is.
         num_classes: K.
+        masked: whether the encoder has a mask token.
     """
     if isinstance(spec, ViTSpec):
-        found = _hf_vit(spec, kind) if layout == "hf" else _timm_beit(spec, kind)
+        timm = {"vit": _timm_vit, "beit": _timm_beit}[family_of(spec)]
+        found = _hf_vit(spec, kind) if layout == "hf" else timm(spec, kind)
     else:
         makers = {"hf": _hf_swin, "timm": _timm_swin, "mmpretrain": _mmpretrain_swin}
         found = makers[layout](spec, kind)
@@ -35,6 +38,12 @@ def expected(layout: str, spec: Spec, kind: str, num_classes: int) -> Manifest:
     features = _features(spec)
     if kind == "classifier":
         found |= {f"{head}.weight": (num_classes, features), f"{head}.bias": (num_classes,)}
+    token = {
+        "hf": f"{next(iter(found)).split('.')[0]}.embeddings.mask_token",
+        "mmpretrain": "backbone.mask_token",
+    }.get(layout)
+    if masked and token is not None:
+        found[token] = (1, 1, spec.embed_dim)
     if kind == "simmim" and decoder is not None:
         outputs = spec.channels * spec.stride**2
         found |= {f"{decoder}.weight": (outputs, features, 1, 1), f"{decoder}.bias": (outputs,)}
@@ -64,17 +73,11 @@ def _patches(name: str, spec: Spec) -> Manifest:
     }
 
 
-def _is_v2(spec: Spec) -> bool:
-    return hasattr(spec, "pretrained_window_sizes")
-
-
-def _hf_swin(spec: Any, kind: str) -> Manifest:
-    v2 = _is_v2(spec)
+def _hf_swin(spec: SwinSpec, kind: str) -> Manifest:
+    v2 = isinstance(spec, SwinV2Spec)
     model = "swinv2" if v2 else "swin"
     found = _patches(f"{model}.embeddings.patch_embeddings.projection", spec)
     found |= _norm(f"{model}.embeddings.norm", spec.embed_dim)
-    if kind == "simmim":
-        found[f"{model}.embeddings.mask_token"] = (1, 1, spec.embed_dim)
     for i, depth in enumerate(spec.depths):
         C, N = spec.embed_dim << i, spec.num_heads[i]
         stage = f"{model}.encoder.layers.{i}"
@@ -114,8 +117,8 @@ def _merging(name: str, width: int, v2: bool) -> Manifest:
     return found | _norm(f"{name}.norm", 2 * width if v2 else 4 * width)
 
 
-def _timm_swin(spec: Any, kind: str) -> Manifest:
-    v2 = _is_v2(spec)
+def _timm_swin(spec: SwinSpec, kind: str) -> Manifest:
+    v2 = isinstance(spec, SwinV2Spec)
     found = _patches("patch_embed.proj", spec) | _norm("patch_embed.norm", spec.embed_dim)
     for i, depth in enumerate(spec.depths):
         C, N = spec.embed_dim << i, spec.num_heads[i]
@@ -138,11 +141,9 @@ def _timm_swin(spec: Any, kind: str) -> Manifest:
     return found | _norm("norm", _features(spec))
 
 
-def _mmpretrain_swin(spec: Any, kind: str) -> Manifest:
+def _mmpretrain_swin(spec: SwinSpec, kind: str) -> Manifest:
     found = _patches("backbone.patch_embed.projection", spec)
     found |= _norm("backbone.patch_embed.norm", spec.embed_dim)
-    if kind == "simmim":
-        found["backbone.mask_token"] = (1, 1, spec.embed_dim)
     if spec.absolute_position:
         tokens = spec.grid[0] * spec.grid[1]
         found["backbone.absolute_pos_embed"] = (1, tokens, spec.embed_dim)
@@ -178,8 +179,6 @@ def _hf_vit(spec: ViTSpec, kind: str) -> Manifest:
     embeddings = f"{model}.embeddings"
     found = _patches(f"{embeddings}.patch_embeddings.projection", spec)
     found[f"{embeddings}.cls_token"] = (1, 1, C)
-    if kind != "classifier":
-        found[f"{embeddings}.mask_token"] = (1, 1, C)
     if spec.absolute_position:
         tokens = 1 + spec.grid[0] * spec.grid[1]
         found[f"{embeddings}.position_embeddings"] = (1, tokens, C)
@@ -228,3 +227,20 @@ def _timm_beit(spec: ViTSpec, kind: str) -> Manifest:
         if spec.layer_scale is not None:
             found |= {f"{block}.gamma_1": (C,), f"{block}.gamma_2": (C,)}
     return found | _norm("norm" if spec.final_norm else "fc_norm", C)
+
+
+def _timm_vit(spec: ViTSpec, kind: str) -> Manifest:
+    C, M = spec.embed_dim, int(spec.embed_dim * spec.mlp_ratio)
+    found = _patches("patch_embed.proj", spec)
+    found |= {"cls_token": (1, 1, C), "pos_embed": (1, 1 + spec.grid[0] * spec.grid[1], C)}
+    for i in range(spec.depth):
+        block = f"blocks.{i}"
+        found |= _norm(f"{block}.norm1", C) | _norm(f"{block}.norm2", C)
+        found |= _linear(f"{block}.attn.qkv", C, 3 * C, spec.qkv_bias)
+        found |= _linear(f"{block}.attn.proj", C, C)
+        found |= _linear(f"{block}.mlp.fc1", C, M) | _linear(f"{block}.mlp.fc2", M, C)
+        if spec.layer_scale is not None:
+            found |= {f"{block}.ls1.gamma": (C,), f"{block}.ls2.gamma": (C,)}
+    if spec.final_norm:
+        return found | _norm("norm", C)
+    return found | _norm("fc_norm", C) if kind == "classifier" else found

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from simmim.backbone.build import Spec
 from simmim.backbone.swin import SwinSpec
+from simmim.backbone.swinv2 import SwinV2Spec
+from simmim.convert.official import BUFFERS, Converted
 from simmim.convert.renaming import Renaming, State, unknown_names
 
 # Our neighbours of a merged cell, (row, column) in the order (0,0), (1,0), (0,1), (1,1), by theirs.
@@ -47,7 +49,7 @@ def matches(state: State) -> bool:
     return "backbone.stages.0.blocks.0.attn.w_msa.qkv.weight" in state
 
 
-def to_ours(state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any], dict[str, Any]]:
+def to_ours(state: State, config: dict[str, Any]) -> Converted:
     """Our names and channel order for theirs; see `simmim.convert.hf.to_ours`."""
     stages = [int(m[1]) for name in state if (m := re.match(r"backbone\.stages\.(\d+)\.", name))]
     renaming = _renaming(max(stages))
@@ -55,7 +57,7 @@ def to_ours(state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]
     unknown = []
     for name, tensor in state.items():
         # of its losses and data preprocessing
-        if name.endswith(("relative_position_index", "attn_mask")) or name.startswith("data_"):
+        if name.endswith(BUFFERS) or name.startswith("data_"):
             continue
         ours = renaming.to_ours(name)
         if ours is None:
@@ -64,21 +66,25 @@ def to_ours(state: State, config: dict[str, Any]) -> tuple[State, dict[str, Any]
             found[ours] = _merged_order(tensor, to_theirs=False) if _merges(ours) else tensor
     if unknown:
         raise unknown_names(unknown)
-    return found, {}, {}
+    return found, {"pads_small_maps": True}, {}
 
 
 def from_ours(
     state: State, spec: Spec, kind: str, metadata: dict[str, Any]
 ) -> tuple[State, dict[str, Any]]:
-    """Their names and channel order for ours, and the settings of their Swin.
+    """Their names and channel order for ours, and the settings of their backbone.
 
     Raises:
         ValueError: they have no model that computes the same.
     """
-    if not isinstance(spec, SwinSpec):
-        raise ValueError("mmpretrain's SimMIM has Swin alone; this is another backbone")
+    if not isinstance(spec, SwinSpec) or isinstance(spec, SwinV2Spec):
+        raise ValueError(
+            "mmpretrain's SimMIM has Swin alone, of version 1; this is another backbone"
+        )
     if not spec.patch_norm or spec.qk_scale is not None:
         raise ValueError("mmpretrain's Swin has a norm after the patch embedding, and no qk_scale")
+    if kind == "simmim" and spec.channels != 3:
+        raise ValueError(f"mmpretrain's decoder has 3 channels, this one {spec.channels}")
     renaming = _renaming(len(spec.depths) - 1)
     found: State = {}
     for name, tensor in state.items():
@@ -90,22 +96,60 @@ def from_ours(
         index = position_index(spec.window(stage))
         for block in range(depth):
             found[f"backbone.stages.{stage}.blocks.{block}.{_INDEX}"] = index.clone()
-    windows = [spec.window(stage) for stage in range(len(spec.depths))]
-    settings = {
-        "type": "SimMIMSwinTransformer" if kind == "simmim" else "SwinTransformer",
+    return found, _settings(spec, kind, state)
+
+
+def left_out(state: State, spec: Spec, kind: str) -> list[str]:
+    """Our names that have no place there: none."""
+    return []
+
+
+def _settings(spec: SwinSpec, kind: str, state: State) -> dict[str, Any]:
+    """The model, as their configuration files write it."""
+    backbone = _backbone(spec, masked="encoder.mask_token" in state)
+    features = spec.embed_dim << (len(spec.depths) - 1)
+    if kind == "simmim":
+        loss = {"type": "PixelReconstructionLoss", "criterion": "L1", "channel": spec.channels}
+        decoder = {"in_channels": features, "encoder_stride": spec.stride}
+        return {
+            "type": "SimMIM",
+            "backbone": backbone,
+            "neck": {"type": "SimMIMLinearDecoder", **decoder},
+            "head": {"type": "SimMIMHead", "patch_size": spec.patch_size, "loss": loss},
+        }
+    settings: dict[str, Any] = {
+        "type": "ImageClassifier",
+        "backbone": backbone,
+        "neck": {"type": "GlobalAveragePooling"},
+    }
+    if kind == "classifier":
+        classes = {"num_classes": len(state["head.weight"]), "in_channels": features}
+        settings["head"] = {"type": "LinearClsHead", **classes}
+    return settings
+
+
+def _backbone(spec: SwinSpec, masked: bool) -> dict[str, Any]:
+    attention: dict[str, Any] = {"qkv_bias": spec.qkv_bias}
+    block = {"ffn_ratio": spec.mlp_ratio, "attn_cfgs": attention}
+    return {
+        "type": "SimMIMSwinTransformer" if masked else "SwinTransformer",
         "arch": {
             "embed_dims": spec.embed_dim,
             "depths": list(spec.depths),
             "num_heads": list(spec.num_heads),
         },
         "img_size": list(spec.image_size),
-        "patch_size": spec.patch_size,
-        # a window that a small stage shrinks must be given for each stage there
-        "window_size": windows[0] if len(set(windows)) == 1 else windows,
+        "in_channels": spec.channels,
+        "patch_cfg": {"kernel_size": spec.patch_size, "stride": spec.patch_size},
+        "out_indices": [len(spec.depths) - 1],
         "drop_path_rate": spec.drop_path,
         "use_abs_pos_embed": spec.absolute_position,
+        # it shrinks no window by itself: a stage that is smaller must be told
+        "stage_cfgs": [
+            {"window_size": spec.window(stage), "block_cfgs": block}
+            for stage in range(len(spec.depths))
+        ],
     }
-    return found, settings
 
 
 def _merges(name: str) -> bool:
