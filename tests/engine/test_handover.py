@@ -1,5 +1,6 @@
 """Hand-over of weights: the published tables and logits, every key accounted for."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
-from numerics import INDEX, assert_close_to, load_golden, with_prefix
+from numerics import GOLDEN, INDEX, assert_close_to, with_prefix
 from simmim.backbone.build import PRESETS, Spec, build_encoder, spec_from_dict
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.downstream.handover import finetune_spec, hand_over
+from simmim.downstream.handover import finetune_spec, hand_over, resize_positions
 from simmim.downstream.position_tables import remap_table, source_positions, spline_matrix
 from simmim.load import Weights, read_model
 from simmim.method.classifier import Classifier
 from simmim.method.simmim import SimMIM
 
-CASES = sorted(name for name in INDEX if name.startswith("handover-"))
+# Fixtures of equal sizes, cut down: what is copied as it is stands in them once.
+CUT = {f["name"]: f for f in json.loads((GOLDEN / "handover-index.json").read_text())["fixtures"]}
+CASES = {name: entry for name, entry in (INDEX | CUT).items() if name.startswith("handover-")}
 SWIN = SwinSpec(
     image_size=(48, 48), embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=6, patch_size=4
 )
@@ -59,9 +64,10 @@ def weights_of(model: SimMIM | Classifier, **metadata: Any) -> Weights:
     return Weights("x.safetensors", "simmim", kind, state, model.encoder.spec, metadata)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_published_handover(name: str) -> None:
-    entry, tensors = load_golden(name)
+    entry = CASES[name]
+    tensors = load_file(GOLDEN / entry["file"])
     if "swinv2" in name and "swinv2_tiny" not in PRESETS:
         pytest.skip("no SwinV2 here yet")
     weights = read_model(with_prefix(tensors, "weights/"), entry["image_size_pretrain"])
@@ -83,9 +89,17 @@ def test_published_handover(name: str) -> None:
     state = {n.removeprefix("encoder."): t for n, t in model.state_dict().items()}
     expected = with_prefix(tensors, "expect/state/")
     initial = with_prefix(tensors, "finetune_init/")
+    if name in CUT:
+        unused = {*entry["unexpected_keys"], SHARED.removeprefix("encoder.")}
+        kept = with_prefix(tensors, "weights/encoder.").items()
+        expected = {key: t for key, t in kept if key not in unused} | initial | expected
     assert state.keys() == expected.keys()
+    sizes = (entry["image_size_pretrain"], entry["image_size_finetune"])
+    assert any("→" in how for how in report.remapped.values()) == (
+        sizes[0] != sizes[1] and "swinv2" not in name
+    )
     for key, tensor in expected.items():
-        if f"encoder.{key}" in report.remapped:
+        if "→" in report.remapped.get(f"encoder.{key}", ""):
             assert_close_to(state[key], tensor, entry["tolerance"]["state"], key)
         elif key not in initial:
             assert torch.equal(state[key], tensor), key
@@ -175,7 +189,9 @@ def test_a_non_square_image_and_absolute_positions() -> None:
     assert torch.equal(state[first][-3:], before.state_dict()[SHARED][-3:])
     old = before.state_dict()["encoder.pos_embed"]
     assert torch.equal(state["encoder.pos_embed"][:, 0], old[:, 0])
-    # a position that grows linearly along the rows still does so inside
+    assert torch.equal(
+        state["encoder.pos_embed"][:, 1:], resize_positions(old[:, 1:], (4, 4), (4, 6))
+    )
     assert model.eval()(torch.zeros(1, 3, 64, 96)).isfinite().all()
     assert report.new == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
     assert "encoder.norm.weight" in report.unused
@@ -236,3 +252,114 @@ def test_reads_from_a_file(tmp_path: Path) -> None:
     report = hand_over(weights, model)
     assert len(report.remapped) == 3
     assert all(how == "window 6×6 → 12×12" for how in report.remapped.values())
+
+
+def test_positions_are_resized_along_each_axis() -> None:
+    # a ramp along the rows takes two rows for what was one; columns stay as they are
+    ramp = torch.arange(8.0).view(8, 1).expand(8, 4).reshape(1, 32, 1)
+    moved = resize_positions(ramp, (8, 4), (16, 4)).view(16, 4)
+    assert torch.allclose(moved[6:12] - moved[4:10], torch.tensor(1.0), atol=1e-5)
+    assert torch.allclose(moved, moved[:, :1])
+    # as torch makes it of pictures
+    positions = torch.randn(1, 15, 6, generator=torch.Generator().manual_seed(0))
+    picture = positions.view(3, 5, 6).permute(2, 0, 1)[None]
+    picture = F.interpolate(picture, size=(7, 4), mode="bicubic", align_corners=False)
+    moved = resize_positions(positions, (3, 5), (7, 4))
+    assert torch.equal(moved.view(7, 4, 6).permute(2, 0, 1)[None], picture)
+
+
+def test_absolute_positions_of_a_swin() -> None:
+    spec = replace(SWIN, absolute_position=True)
+    before = SimMIM(build_encoder(spec))
+    fill(before)
+    weights = weights_of(before)
+    model = Classifier(build_encoder(replace(spec, image_size=(48, 96))), "ab")
+    report = hand_over(weights, model)
+    name = "encoder.absolute_pos_embed"
+    assert report.remapped == {name: "positions 12×12 → 12×24, bicubic"}
+    moved = resize_positions(weights.state[name], (12, 12), (12, 24))
+    assert torch.equal(model.state_dict()[name], moved)
+
+
+def test_continues_pretraining_at_another_size() -> None:
+    before = SimMIM(build_encoder(SWIN))
+    fill(before)
+    # the second stage of 12 × 6 tokens has windows of 6 still
+    model = SimMIM(build_encoder(replace(SWIN, image_size=(96, 48), window_size=12)))
+    report = hand_over(weights_of(before), model)
+    assert not report.new
+    assert not report.unused
+    first = "encoder.layers.0.blocks.0.attn.relative_position_bias_table"
+    assert set(report.remapped.values()) == {"window 6×6 → 12×12"}
+    assert set(report.remapped) == {first, first.replace("blocks.0", "blocks.1")}
+    state, old = model.state_dict(), before.state_dict()
+    assert torch.equal(state[first], remap_table(old[first], (6, 6), (12, 12)))
+    for name in report.loaded:
+        assert torch.equal(state[name], old[name]), name
+    # a classifier has no decoder and no mask token to give
+    report = hand_over(weights_of(Classifier(build_encoder(SWIN), "ab")), model)
+    assert report.new == ["decoder.0.bias", "decoder.0.weight", "encoder.mask_token"]
+    assert report.unused == ["head.weight", "head.bias"]
+
+
+def test_equal_models_say_the_same() -> None:
+    torch.manual_seed(0)
+    for spec in (SWIN, replace(VIT, shared_relative_position=False, layer_relative_position=True)):
+        before, after = (Classifier(build_encoder(spec), "abc") for _ in range(2))
+        fill(before)
+        report = hand_over(weights_of(before), after)
+        assert sorted(report.loaded) == sorted(before.state_dict())
+        assert report.summary() == f"weights of x.safetensors: {len(report.loaded)} loaded"
+        image = torch.randn(2, 3, *spec.image_size)
+        assert torch.equal(before.eval()(image), after.eval()(image))
+
+
+def test_tables_beside_a_shared_one_give_way() -> None:
+    spec = replace(VIT, shared_relative_position=True, layer_relative_position=True)
+    before = SimMIM(build_encoder(spec))
+    fill(before)
+    model = Classifier(build_encoder(finetune_spec(spec)), "ab")
+    report = hand_over(weights_of(before), model)
+    assert set(report.remapped.values()) == {"copy of the shared table in place of its own"}
+    for name in report.remapped:
+        assert torch.equal(model.state_dict()[name], before.state_dict()[SHARED])
+
+
+def test_untold_positions_are_refused() -> None:
+    plain = replace(VIT, shared_relative_position=False, absolute_position=False)
+    layered = replace(plain, layer_relative_position=True)
+    before = weights_of(SimMIM(build_encoder(plain)))
+    with pytest.raises(ValueError, match=r"relative_position_bias_table is missing"):
+        hand_over(before, SimMIM(build_encoder(layered)))
+    before = weights_of(SimMIM(build_encoder(replace(plain, shared_relative_position=True))))
+    with pytest.raises(ValueError, match=r"rel_pos_bias\.\S+ has no place in the model"):
+        hand_over(before, SimMIM(build_encoder(plain)))
+
+
+def test_hostile_metadata_changes_nothing() -> None:
+    before = weights_of(SimMIM(build_encoder(SWIN)), dropped=7, classes=5)
+    report = hand_over(before, Classifier(build_encoder(SWIN), "abcde"))
+    assert report.new == ["head.bias", "head.weight"]
+    assert "7" not in report.unused
+
+
+def test_a_swinv2_keeps_the_windows_it_was_trained_with() -> None:
+    if "swinv2_tiny" not in PRESETS:
+        pytest.skip("no SwinV2 here yet")
+    values = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2)}
+    pretrained = spec_from_dict(
+        {"arch": "swinv2", "image_size": (40, 40), "window_size": 10, **values}
+    )
+    spec = spec_from_dict({"arch": "swinv2", "image_size": (64, 64), "window_size": 8, **values})
+    wanted = finetune_spec(spec, pretrained)
+    # the last stage of 5 × 5 tokens had one window of 5
+    assert wanted == replace(spec, pretrained_window_sizes=(10, 5))  # type: ignore[call-arg]
+    # windows are kept once more when a fine-tuned model is fine-tuned
+    assert finetune_spec(spec, wanted) == wanted
+    before = SimMIM(build_encoder(pretrained))
+    fill(before)
+    model = Classifier(build_encoder(wanted), "ab")
+    report = hand_over(weights_of(before), model)
+    assert not report.remapped
+    assert report.new == ["head.bias", "head.weight"]
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).isfinite().all()

@@ -1,108 +1,249 @@
-"""Counting answers: against a loop by hand, in parts, with gaps; tables and pictures."""
+"""Accuracy, counted without reading back: against a loop by hand, and what is written of it."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.distributed import World
-from simmim.downstream import metrics as counting
+from simmim.downstream import metrics as module
 from simmim.downstream.metrics import ClassificationMetrics, report_files, write_report
-from simmim.downstream.plots import save_confusion, save_layers
+from simmim.downstream.plots import MOST_CELLS, _pooled, save_confusion, save_layers
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 
 
-def draw(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(images: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits that are right rather often, and labels of which some are unknown."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(count, classes, generator=generator)
-    labels = torch.randint(-1, classes, (count,), generator=generator)
-    return logits, labels
+    label = torch.randint(-1, classes, (images,), generator=generator)
+    logits = torch.randn(images, classes, generator=generator)
+    rows = torch.arange(images)
+    logits[rows, label] += 1.5 * (label >= 0)
+    return logits, label
 
 
-@pytest.mark.parametrize("classes", [2, 4, 7, 30])
-def test_counts_are_those_of_a_loop(classes: int) -> None:
-    logits, labels = draw(200, classes)
-    metrics = ClassificationMetrics(classes, CPU)
-    for part in range(0, 200, 64):  # in parts, the last of another size
-        metrics.add(logits[part : part + 64], labels[part : part + 64])
-    metrics.merge(ALONE)
-    confusion = np.zeros((classes, classes), int)
-    top1 = top5 = images = 0
-    loss = 0.0
-    for row, label in zip(logits.double(), labels.tolist()):
-        if label < 0:
+def count(logits: Tensor, label: Tensor, batch: int = 64) -> ClassificationMetrics:
+    found = ClassificationMetrics(logits.shape[1], CPU)
+    for part, labels in zip(logits.split(batch), label.split(batch)):
+        found.add(part, labels)
+    return found
+
+
+def by_hand(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """(images, right, right among five) by class, the confusion matrix, and every loss."""
+    K = logits.shape[1]
+    counts = torch.zeros(3, K, dtype=torch.int64)
+    confusion = torch.zeros(K, K, dtype=torch.int64)
+    losses = []
+    for row, true in zip(logits.double().tolist(), label.tolist()):
+        if true < 0:
             continue
-        order = row.argsort(descending=True).tolist()
-        images += 1
-        top1 += order[0] == label
-        top5 += label in order[:5]
-        confusion[label, order[0]] += 1
-        loss -= float(row.log_softmax(0)[label])
-    assert metrics.num_images == images
-    assert metrics.top1 == top1 / images
-    assert metrics.top5 == top5 / images
-    assert metrics.loss == pytest.approx(loss / images, rel=1e-5)
-    assert metrics.confusion is not None
-    assert np.array_equal(metrics.confusion.view(classes, classes).numpy(), confusion)
-    assert metrics.summary() == {
-        "top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss, "images": images,
-        "not_finite": 0,
-    }  # fmt: skip
+        counts[0, true] += 1
+        if not np.isfinite(row).all():
+            continue
+        order = sorted(range(K), key=lambda k: -row[k])
+        counts[1, true] += order[0] == true
+        counts[2, true] += true in order[:5]
+        confusion[true, order[0]] += 1
+        losses.append(float(np.log(np.exp(row).sum()) - row[true]))
+    return counts, confusion, losses
 
 
-def test_logits_that_are_not_finite_are_wrong_answers() -> None:
-    logits = torch.tensor([[5.0, 0, 0], [float("nan"), 9, 0], [0, float("inf"), 0], [0, 0, 1]])
-    metrics = ClassificationMetrics(3, CPU)
-    metrics.add(logits, torch.tensor([0, 1, 1, -1]))
-    assert (metrics.num_images, metrics.top1, metrics.not_finite) == (3, 1 / 3, 2)
-    assert metrics.top5 == 1 / 3
-    assert np.isfinite(metrics.loss)
-    assert int(metrics.confusion.sum()) == 1  # type: ignore[union-attr]
+@pytest.mark.parametrize("classes", [1, 2, 4, 5, 6, 30])
+def test_counts_of_a_loop_by_hand(classes: int) -> None:
+    logits, label = draw(300, classes)
+    for row, value in ((3, torch.nan), (50, torch.inf), (51, -torch.inf)):
+        logits[row, row % classes] = value
+        label[row] = row % classes
+    found = count(logits, label)
+    counts, confusion, losses = by_hand(logits, label)
+    assert torch.equal(found.counts, counts)
+    assert found.confusion is not None
+    assert torch.equal(found.confusion.view(classes, classes), confusion)
+    assert int(confusion.sum()) == found.num_images - 3
+    assert found.not_finite == 3
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-6, abs=1e-9)
+    images = int((label >= 0).sum())
+    assert 0 < images == found.num_images < 300
+    assert found.top1 == int(counts[1].sum()) / images
+    assert found.top5 == int(counts[2].sum()) / images
+    if classes <= 5:
+        assert found.top5 == (images - 3) / images  # one of five is always right
+    else:
+        assert found.top1 < found.top5 < 1
+    assert found.summary() == {
+        "top1": found.top1,
+        "top5": found.top5,
+        "loss": found.loss,
+        "images": images,
+        "not_finite": 3,
+    }
 
 
-def test_nothing_counted_is_nothing() -> None:
-    metrics = ClassificationMetrics(3, CPU)
-    metrics.add(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
-    assert metrics.summary() == {"top1": 0, "top5": 0, "loss": 0, "images": 0, "not_finite": 0}
+def test_batches_make_no_difference() -> None:
+    logits, label = draw(200, 9)
+    whole, parts = count(logits, label, 200), count(logits, label, 7)
+    assert torch.equal(whole.counts, parts.counts)
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-6)
+    parts.add(logits[:0], label[:0])  # an empty batch is none
+    assert torch.equal(whole.counts, parts.counts)
+    # 16-bit logits count as the numbers that they are
+    half = logits.bfloat16()
+    assert torch.equal(count(half, label).counts, count(half.float(), label).counts)
 
 
-def test_the_report(tmp_path: Path) -> None:
-    classes = ["cat", 'a "dog", big', "never seen"]
-    metrics = ClassificationMetrics(3, CPU)
-    metrics.add(torch.eye(3)[[0, 0, 1, 2]], torch.tensor([0, 1, 1, 1]))
-    assert write_report(tmp_path / "new", metrics, classes) == []
-    assert all(path.is_file() for path in report_files(tmp_path / "new"))
-    with (tmp_path / "new" / "per_class.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["class", "images", "correct", "top1", "top5"]
-    assert rows[1:] == [
-        ["cat", "1", "1", "1.0", "1.0"],
-        ['a "dog", big', "3", "1", str(1 / 3), "1.0"],
-        ["never seen", "0", "0", "", ""],
+def test_nothing_counted_is_zero() -> None:
+    found = count(torch.randn(4, 3), torch.full((4,), -1))
+    found.add(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+    assert found.summary() == {"top1": 0, "top5": 0, "loss": 0, "images": 0, "not_finite": 0}
+
+
+class Unread(TorchDispatchMode):
+    """Fails where a value of a tensor is read by the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert func.overloadpacket is not torch.ops.aten._local_scalar_dense, func
+        assert func.overloadpacket is not torch.ops.aten.nonzero, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_adding_reads_nothing_back() -> None:
+    logits, label = draw(20, 6)
+    found = ClassificationMetrics(6, CPU)
+    with Unread():
+        found.add(logits, label)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            _ = found.top1
+    assert found.num_images > 0
+
+
+def test_merging_adds_all_that_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, label = draw(120, 7)
+    logits[[5, 100], 2] = torch.nan
+    label[[5, 100]] = 3
+    whole = count(logits, label)
+    first, second = count(logits[:50], label[:50]), count(logits[50:], label[50:])
+    others = [t.clone() for t in (second.counts, second.sums, second.confusion) if t is not None]
+    world = World(0, 2, CPU)
+
+    def add(tensor: Tensor, given: World) -> Tensor:
+        assert given is world
+        return tensor.add_(others.pop(0))
+
+    monkeypatch.setattr(module, "all_reduce_sum", add)
+    first.merge(world)
+    assert not others
+    assert torch.equal(first.counts, whole.counts)
+    assert first.confusion is not None
+    assert whole.confusion is not None
+    assert torch.equal(first.confusion, whole.confusion)
+    assert (first.not_finite, whole.not_finite) == (2, 2)
+    assert first.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def small() -> ClassificationMetrics:
+    """Class 0: two right, one for class 2; class 1: none; class 2: one right, one not finite."""
+    found = ClassificationMetrics(3, CPU)
+    logits = torch.eye(3)[[0, 0, 2, 2, 1]]
+    logits[4] = torch.nan
+    found.add(logits, torch.tensor([0, 0, 0, 2, 2]))
+    return found
+
+
+def test_written_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "report"
+    names = ("tench, Tinca", 'a "hen"', "é")
+    write_report(folder, small(), names)
+    assert rows(folder / "per_class.csv") == [
+        ["class", "images", "correct", "top1", "top5"],
+        ["tench, Tinca", "3", "2", str(2 / 3), "1.0"],
+        ['a "hen"', "0", "0", "", ""],
+        ["é", "2", "1", "0.5", "0.5"],
     ]
-    with (tmp_path / "new" / "confusion.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["true \\ answered", *classes]
-    assert rows[1:] == [["cat", "1", "0", "0"], [classes[1], "1", "1", "1"], [classes[2], *"000"]]
+    assert rows(folder / "confusion.csv") == [
+        ["true \\ answered", *names],
+        ["tench, Tinca", "2", "0", "1"],
+        ['a "hen"', "0", "0", "0"],
+        ["é", "0", "0", "1"],
+    ]
+    assert {path for path in report_files(folder) if path.exists()} == set(folder.iterdir())
 
 
-@pytest.mark.parametrize("classes", [2, 20, 61, 300])
-def test_pictures_of_any_number_of_classes(classes: int, tmp_path: Path) -> None:
+def test_a_picture_that_is_not_drawn_leaves_no_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "confusion.png"
+    picture.write_bytes(b"of an earlier evaluation")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    notes = write_report(tmp_path, small(), "abc")
+    assert notes == ["no picture: pip install 'simmim[plots]' draws one"]
+    assert not picture.exists()
+    assert (tmp_path / "confusion.csv").exists()
+
+
+def test_too_many_classes_for_a_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_CONFUSED_CLASSES", 5)
+    for name in ("confusion.csv", "confusion.png"):
+        (tmp_path / name).write_text("of an earlier evaluation")
+    logits, label = draw(90, 6)
+    found = count(logits, label)
+    assert found.confusion is None
+    assert torch.equal(found.counts, by_hand(logits, label)[0])
+    found.merge(World(0, 1, CPU))
+    notes = write_report(tmp_path, found, "abcdef")
+    assert notes == ["no confusion matrix: 6 classes, more than 5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["per_class.csv"]
+
+
+def test_many_classes_share_a_cell() -> None:
+    shares = np.random.default_rng(0).random((2 * MOST_CELLS + 1,) * 2)
+    cells, block = _pooled(shares)
+    assert (block, cells.shape) == (3, (167, 167))
+    assert cells[0, 1] == shares[:3, 3:6].max()
+    assert cells[-1, 5] == shares[498:, 15:18].max()
+    same, block = _pooled(shares[:MOST_CELLS, :MOST_CELLS])
+    assert block == 1
+    assert np.array_equal(same, shares[:MOST_CELLS, :MOST_CELLS])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 20, 61, 300])
+def test_pictures(classes: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    confusion = np.random.default_rng(0).integers(0, 9, (classes, classes))
+    logits, label = draw(8 * classes + 40, classes)
+    found = count(logits, label)
+    assert found.confusion is not None
+    confusion = found.confusion.view(classes, classes).numpy()
+    images = found.counts[0].numpy()
+    # mathematics that matplotlib could not set, and more than fits
     names = [f"class $x_{k}^ of {{braces}} and more words" for k in range(classes)]
-    for path in (tmp_path / "a.png", tmp_path / "b.png"):
-        assert save_confusion(confusion, names, path) is None
-    with Image.open(tmp_path / "a.png") as picture:
-        assert min(picture.size) > 300
-        assert np.asarray(picture.convert("L")).std() > 20
+    for name in ("a.png", "b.png"):
+        assert save_confusion(confusion, images, names, tmp_path / name) is None
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    assert 400 <= height <= 1800
+    assert 400 <= width <= 1900
+    assert classes == 1 or pixels.mean(2).std() > 20
+    # nothing is cut off: the outermost pixels are the paper
+    border = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    assert all((edge == 255).all() for edge in border)
 
 
 def test_a_line_by_layer(tmp_path: Path) -> None:
@@ -113,22 +254,25 @@ def test_a_line_by_layer(tmp_path: Path) -> None:
         assert np.asarray(picture.convert("L")).std() > 10
 
 
-def test_without_matplotlib_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    metrics = ClassificationMetrics(2, CPU)
-    assert write_report(tmp_path, metrics, "ab") == [
-        "no picture: pip install 'simmim[plots]' draws one"
-    ]
-    assert not (tmp_path / "confusion.png").exists()
-    assert (tmp_path / "confusion.csv").exists()
+def test_a_whole_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert write_report(tmp_path, small(), "abc") == []
+    assert all(path.is_file() for path in report_files(tmp_path))
 
 
-def test_too_many_classes_have_no_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "MOST_CONFUSED_CLASSES", 4)
-    metrics = ClassificationMetrics(5, CPU)
-    metrics.add(torch.eye(5), torch.arange(5))
-    assert metrics.top1 == 1.0
-    assert write_report(tmp_path, metrics, "abcde") == [
-        "no confusion matrix: 5 classes, more than 4"
-    ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["per_class.csv"]
+def test_pictures_touch_no_global_state(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import numpy as np, matplotlib
+from pathlib import Path
+from simmim.downstream.plots import save_confusion
+before = matplotlib.rcParams.copy()  # unlike dict(), which looks for a window system
+save_confusion(np.eye(2, dtype=np.int64), np.ones(2, dtype=np.int64), "ab", Path(sys.argv[1]))
+assert matplotlib.rcParams.copy() == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    arguments = [sys.executable, "-c", script, str(tmp_path / "a.png"), *filter(None, sys.path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -171,17 +171,18 @@ def _hand_over(weights: Weights, model: ImageModel) -> Handover:
             raise ValueError(f"{name} is missing")
         report.new.append(name)
     report.new.sort()
-    report.unused.extend(weights.metadata.get("dropped", []))
+    dropped = weights.metadata.get("dropped")
+    if isinstance(dropped, list):  # a file's own metadata may hold anything
+        report.unused.extend(map(str, dropped))
     model.load_state_dict(own | taken)
     return report
 
 
 def _same_classes(weights: Weights, model: Classifier) -> bool:
-    names = weights.metadata.get("classes")
-    if names is not None:
-        return tuple(names) == model.classes
-    head = weights.state.get("head.weight")
-    return head is not None and len(head) == len(model.classes)
+    head, names = weights.state.get("head.weight"), weights.metadata.get("classes")
+    if head is None or len(head) != len(model.classes):
+        return False
+    return names is None or tuple(map(str, names)) == model.classes
 
 
 def _may_be_unused(name: str, own: Mapping[str, Tensor]) -> bool:
@@ -201,10 +202,13 @@ def _spread_shared_table(
         raise ValueError(f"{SHARED_TABLE} has no place in the model")
     spread = {name: tensor for name, tensor in state.items() if name != SHARED_TABLE}
     copies = [f"encoder.blocks.{block}.attn.{TABLE}" for block in range(target.depth)]
+    told = {}
     for name in copies:
         # as published, tables of blocks beside a shared one give way to it
+        beside = " in place of its own" if name in state else ""
+        told[name] = f"copy of the shared table{beside}"
         spread[name] = state[SHARED_TABLE]
-    return spread, dict.fromkeys(copies, "copy of the shared table")
+    return spread, told
 
 
 def _fitted(

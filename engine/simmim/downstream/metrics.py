@@ -113,6 +113,8 @@ def report_files(folder: Path) -> list[Path]:
 def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence[str]) -> list[str]:
     """Write accuracy by class and the confusion matrix (rows true, columns answered).
 
+    Images whose logits were not finite are in no column: their row sums to less than its images.
+
     Args:
         folder: made if needed; its files of the same names are replaced.
         metrics: what was counted.
@@ -130,7 +132,10 @@ def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence
         for name, images, right, top5 in zip(classes, *counts)
     ]
     _write_csv(folder / PER_CLASS_FILE, ["class", "images", "correct", "top1", "top5"], rows)
+    # an earlier picture must not stand beside these tables where no new one is drawn
+    (folder / PICTURE_FILE).unlink(missing_ok=True)
     if metrics.confusion is None:
+        (folder / CONFUSION_FILE).unlink(missing_ok=True)
         return [
             f"no confusion matrix: {metrics.num_classes:,} classes, more than "
             f"{MOST_CONFUSED_CLASSES:,}"
@@ -138,7 +143,8 @@ def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence
     confusion = metrics.confusion.cpu().view(metrics.num_classes, -1)
     named = [[name, *row] for name, row in zip(classes, confusion.tolist())]
     _write_csv(folder / CONFUSION_FILE, ["true \\ answered", *classes], named)
-    note = save_confusion(confusion.numpy(), classes, folder / PICTURE_FILE)
+    images = metrics.counts[0].cpu().numpy()
+    note = save_confusion(confusion.numpy(), images, classes, folder / PICTURE_FILE)
     return [note] if note else []
 
 

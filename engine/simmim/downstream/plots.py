@@ -12,14 +12,23 @@ from simmim.files import write_atomic
 # Class names are written up to the first number, counts into the cells up to the second.
 MOST_NAMED, MOST_NUMBERED = 60, 20
 
+# Cells along a side of the picture; with more classes a cell stands for several.
+MOST_CELLS = 250
+
 _LONGEST_NAME = 24
 
 
-def save_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: Path) -> str | None:
+def save_confusion(
+    confusion: NDArray[np.int64], images: NDArray[np.int64], classes: Sequence[str], path: Path
+) -> str | None:
     """Draw a confusion matrix, every row as shares of its images.
+
+    Colours follow the square root of the share, so that rare confusions show beside the diagonal.
+    Of many classes, a cell shows the largest share among its neighbours.
 
     Args:
         confusion: [K, K], rows true, columns answered.
+        images: [K] of every class; more than its row holds where some were not answered.
         classes: K names.
         path: PNG to write, whole or not at all.
 
@@ -29,17 +38,31 @@ def save_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
     figure = _new_figure()
     if isinstance(figure, str):
         return figure
+    from matplotlib.colors import PowerNorm
+
     K = len(classes)
-    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    shares = confusion / np.maximum(1, images)[:, None]
+    cells, block = _pooled(shares)
     side = min(14.0, max(4.0, 1.8 + 0.42 * K)) if K <= MOST_NAMED else 9.0
     figure.set_size_inches(side + 1.2, side)
+    figure.set_layout_engine("compressed")  # square axes: the bar stands beside them
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="share of the true class")
+    edge = len(cells) * block - 0.5
+    drawn = axes.imshow(
+        cells,
+        cmap="viridis",
+        norm=PowerNorm(0.5, vmin=0, vmax=1),
+        interpolation="nearest",
+        extent=(-0.5, edge, edge, -0.5),
+    )
+    share = (
+        f"largest share in {block} × {block} classes" if block > 1 else "share of the true class"
+    )
+    figure.colorbar(drawn, ax=axes, label=share, ticks=[0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_xlabel("answered")
     axes.set_ylabel("true")
-    right = int(np.trace(confusion)) / max(1, int(confusion.sum()))
-    axes.set_title(f"{right:.1%} of {int(confusion.sum()):,} images right")
+    right = int(np.trace(confusion)) / max(1, int(images.sum()))
+    axes.set_title(f"{right:.1%} of {int(images.sum()):,} images right")
     if K <= MOST_NAMED:
         names = [_shortened(name) for name in classes]
         size = 9 if K <= MOST_NUMBERED else 6
@@ -48,11 +71,23 @@ def save_confusion(confusion: NDArray[np.int64], classes: Sequence[str], path: P
     if K <= MOST_NUMBERED:
         for row, column in np.ndindex(K, K):
             if confusion[row, column]:
-                colour = "white" if shares[row, column] < 0.6 else "black"
+                colour = "white" if shares[row, column] < 0.4 else "black"
                 text = str(int(confusion[row, column]))
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
     _save(figure, path)
     return None
+
+
+def _pooled(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """The largest share of every block of cells, and the side of a block, in cells."""
+    K = len(shares)
+    block = -(-K // MOST_CELLS)
+    if block == 1:
+        return shares, 1
+    count = -(-K // block)
+    padded = np.zeros((count * block, count * block))
+    padded[:K, :K] = shares
+    return padded.reshape(count, block, count, block).max(axis=(1, 3)), block
 
 
 def save_layers(

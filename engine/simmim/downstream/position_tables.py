@@ -45,7 +45,7 @@ def remap_table(table: Tensor, source: tuple[int, int], target: tuple[int, int])
         return table
     values = table.detach().double().cpu().numpy().reshape(*old, -1)
     vertical, horizontal = (resampling(side, new) for side, new in zip(source, target))
-    moved = np.einsum("ai,ijn,bj->abn", vertical, values, horizontal)
+    moved = np.einsum("ai,ijn,bj->abn", vertical, values, horizontal, optimize=True)
     return torch.from_numpy(moved.reshape(-1, values.shape[-1])).to(table.dtype)
 
 
