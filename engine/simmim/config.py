@@ -25,7 +25,7 @@ class ModelConfig:
     """Encoder. Unset fields come from the preset."""
 
     name: str = "swin_base"
-    """Preset: swin_tiny, swin_small, swin_base, swin_large, swinv2_tiny, swinv2_small, swinv2_base, swinv2_large, swinv2_huge, vit_tiny, vit_small, vit_base, vit_large, vit_base_plain."""
+    """Preset: swin_tiny, swin_small, swin_base, swin_large, swinv2_tiny, swinv2_small, swinv2_base, swinv2_large, swinv2_huge, swinv2_giant, vit_tiny, vit_small, vit_base, vit_large, vit_base_plain."""
     patch_size: int | None = None
     """Side of a patch, in pixels."""
     embed_dim: int | None = None

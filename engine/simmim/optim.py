@@ -27,7 +27,7 @@ def decays(
         return False
     if name.removeprefix("encoder.") in model.encoder.no_decay:
         return False
-    return decay_position_tables or not name.endswith("relative_position_bias_table")
+    return decay_position_tables or not any(word in name for word in POSITION_PARAMETERS)
 
 
 def parameter_groups(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from numerics import GOLDEN, INDEX, assert_close_to, with_prefix
-from simmim.backbone.build import PRESETS, Spec, build_encoder, spec_from_dict
+from simmim.backbone.build import Spec, build_encoder, spec_from_dict
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.downstream.handover import finetune_spec, hand_over, resize_positions
@@ -68,8 +68,6 @@ def weights_of(model: SimMIM | Classifier, **metadata: Any) -> Weights:
 def test_published_handover(name: str) -> None:
     entry = CASES[name]
     tensors = load_file(GOLDEN / entry["file"])
-    if "swinv2" in name and "swinv2_tiny" not in PRESETS:
-        pytest.skip("no SwinV2 here yet")
     weights = read_model(with_prefix(tensors, "weights/"), entry["image_size_pretrain"])
     assert weights.spec == published_spec(entry["pretrain"], entry["image_size_pretrain"])
     at_size = published_spec(entry["finetune"], entry["image_size_finetune"])
@@ -344,8 +342,6 @@ def test_hostile_metadata_changes_nothing() -> None:
 
 
 def test_a_swinv2_keeps_the_windows_it_was_trained_with() -> None:
-    if "swinv2_tiny" not in PRESETS:
-        pytest.skip("no SwinV2 here yet")
     values = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2)}
     pretrained = spec_from_dict(
         {"arch": "swinv2", "image_size": (40, 40), "window_size": 10, **values}

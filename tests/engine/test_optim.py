@@ -60,8 +60,6 @@ def spec_of(model: dict) -> Spec:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 def test_groups_are_the_published_ones(case: dict) -> None:
-    if case["model"]["arch"] == "swinv2" and "swinv2_tiny" not in PRESETS:
-        pytest.skip("no SwinV2 here yet")
     model = Classifier(build_encoder(spec_of(case["model"])), "abcde")
     groups = finetune_groups(model, case["weight_decay"], case["layer_decay"])
     found = {

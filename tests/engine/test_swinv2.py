@@ -1,17 +1,26 @@
 """SwinV2: the published numbers are in test_golden.py; here is what they do not touch."""
 
+import copy
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from simmim import SimMIM
+from numerics import assert_no_worse, load_golden, relative_error, with_prefix
+from simmim import SimMIM, load_model
+from simmim.backbone import swinv2
 from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_to_dict
-from simmim.backbone.swinv2 import SwinV2Spec, log_offsets
+from simmim.backbone.layers import Backends
+from simmim.backbone.swinv2 import SwinV2Spec, WindowAttention, log_offsets
 from simmim.command_line import load
 from simmim.config import resolve_spec
 from simmim.method.classifier import Classifier
 from simmim.optim import parameter_groups
+from simmim_kernels.window_attention import reference, window_attention
 
 SPEC = SwinV2Spec(
     image_size=(48, 96), embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=6, mlp_ratio=2.0
@@ -24,10 +33,11 @@ def make(spec: SwinV2Spec = SPEC, seed: int = 0) -> SimMIM:
     for parameter in model.parameters():
         # far from the start, at which every branch is nothing
         parameter.data += 0.3 * torch.randn(parameter.shape)
+    model.encoder.layers[1].blocks[0].attn.logit_scale.data[1] = 5.0  # above the clamp
     return model
 
 
-def draw(model: SimMIM, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(model: SimMIM, batch: int = 2) -> tuple[Tensor, Tensor]:
     spec = model.encoder.spec
     generator = torch.Generator().manual_seed(1)
     image = torch.randint(0, 256, (batch, 3, *spec.image_size), generator=generator)
@@ -39,7 +49,7 @@ def test_presets_have_the_published_sizes() -> None:
     # in millions, as the paper's table counts them: with a head of a thousand classes
     for name, millions in (
         ("swinv2_tiny", 28), ("swinv2_small", 50), ("swinv2_base", 88), ("swinv2_large", 197),
-        ("swinv2_huge", 658),
+        ("swinv2_huge", 658), ("swinv2_giant", 3002),
     ):  # fmt: skip
         with torch.device("meta"):
             model = Classifier(build_encoder(PRESETS[name]), [str(k) for k in range(1000)])
@@ -57,6 +67,8 @@ def test_specs_are_stored_and_configured() -> None:
         build_encoder(replace(SPEC, qk_scale=0.1))
     with pytest.raises(ValueError, match="3 values for 2 stages"):
         build_encoder(replace(SPEC, pretrained_window_sizes=(1, 2, 3)))
+    with pytest.raises(ValueError, match="pretrained_window_sizes: a window has at least 0"):
+        build_encoder(replace(SPEC, pretrained_window_sizes=(-1, 6)))
 
 
 def test_a_fresh_encoder_adds_nothing_to_its_tokens() -> None:
@@ -120,23 +132,170 @@ def test_offsets_of_another_window_lie_on_the_scale_of_the_first() -> None:
     assert log_offsets(1).tolist() == [[0.0, 0.0]]
 
 
-def test_bf16_is_as_close_as_pytorchs() -> None:
+def attend_as_published(attention: WindowAttention, x: Tensor, backend: str | None) -> Tensor:
+    """Every step of its own, on copies of the windows."""
+    w, shift, heads = attention.window, attention.shift, attention.num_heads
+    B, H, W, C = x.shape
+    windows = x.roll((-shift, -shift), (1, 2)).view(B, H // w, w, W // w, w, C).transpose(2, 3)
+    bias = torch.cat((attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias))
+    qkv = F.linear(windows.reshape(B, -1, w * w, C), attention.qkv.weight, bias)
+    q, k, v = qkv.view(B, -1, w * w, 3, heads, C // heads).permute(3, 0, 1, 4, 2, 5)
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    scores = cosines * attention.logit_scale.clamp(max=math.log(100)).exp()
+    rows, columns = torch.meshgrid(torch.arange(w), torch.arange(w), indexing="ij")
+    place = torch.stack((rows, columns)).view(2, -1)
+    offset = place[:, :, None] - place[:, None] + w - 1
+    table = attention.cpb_mlp(attention.offsets)[offset[0] * (2 * w - 1) + offset[1]]
+    scores = scores + 16 * torch.sigmoid(table).permute(2, 0, 1)
+    if shift:
+        scores = scores + reference.shift_mask((H, W), (w, w), (shift, shift)).unsqueeze(1)
+    out = (scores.softmax(-1) @ v).transpose(2, 3).reshape(B, H // w, W // w, w, w, C)
+    out = out.transpose(2, 3).reshape(B, H, W, C).roll((shift, shift), (1, 2))
+    result: Tensor = attention.proj(out)
+    return result
+
+
+def outcome(model: SimMIM, image: Tensor, mask: Tensor, amp: bool = False) -> dict[str, Tensor]:
+    """The features, and the gradients of every parameter."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        features = model.encode(image, mask)
+        loss = model(image, mask)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"features": features.detach(), **gradients}
+
+
+def test_every_step_is_the_published_one_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().double()
+    image, mask = draw(model)
+    image = model.normalise(image).double()
+    found = outcome(model, image, mask)
+    monkeypatch.setattr(WindowAttention, "forward", attend_as_published)
+    expected = outcome(model, image, mask)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = tensor.abs().max()
+        # float32 anywhere on the way would be off by 1e-7
+        assert (found[name] - tensor).abs().max() <= 1e-11 * scale + 1e-14, name
+    # the one head above the clamp
+    assert expected["encoder.layers.1.blocks.0.attn.logit_scale"].flatten()[1] == 0
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_bf16_is_as_close_as_the_published_steps(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    image, mask = draw(model, 4)
+    image = model.normalise(image)
+    exact = outcome(copy.deepcopy(model).double(), image.double(), mask)
+    model.use_backend(backend)
+    found = outcome(model, image, mask, amp=True)
+    monkeypatch.setattr(WindowAttention, "forward", attend_as_published)
+    plain = outcome(model, image, mask, amp=True)
+    dead = "encoder.layers.1.blocks.0.attn.logit_scale"
+    assert found[dead].flatten()[1] == 0
+    # all gradients together: one tensor's error is luck
+    found, plain, exact = (
+        {
+            "features": tensors.pop("features"),
+            "gradients": torch.cat([tensors[name].flatten() for name in sorted(tensors)]),
+        }
+        for tensors in (found, plain, exact)
+    )
+    assert_no_worse(found, plain, exact, torch.bfloat16)
+    assert relative_error(found["features"], exact["features"]) > 1e-4  # bf16 indeed
+
+
+def test_autocast_leaves_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        out = window_attention(*arguments, **options)
+        seen.append((arguments[0].dtype, arguments[1].dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(swinv2, "window_attention", watched)
+    model = make()
+    model.use_backend("reference")  # plain PyTorch, which autocast would take to bfloat16
+    outcome(model, *draw(model), amp=True)
+    assert len(seen) == 8  # of four blocks, twice
+    assert set(seen) == {(torch.float32,) * 3}
+
+
+def test_whole_models_in_bf16() -> None:
+    model = make().bfloat16()
+    image, mask = draw(model)
+    features = model.encode(model.normalise(image).bfloat16(), mask)
+    assert features.dtype == torch.bfloat16
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("between", [-200.0, -math.inf])
+def test_what_a_shift_brings_together_can_still_be_seen(
+    between: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-100 does not hide what a cosine times 100 points at, and the published numbers show it."""
+    entry, tensors = load_golden("simmim2-swinv2-plain-ape")
+    model = load_model(with_prefix(tensors, "weights/"))
+    model.use_backend("reference")
+    expected, allowed = tensors["expect/z"], entry["tolerance"]["forward"]
+    original = reference.shift_mask
+
+    def error() -> float:
+        with torch.no_grad():
+            found = model.encode(tensors["input/image"], tensors["input/mask"])
+        bound = allowed["atol"] + allowed["rtol"] * expected.abs()
+        return float(((found - expected).abs() / bound).max())
+
+    assert error() < 1
+
+    def other(*arguments: object) -> Tensor:
+        mask = original(*arguments)
+        return torch.where(mask < 0, between, mask)
+
+    monkeypatch.setattr(reference, "shift_mask", other)
+    assert error() > 20
+
+
+def test_dropped_branches_follow_the_generator() -> None:
+    model = make(replace(SPEC, drop_path=0.5)).train()
+    image, mask = draw(model)
+    rates = [block.drop_path.rate for stage in model.encoder.layers for block in stage.blocks]
+    assert rates == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
+    torch.manual_seed(1)
+    first = model(image, mask)
+    assert model(image, mask) != first
+    torch.manual_seed(1)
+    assert model(image, mask) == first
+    model.eval()
+    assert model(image, mask) == model(image, mask)
+
+
+def test_a_dropped_branch_is_nothing_and_a_kept_one_scaled() -> None:
+    block = make(replace(SPEC, drop_path=0.5)).encoder.layers[1].blocks[1]
+    tokens = torch.randn(64, 6, 12, 16)
+    for parameter in block.norm2.parameters():
+        parameter.data.zero_()  # one branch alone
+    moved = block.train()(tokens, Backends()) - tokens
+    whole = block.eval()(tokens, Backends()) - tokens
+    dropped = moved.flatten(1).abs().amax(1) == 0
+    assert 10 < dropped.sum() < 54
+    torch.testing.assert_close(moved[~dropped], 2 * whole[~dropped], rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_without_graph_breaks() -> None:
     model = make().eval()
     image, mask = draw(model)
-    with torch.no_grad():
-        exact = model.encode(image, mask)
-        errors = []
-        for backend in (None, "reference"):
-            model.use_backend(backend)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                errors.append((model.encode(image, mask).float() - exact).abs().mean())
-    assert errors[0] <= 2 * errors[1]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(image, mask), model(image, mask))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(image, mask), model(image, mask))
 
 
-def test_pretraining_decays_what_the_published_one_decays() -> None:
-    groups = parameter_groups(make(), 0.05)
-    decayed = set(groups[0]["names"])  # type: ignore[call-overload]
-    assert any(name.endswith("cpb_mlp.2.weight") for name in decayed)
-    assert any(name.endswith("logit_scale") for name in decayed)
-    assert "encoder.mask_token" not in decayed
-    assert not any(name.endswith(("q_bias", "cpb_mlp.0.bias")) for name in decayed)
+def test_absolute_positions_and_mask_token_are_not_decayed() -> None:
+    model = SimMIM(build_encoder(replace(SPEC, absolute_position=True)))
+    decayed, exempt = (set(group["names"]) for group in parameter_groups(model, 0.05))
+    assert {"encoder.absolute_pos_embed", "encoder.mask_token"} <= exempt
+    assert "encoder.layers.0.blocks.0.attn.logit_scale" in decayed

@@ -25,7 +25,9 @@ PRESETS: dict[str, Spec] = {
     "swinv2_small": SwinV2Spec(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "swinv2_base": SwinV2Spec(),
     "swinv2_large": SwinV2Spec(embed_dim=192, num_heads=(6, 12, 24, 48)),
+    # as the published code builds these two: without the paper's extra norm after every sixth block
     "swinv2_huge": SwinV2Spec(embed_dim=352, num_heads=(11, 22, 44, 88)),
+    "swinv2_giant": SwinV2Spec(embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128)),
     "vit_tiny": ViTSpec(embed_dim=192, num_heads=3),
     "vit_small": ViTSpec(embed_dim=384, num_heads=6),
     "vit_base": ViTSpec(),

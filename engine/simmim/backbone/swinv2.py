@@ -34,11 +34,11 @@ POSITION_HIDDEN, LARGEST_BIAS = 512, 16.0
 
 @dataclass(frozen=True)
 class SwinV2Spec(SwinSpec):
-    """Everything that defines a SwinV2 encoder; see `SwinSpec`.
+    """Everything that defines a SwinV2 encoder; see `SwinSpec`, whose `qk_scale` stays None.
 
     Attributes:
         pretrained_window_sizes: per stage the window that the position network was trained with; 0
-            is the stage's own. `qk_scale` has no meaning here.
+            is the stage's own, in all stages where none are given.
     """
 
     window_size: int = 12
@@ -58,6 +58,8 @@ class SwinV2Spec(SwinSpec):
             found.append(
                 ("pretrained_window_sizes", f"{count} values for {len(self.depths)} stages")
             )
+        if any(size < 0 for size in self.pretrained_window_sizes):
+            found.append(("pretrained_window_sizes", "a window has at least 0 tokens"))
         return found
 
 
@@ -85,9 +87,8 @@ class WindowAttention(nn.Module):
     offsets: Tensor
 
     def position_table(self) -> Tensor:
-        """Bias of every offset in a window, float32 [(2w-1)², N]."""
-        with torch.autocast(self.offsets.device.type, enabled=False):
-            table: Tensor = LARGEST_BIAS * torch.sigmoid(self.cpb_mlp(self.offsets))
+        """Bias of every offset in a window, [(2w-1)², N] in the dtype of the parameters."""
+        table: Tensor = LARGEST_BIAS * torch.sigmoid(self.cpb_mlp(self.offsets))
         return table
 
     def forward(self, x: Tensor, backend: str | None) -> Tensor:
@@ -98,20 +99,22 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias)
         B, H, W, C = x.shape
         q, k, v = qkv.view(B, H, W, 3, self.num_heads, -1).unbind(3)  # [B, H, W, N, K] each
-        # cosines times up to 100 need float32 until they are exponents
-        factor = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().view(-1, 1)
-        q = F.normalize(q.float(), dim=-1) * factor
-        k = F.normalize(k.float(), dim=-1)
-        joined = torch.stack((q, k, v.float()), dim=3).view(B, H, W, 3 * C)
-        attended = window_attention(
-            joined,
-            self.position_table(),
-            self.num_heads,
-            self.window,
-            self.shift,
-            scale=1.0,
-            backend=backend,
-        )
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        # cosines times up to 100 need float32 until they are exponents, which autocast would not
+        # leave to plain PyTorch
+        with torch.autocast(x.device.type, enabled=False):
+            factor = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().view(-1, 1)
+            q = F.normalize(q.to(wide), dim=-1) * factor
+            k = F.normalize(k.to(wide), dim=-1)
+            attended = window_attention(
+                torch.stack((q, k, v.to(wide)), dim=3).view(B, H, W, 3 * C),
+                self.position_table().to(wide),
+                self.num_heads,
+                self.window,
+                self.shift,
+                scale=1.0,
+                backend=backend,
+            )
         out: Tensor = self.proj(attended.to(qkv.dtype))
         return out
 

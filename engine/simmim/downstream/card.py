@@ -124,7 +124,7 @@ def _architecture(model: ImageModel) -> str:
         values = spec_to_dict(preset)
         if all(values.get(key) == own.get(key) for key in keys):
             return name
-    return {"swin": "Swin", "vit": "ViT"}[own["arch"]]
+    return type(model.encoder).__name__
 
 
 def _is_from_scratch(facts: RunFacts | None) -> bool:
