@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def write_classes(folder: Path, per_class: int, seed: int, classes: dict = COLOU
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Bits are compared: sums in another number of threads are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +139,6 @@ def test_killed_runs_end_bitwise_equal(
     straight: Path, pretrained: Path, images: Path, tmp_path: Path
 ) -> None:
     """SIGKILL after the first checkpoints, twice; then in another process to the end."""
-    torch.set_num_threads(1)
     output = tmp_path / "killed"
     arguments = flags(pretrained, images, output, "--train.steps=24", "--train.ema_decay=0.9")
     whole = tmp_path / "whole"
