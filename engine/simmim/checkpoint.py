@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from simmim.config import Config, MaskConfig
@@ -26,6 +26,7 @@ from simmim.files import sync
 from simmim.load import WEIGHTS_FILE, model_metadata
 from simmim.method.images import ImageModel
 from simmim.step import TrainState
+from simmim.weights_file import save_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -62,17 +63,7 @@ def save_weights(model: ImageModel, path: Path, mask: MaskConfig | None = None) 
     """Write a model's weights, with what `load_model` needs to rebuild it and its mask."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     values = None if mask is None else asdict(mask)
-    _save_tensors(tensors, path, model_metadata(model, values))
-
-
-def _save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    save_file(tensors, path, metadata=metadata)
-    # safetensors makes files that only their owner can read; others may want the encoder
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    save_tensors(tensors, path, model_metadata(model, values))
 
 
 def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
@@ -96,7 +87,7 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
         temporary.mkdir(parents=True, exist_ok=True)
         mask = state.config.mask if isinstance(state.config, Config) else None
         save_weights(state.model, temporary / WEIGHTS_FILE, mask)
-        _save_tensors(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
+        save_tensors(_optimizer_tensors(state), temporary / OPTIMIZER_FILE)
         if state.averaged is not None:
             save_weights(state.averaged, temporary / AVERAGE_FILE, mask)
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}

@@ -1,6 +1,7 @@
-"""Reads weights files of any program without running code in them."""
+"""Reads weights files of any program without running code in them, and writes safetensors."""
 
 import json
+import os
 import pickle
 import warnings
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
@@ -18,6 +20,22 @@ METADATA_KEY = "simmim"
 # Of Hugging Face's folders: before safetensors, and of models in several files.
 PICKLED_FILE = "pytorch_model.bin"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions that new files have.
+
+    Raises:
+        OSError: it cannot be written.
+        SafetensorError: the same, as safetensors says it.
+    """
+    save_file(dict(tensors), path, metadata=metadata)
+    # safetensors makes files that only their owner can read; others may want the encoder
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -356,7 +356,7 @@ def test_a_full_disk_leaves_nothing(
     def full_torch(*_: object, **__: object) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
 
-    monkeypatch.setattr("simmim.convert.export.save_file", full)
+    monkeypatch.setattr("simmim.weights_file.save_file", full)
     monkeypatch.setattr("simmim.convert.export.torch.save", full_torch)
     name = {"hf": "out", "simmim": "out.safetensors", "official": "out.pth"}[layout]
     code, _, err = run(checkpoint, tmp_path / name, "--to", layout, "--no-proof")

@@ -216,15 +216,18 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The blocks of one resolution, then the merging to the next."""
+    """The blocks of one resolution, then the merging to the next; another version has others."""
+
+    block_type: type[nn.Module] = SwinBlock
+    merging_type: type[nn.Module] = PatchMerging
 
     def __init__(self, spec: SwinSpec, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            SwinBlock(spec, stage, block, rate) for block, rate in enumerate(drop_paths)
+            self.block_type(spec, stage, block, rate) for block, rate in enumerate(drop_paths)
         )
         last = stage == len(spec.depths) - 1
-        self.downsample = None if last else PatchMerging(spec.embed_dim << stage)
+        self.downsample = None if last else self.merging_type(spec.embed_dim << stage)
 
     def forward(self, x: Tensor, recompute: bool, backends: Backends) -> Tensor:
         for block in self.blocks:
@@ -244,6 +247,7 @@ class Swin(nn.Module):
 
     # as published; position tables are decided by the optimiser's settings
     no_decay = frozenset({"absolute_pos_embed", "mask_token"})
+    stage_type: type[SwinStage] = SwinStage
 
     def __init__(self, spec: SwinSpec) -> None:
         super().__init__()
@@ -260,7 +264,7 @@ class Swin(nn.Module):
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
         rates = iter(drop_path_rates(spec.drop_path, sum(spec.depths)))
         self.layers = nn.ModuleList(
-            SwinStage(spec, stage, [next(rates) for _ in range(depth)])
+            self.stage_type(spec, stage, [next(rates) for _ in range(depth)])
             for stage, depth in enumerate(spec.depths)
         )
         self.norm = nn.LayerNorm(self.num_features, NORM_EPS)

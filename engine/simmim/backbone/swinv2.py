@@ -14,16 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.backbone.layers import (
-    Backends,
-    DropPath,
-    check_image,
-    drop_path_rates,
-    init_linear,
-    run_block,
-)
-from simmim.backbone.swin import NORM_EPS, PatchEmbed, SwinSpec
-from simmim_kernels import embed_patches, window_attention
+from simmim.backbone.layers import Backends, DropPath
+from simmim.backbone.swin import NORM_EPS, Swin, SwinSpec, SwinStage
+from simmim_kernels import window_attention
 
 # The learned factor of a cosine stays below this; beyond it nothing is learned.
 LARGEST_LOGIT_SCALE = math.log(100.0)
@@ -176,7 +169,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
         self.norm = nn.LayerNorm(2 * width, NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: str | None) -> Tensor:
         B, H, W, C = x.shape
         # the neighbours (0,0), (1,0), (0,1), (1,1) as (row, column), C channels each
         x = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)
@@ -184,25 +177,15 @@ class PatchMerging(nn.Module):
         return merged
 
 
-class SwinV2Stage(nn.Module):
+class SwinV2Stage(SwinStage):
     """The blocks of one resolution, then the merging to the next."""
 
-    def __init__(self, spec: SwinV2Spec, stage: int, drop_paths: list[float]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            SwinV2Block(spec, stage, block, rate) for block, rate in enumerate(drop_paths)
-        )
-        last = stage == len(spec.depths) - 1
-        self.downsample = None if last else PatchMerging(spec.embed_dim << stage)
-
-    def forward(self, x: Tensor, recompute: bool, backends: Backends) -> Tensor:
-        for block in self.blocks:
-            x = run_block(block, recompute, x, backends)
-        return x if self.downsample is None else self.downsample(x)
+    block_type = SwinV2Block
+    merging_type = PatchMerging
 
 
-class SwinV2(nn.Module):
-    """SwinV2 encoder with a mask token.
+class SwinV2(Swin):
+    """SwinV2 encoder with a mask token; see `Swin`.
 
     Args:
         spec: the architecture.
@@ -211,66 +194,10 @@ class SwinV2(nn.Module):
         ValueError: the parts of `spec` do not fit together.
     """
 
-    # as published; the position network is decided by the optimiser's settings
-    no_decay = frozenset({"absolute_pos_embed", "mask_token"})
-
-    def __init__(self, spec: SwinV2Spec) -> None:
-        super().__init__()
-        if problems := spec.problems():
-            raise ValueError("; ".join(f"{field}: {message}" for field, message in problems))
-        self.spec = spec
-        self.num_features = spec.embed_dim << (len(spec.depths) - 1)
-        self.activation_checkpointing = False
-        self.backends = Backends()
-        self.patch_embed = PatchEmbed(spec)
-        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
-        if spec.absolute_position:
-            length = spec.grid[0] * spec.grid[1]
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
-        rates = iter(drop_path_rates(spec.drop_path, sum(spec.depths)))
-        self.layers = nn.ModuleList(
-            SwinV2Stage(spec, stage, [next(rates) for _ in range(depth)])
-            for stage, depth in enumerate(spec.depths)
-        )
-        self.norm = nn.LayerNorm(self.num_features, NORM_EPS)
-        self._initialise()
+    stage_type = SwinV2Stage
 
     def _initialise(self) -> None:
-        self.apply(init_linear)
+        super()._initialise()
         for name, parameter in self.named_parameters():
-            if name in ("absolute_pos_embed", "mask_token"):
-                nn.init.trunc_normal_(parameter, std=0.02)
-            elif ".blocks." in name and (".norm1." in name or ".norm2." in name):
+            if ".blocks." in name and (".norm1." in name or ".norm2." in name):
                 nn.init.zeros_(parameter)  # every branch begins as nothing
-
-    def forward(
-        self,
-        image: Tensor,
-        mask: Tensor | None = None,
-        *,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-    ) -> Tensor:
-        """Features of an image whose hidden tokens are replaced by the mask token; see `Swin`."""
-        check_image(image, self.spec.channels, self.spec.image_size)
-        embed, C = self.patch_embed, self.spec.embed_dim
-        norm = embed.norm if isinstance(embed.norm, nn.LayerNorm) else None
-        tokens = embed_patches(
-            image,
-            mask,
-            embed.proj.weight,
-            embed.proj.bias,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            None if self.mask_token is None else self.mask_token.view(C),
-            pos_embed=self.absolute_pos_embed[0] if self.spec.absolute_position else None,
-            mean=mean,
-            std=std,
-            eps=NORM_EPS,
-            backend=self.backends.ops,
-        ).view(len(image), *self.spec.grid, C)
-        recompute = self.activation_checkpointing and self.training
-        for stage in self.layers:
-            tokens = stage(tokens, recompute, self.backends)
-        features: Tensor = self.norm(tokens).permute(0, 3, 1, 2)
-        return features

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from simmim.backbone.build import Spec
 from simmim.convert import hf, layouts, mmpretrain, official, timm_layout
 from simmim.files import sync, write_atomic
 from simmim.load import WEIGHTS_FILE, Weights, weights_metadata
+from simmim.weights_file import save_tensors
 
 # What .pth files of other programs keep their weights under.
 _WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
@@ -120,12 +120,9 @@ def _pickle(content: Any, path: Path) -> None:
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
-        save_file(state, path, metadata=metadata)
+        save_tensors(state, path, metadata)
     except SafetensorError as error:
         raise OSError(f"cannot be written: {error}") from None
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def strange_files(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simmim.backbone.build import Spec
+from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
 from simmim.downstream.position_tables import remap_table
 from simmim.load import Weights
@@ -93,12 +94,12 @@ def finetune_spec(spec: Spec, pretrained: Spec | None = None) -> Spec:
         return replace(
             spec, final_norm=False, shared_relative_position=False, layer_relative_position=tables
         )
-    if pretrained is not None and hasattr(spec, "pretrained_window_sizes"):
-        before = getattr(pretrained, "pretrained_window_sizes", ())
+    # weights of another family are refused when they are handed over
+    if isinstance(spec, SwinV2Spec) and isinstance(pretrained, SwinV2Spec):
+        before = pretrained.pretrained_window_sizes
         if not any(before):
-            stages = range(len(spec.depths))
-            before = tuple(pretrained.window(stage) for stage in stages)  # type: ignore[union-attr]
-        return replace(spec, pretrained_window_sizes=before)  # type: ignore[call-arg]
+            before = tuple(pretrained.window(stage) for stage in range(len(pretrained.depths)))
+        return replace(spec, pretrained_window_sizes=before)
     return spec
 
 
