@@ -19,8 +19,12 @@ SECOND_INTERRUPT_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopWaiting(Exception):
-    """A signal came while the process only waited: nothing is half done."""
+class StopWaiting(BaseException):
+    """A signal came while the process only waited: nothing is half done.
+
+    No `Exception`, as KeyboardInterrupt is none: it may come while an image is decoded, where every
+    exception means that the image cannot be read.
+    """
 
 
 class Interrupts:

@@ -364,7 +364,17 @@ def test_a_signal_while_waiting_is_silent(
     assert not multiprocessing.active_children()
 
 
-def raise_stop_waiting(*arguments: object) -> list[object]:
+def test_a_signal_while_an_image_is_decoded_is_no_unreadable_image(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it trains on zeros in that place, and ends unlike an unbroken run."""
+    for decoder in ("_decode_jpeg", "_decode_other"):
+        monkeypatch.setattr(f"simmim.data.decode.{decoder}", raise_stop_waiting)
+    with pytest.raises(StopWaiting):
+        next(loader(open_source(str(photos)), workers=0).steps(0, 1))
+
+
+def raise_stop_waiting(*arguments: object, **named: object) -> list[object]:
     raise StopWaiting
 
 

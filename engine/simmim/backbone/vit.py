@@ -37,7 +37,9 @@ class ViTSpec:
         mlp_ratio: hidden width of the MLP over its width.
         qkv_bias: whether q and v have a bias (k has none: it would cancel in the softmax).
         qk_scale: factor of q·k; None is 1/√(head width).
-        absolute_position: learned position added to class and patch tokens.
+        class_token: whether a class token goes before the patch tokens; relative positions need it.
+        absolute_position: position added to class and patch tokens.
+        frozen_position: the absolute position is a table of sines and cosines that does not train.
         shared_relative_position: one relative position table for all blocks, as published.
         layer_relative_position: a relative position table in each block.
         layer_scale: initial LayerScale gain; None has no LayerScale.
@@ -55,7 +57,9 @@ class ViTSpec:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     qk_scale: float | None = None
+    class_token: bool = True
     absolute_position: bool = False
+    frozen_position: bool = False
     shared_relative_position: bool = True
     layer_relative_position: bool = False
     layer_scale: float | None = 0.1
@@ -73,12 +77,26 @@ class ViTSpec:
         """Pixels per side of an output cell."""
         return self.patch_size
 
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before those of the patches."""
+        return int(self.class_token)
+
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
         found = []
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             found.append(
                 ("num_heads", f"{self.num_heads} does not divide the width {self.embed_dim}")
+            )
+        relative = self.shared_relative_position or self.layer_relative_position
+        if relative and not self.class_token:
+            found.append(("class_token", "relative position tables have rows for a class token"))
+        if self.frozen_position and not self.absolute_position:
+            found.append(("frozen_position", "there is no absolute position to freeze"))
+        if self.frozen_position and self.embed_dim % 4:
+            found.append(
+                ("frozen_position", f"sines and cosines need a width of 4·n, not {self.embed_dim}")
             )
         if any(side % self.patch_size for side in self.image_size):
             near = [max(1, round(s / self.patch_size)) * self.patch_size for s in self.image_size]
@@ -110,6 +128,23 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         return relative_position_bias_with_cls(self.relative_position_bias_table, self.grid)
+
+
+def sine_cosine_positions(grid: tuple[int, int], width: int, num_prefix: int) -> Tensor:
+    """Position of every token as sines and cosines, float32 [1, num_prefix + h·w, width].
+
+    Prefix tokens have zeros. The first half of a patch's values encodes its column, the second its
+    row; each half holds the sines of position · 10000^(-4i / width), then the cosines.
+
+    Source: facebookresearch/mae util/pos_embed.py.
+    """
+    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(
+        *(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij"
+    )
+    angles = [place.reshape(-1, 1) * rates for place in (columns, rows)]  # [L, width / 4] each
+    patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([patches.new_zeros(num_prefix, width), patches]).float()[None]
 
 
 def position_table(spec: ViTSpec) -> Tensor:
@@ -195,7 +230,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """ViT encoder with a class token and a mask token.
+    """ViT encoder with a mask token.
 
     Args:
         spec: the architecture.
@@ -216,11 +251,15 @@ class ViT(nn.Module):
         self.activation_checkpointing = False
         self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.cls_token = (
+            nn.Parameter(torch.zeros(1, 1, spec.embed_dim)) if spec.class_token else None
+        )
         self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
-            length = 1 + spec.grid[0] * spec.grid[1]
-            self.pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
+            length = spec.num_prefix + spec.grid[0] * spec.grid[1]
+            self.pos_embed = nn.Parameter(
+                torch.zeros(1, length, spec.embed_dim), requires_grad=not spec.frozen_position
+            )
         self.rel_pos_bias = RelativePositionBias(spec) if spec.shared_relative_position else None
         rates = drop_path_rates(spec.drop_path, spec.depth)
         self.blocks = nn.ModuleList(Block(spec, rate) for rate in rates)
@@ -242,6 +281,10 @@ class ViT(nn.Module):
             elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                 number = int(name.split(".")[1]) + 1
                 parameter.data.div_(math.sqrt(2.0 * number))
+        spec = self.spec
+        if spec.frozen_position:
+            table = sine_cosine_positions(spec.grid, spec.embed_dim, spec.num_prefix)
+            self.pos_embed.data.copy_(table)
 
     def forward(
         self,
@@ -274,12 +317,13 @@ class ViT(nn.Module):
             std=std,
             backend=self.backends.ops,
         )
-        tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(B, -1, -1), tokens), dim=1)
+        if self.cls_token is not None:
+            tokens = torch.cat((self.cls_token.to(tokens.dtype).expand(B, -1, -1), tokens), dim=1)
         if self.spec.absolute_position:
             tokens = tokens + self.pos_embed
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         recompute = self.activation_checkpointing and self.training
         for block in self.blocks:
             tokens = run_block(block, recompute, tokens, bias, self.backends)
-        features: Tensor = self.norm(tokens)[:, 1:].transpose(1, 2)
+        features: Tensor = self.norm(tokens)[:, self.spec.num_prefix :].transpose(1, 2)
         return features.reshape(B, self.num_features, *self.spec.grid)
