@@ -59,11 +59,12 @@ from simmim.environment import device_name, git_commit, package_versions
 from simmim.errors import RunError
 from simmim.files import write_text
 from simmim.masking import sample_mask
+from simmim.method.build import find_method
 from simmim.method.simmim import SimMIM
 from simmim.optim import build_optimizer
 from simmim.pretrain import build_model
 from simmim.schedule import resolve_schedule
-from simmim.step import TrainState, prepare_image, train_step
+from simmim.step import TrainState, train_step
 from timing import interleaved_samples, peak_bytes
 
 OURS, REFERENCE = "simmim", "reference PyTorch"
@@ -114,7 +115,7 @@ class Images:
             ratio=config.mask.ratio,
             seed=config.seed,
         )
-        normalised = model.normalise(prepare_image(image, channels_last=False))
+        normalised = model.normalise(image.permute(0, 3, 1, 2))
         return cls(batch, normalised.contiguous(), units, model.token_mask(units))
 
 
@@ -198,8 +199,14 @@ class EngineRow(Row):
 
     def step(self, images: Images) -> Callable[[], Tensor]:
         schedule = resolve_schedule(self.config, num_images=self.config.train.batch_size)
-        world = World(0, 1, self.device)
-        state = TrainState(self.model, self.called, self.optimizer, self.config, schedule, world)
+        world, method = World(0, 1, self.device), find_method(self.config)
+
+        def loss_of(state: TrainState, batch: Batch, number: int) -> Tensor:
+            return method.loss(state.wrapped, batch)
+
+        state = TrainState(
+            self.model, self.called, self.optimizer, self.config, schedule, world, loss_of
+        )
         return lambda: train_step(state, [images.batch]).loss
 
 
@@ -254,7 +261,7 @@ class PeerRow(Row):
 def engine_loss(model: nn.Module, images: Images, config: Config, dtype: str) -> Tensor:
     """The loss of a model of ours, called as train_step calls it."""
     device = images.units.device
-    image = prepare_image(images.batch.image, config.channels_last_on(device.type))
+    image = find_method(config).arrange(images.batch.image)
     with precision.autocast(device, dtype):
         loss: Tensor = model(image, images.units)
     return loss

@@ -6,9 +6,7 @@ from torch import Tensor
 from simmim.command_line import load
 from simmim.data.loader import Batch
 from simmim.distributed import World
-from simmim.optim import build_optimizer
-from simmim.pretrain import build_model
-from simmim.schedule import resolve_schedule
+from simmim.pretrain import build_state
 from simmim.step import TrainState
 
 CPU = torch.device("cpu")
@@ -16,11 +14,7 @@ CPU = torch.device("cpu")
 
 def make_state(*flags: str) -> TrainState:
     config = load(["smoke", "--data.path=x", "--schedule.warmup_steps=1", *flags])
-    model = build_model(config, CPU)
-    optimizer = build_optimizer(model, config.optim)
-    return TrainState(
-        model, model, optimizer, config, resolve_schedule(config, 100), World(0, 1, CPU)
-    )
+    return build_state(config, 100, World(0, 1, CPU))
 
 
 def make_batch(first: int, size: int, step: int = 0) -> Batch:

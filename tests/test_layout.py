@@ -52,7 +52,12 @@ def test_data_flows_one_way() -> None:
         "simmim.step",
         "simmim.config",
     )
-    assert_never(under("engine/simmim/method"), "simmim.data", "simmim.step", "simmim.pretrain")
+    method = under("engine/simmim/method")
+    assert_never(method, "simmim.step", "simmim.pretrain", "simmim.loop", "simmim.checkpoint")
+    for path in method:  # methods share what these define, and know nothing of one another
+        others = {p.stem for p in method} - {"images", "method", path.stem}
+        if path.stem != "build":
+            assert_never([path], *(f"simmim.method.{other}" for other in others))
     assert_never(under("engine/simmim/data"), "simmim.method", "simmim.step", "simmim.pretrain")
     assert_never(
         [ROOT / "engine/simmim/step.py"], "simmim.pretrain", "simmim.checkpoint", "simmim.log"
@@ -61,6 +66,11 @@ def test_data_flows_one_way() -> None:
     assert_never([*under("engine/simmim/data"), *apart], "simmim.downstream", "simmim.commands")
     assert_never(under("engine/simmim/downstream"), "simmim.commands")
     assert_never(SOURCES, "bench", "tests", "conftest")
+
+
+def test_one_file_knows_lightning() -> None:
+    own = ROOT / "engine/simmim/lightning_adapters.py"
+    assert_never([p for p in SOURCES if p != own], "lightning", "simmim.lightning_adapters")
 
 
 @pytest.mark.parametrize("folder", ["engine", "kernels"])

@@ -26,6 +26,7 @@ commands:
   pack SOURCE DEST                          make images into shards that train fast
   doctor                                    versions, devices, and the backend each op would use
   recipes                                   the shipped configurations
+  models [NAME…]                            every backbone × method: parameters, MACs, layouts
 
 `simmim COMMAND --help` tells more.
 Several devices: torchrun --nproc-per-node N -m simmim pretrain (or finetune) …
@@ -33,7 +34,17 @@ Several devices: torchrun --nproc-per-node N -m simmim pretrain (or finetune) �
 
 
 # Commands that are a file of simmim/commands.
-IN_FILES = ("evaluate", "predict", "probe", "knn", "features", "convert", "export", "pack")
+IN_FILES = (
+    "evaluate",
+    "predict",
+    "probe",
+    "knn",
+    "features",
+    "convert",
+    "export",
+    "pack",
+    "models",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,14 +178,15 @@ def _reconstruct(arguments: list[str]) -> int:
     if options.output.exists() and not options.overwrite:
         return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
     from simmim.load import load_model, trained_mask
-    from simmim.method.simmim import SimMIM
+    from simmim.method.images import MaskedImageModel
     from simmim.reconstruct import reconstruct_files, save_picture
 
     try:
         model = load_model(options.checkpoint, options.image_size)
-        if not isinstance(model, SimMIM):
+        if not isinstance(model, MaskedImageModel):
             raise ValueError(
-                f"{options.checkpoint}: a classifier reconstructs nothing; give the pre-trained run"
+                f"{options.checkpoint}: a {model.kind} model reconstructs nothing; give a "
+                "pre-trained run of masked images"
             )
         trained = trained_mask(options.checkpoint)
         picture = reconstruct_files(

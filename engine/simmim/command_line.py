@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 from simmim.config import (
     Config,
     ConfigError,
+    MethodConfig,
     RunConfig,
-    check,
+    config_class,
     flatten,
     from_dict,
     leaf_types,
     nearest,
 )
+from simmim.method.build import check, method_class
 
 RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
@@ -91,8 +93,27 @@ def make_parser(program: str, cls: type = Config, purpose: str = "Pre-train an e
 
 
 def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
-    """The configuration that a command line of pre-training asks for; see `load_as`."""
-    return load_as(Config, check, arguments, program, "Pre-train an encoder")
+    """The configuration that a command line of pre-training asks for; see `load_as`.
+
+    Its class is that of the method that it names, whose own keys are in [method].
+    """
+    settings = method_class(_method_named(arguments)).Settings
+    return load_as(config_class(settings), check, arguments, program, "Pre-train an encoder")
+
+
+def _method_named(arguments: Sequence[str]) -> str:
+    """The method of a command line, before anything of it is checked."""
+    name: Any = MethodConfig.name
+    if arguments and not arguments[0].startswith("-"):
+        try:
+            values = tomllib.loads(find_recipe(arguments[0]).read_text(encoding="utf-8"))
+            name = values["method"]["name"]
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, KeyError, TypeError):
+            pass  # reading it for good says what is wrong
+    for flag in arguments:
+        if flag.startswith("--method.name="):
+            name = flag.split("=", 1)[1]
+    return name if isinstance(name, str) else MethodConfig.name
 
 
 def load_as(
@@ -115,15 +136,16 @@ def load_as(
         ConfigError: anything that cannot run; one line.
         SystemExit: `--help` was asked for.
     """
+    pretraining = issubclass(cls, Config)
     parser = make_parser(program, cls, purpose)
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
-        names = recipe_names(finetuning=cls is not Config)
+        names = recipe_names(finetuning=not pretraining)
         raise ConfigError(f"CONFIG is missing: a TOML file, or a recipe ({', '.join(names)})")
     recipe, flags = find_recipe(arguments[0]), list(arguments[1:])
-    if recipe.stem.startswith(FINETUNE_PREFIX) == (cls is Config) and _is_shipped(recipe):
-        other = "finetune" if cls is Config else "pretrain"
+    if recipe.stem.startswith(FINETUNE_PREFIX) == pretraining and _is_shipped(recipe):
+        other = "finetune" if pretraining else "pretrain"
         raise ConfigError(f"{recipe.stem} is a recipe of `simmim {other}`")
     types = leaf_types(cls)
     for flag in flags:

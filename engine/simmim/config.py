@@ -6,14 +6,20 @@ import math
 import os
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from simmim.backbone.build import PRESETS, Spec
-from simmim.backbone.swin import SwinSpec
+from simmim.backbone.build import Spec, find_preset
+from simmim.backbone.convnet import ConvNetSpec
+from simmim.backbone.vit import ViTSpec
+from simmim.validation_config import ValidateConfig
 from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, KNOWN_BACKENDS
 
 ConfigT = TypeVar("ConfigT")
+
+# Fields of ModelConfig that are not the architecture's, and those where one stage has a number.
+_NOT_OF_SPEC = ("name", "drop_path", "norm_target")
+_OF_ONE_STAGE = {"depths": "depth", "num_heads": "num_heads"}
 
 
 class ConfigError(ValueError):
@@ -25,7 +31,7 @@ class ModelConfig:
     """Encoder. Unset fields come from the preset."""
 
     name: str = "swin_base"
-    """Preset: swin_tiny, swin_small, swin_base, swin_large, swinv2_tiny, swinv2_small, swinv2_base, swinv2_large, swinv2_huge, swinv2_giant, vit_tiny, vit_small, vit_base, vit_large, vit_base_plain."""
+    """Preset, such as swin_base, swinv2_base, vit_base, resnet50 (`simmim models` lists them), or timm:NAME."""
     patch_size: int | None = None
     """Side of a patch, in pixels."""
     embed_dim: int | None = None
@@ -46,6 +52,14 @@ class ModelConfig:
     """ViT: one relative position table shared by all blocks, as published."""
     layer_scale: float | None = None
     """ViT: initial LayerScale gain; 0 has no LayerScale."""
+    class_token: bool | None = None
+    """ViT: a class token before the patch tokens."""
+    frozen_position: bool | None = None
+    """ViT: the absolute position is a table of sines and cosines that does not train."""
+    final_norm: bool | None = None
+    """ViT: a norm after the last block."""
+    qkv_bias: bool | None = None
+    """Biases of q, k and v (a ViT's k has none)."""
     drop_path: float = 0.0
     """Stochastic-depth rate of the last block, 0 to 1; grows linearly from 0."""
     norm_target: int = 0
@@ -105,6 +119,14 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """How the encoder is pre-trained; every method adds keys of its own."""
+
+    name: str = "simmim"
+    """Method: simmim, or another that `simmim models` lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and arithmetic of the run."""
 
@@ -121,9 +143,11 @@ class TrainConfig:
     clip_norm: float = 5.0
     """Largest global gradient norm; 0 does not clip."""
     channels_last: bool | None = None
-    """Keep images and convolutions in channels-last memory format; unset does so on CUDA."""
+    """Keep images and convolutions in channels-last memory format; unset does so on CUDA, and for a ConvNet that model.name names everywhere."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, much less memory."""
+    sync_batch_norm: bool = True
+    """Batch norms take their statistics from the whole batch over all processes, not each from its own images."""
     compile: bool = False
     """Run the model through torch.compile."""
     max_bad_steps: int = 10
@@ -134,8 +158,8 @@ class TrainConfig:
 class OptimConfig:
     """Optimiser and parameter groups."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum."""
+    name: Literal["adamw", "sgd", "lamb"] = "adamw"
+    """AdamW, SGD with momentum, or LAMB."""
     lr: float = 2e-4
     """Peak learning rate for a batch of lr_batch images; scaled by batch_size / lr_batch."""
     lr_batch: int = 512
@@ -143,11 +167,13 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay of the decayed parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the two moments."""
+    """Decay rates of the two moments of AdamW and LAMB."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW and LAMB."""
     momentum: float = 0.9
     """SGD's momentum."""
+    nesterov: bool = True
+    """SGD: Nesterov's momentum instead of the plain one."""
     decay_position_tables: bool = True
     """Decay relative position tables: the published pre-training does (a keyword rule there never matches); false exempts them."""
 
@@ -233,22 +259,48 @@ class RunConfig:
 
     def channels_last_on(self, device_type: str) -> bool:
         """Whether images and convolutions are channels-last on a type of device."""
-        chosen = self.train.channels_last
-        return device_type == "cuda" if chosen is None else chosen
+        if self.train.channels_last is not None:
+            return self.train.channels_last
+        return device_type == "cuda" or self._is_convnet()
+
+    def _is_convnet(self) -> bool:
+        try:
+            return isinstance(find_preset(self.model.name), ConvNetSpec)
+        except ValueError:  # a fine-tuning run whose weights tell the architecture
+            return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Pre-training run."""
+    """Pre-training run; see `config_class` for one of another method than SimMIM."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the training crops, in pixels."""
         size = self.data.image_size
         return (size, size) if isinstance(size, int) else size
+
+
+def config_class(settings: type[MethodConfig]) -> type[Config]:
+    """The class of the pre-training runs of a method, whose [method] table `settings` describes."""
+    if settings not in _CONFIG_CLASSES:
+        _CONFIG_CLASSES[settings] = make_dataclass(
+            "Config",
+            [("method", settings, field(default_factory=settings))],
+            bases=(Config,),
+            namespace={"__doc__": Config.__doc__, "__module__": Config.__module__},
+            frozen=True,
+            kw_only=True,
+        )
+    return _CONFIG_CLASSES[settings]
+
+
+_CONFIG_CLASSES: dict[type[MethodConfig], type[Config]] = {MethodConfig: Config}
 
 
 def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -340,68 +392,70 @@ def make_spec(
         ConfigError: unknown preset, a field of the other family, or parts that do not fit.
     """
     if preset is None:
-        if model.name not in PRESETS:
-            raise ConfigError(
-                f"model.name={model.name} is unknown; {nearest(model.name, list(PRESETS))}"
-            )
-        preset = PRESETS[model.name]
-    swin = isinstance(preset, SwinSpec)
-    changes: dict[str, Any] = {
-        "image_size": image_size,
-        "channels": channels,
-        "drop_path": model.drop_path,
+        try:
+            preset = find_preset(model.name)
+        except ValueError as error:
+            raise ConfigError(f"model.name={error}") from None
+    given: dict[str, Any] = {
+        f.name: getattr(model, f.name) for f in fields(ModelConfig) if f.name not in _NOT_OF_SPEC
     }
-    for name in ("patch_size", "embed_dim", "mlp_ratio", "qk_scale", "absolute_position"):
-        changes[name] = getattr(model, name)
-    only_swin, only_vit = ("window_size",), ("shared_relative_position", "layer_scale")
-    for name in only_vit if swin else only_swin:
-        if getattr(model, name) is not None:
-            family = model.name or ("a Swin" if swin else "a ViT")
+    given = {name: _as_tuple(value) for name, value in given.items() if value is not None}
+    known = {f.name for f in fields(preset)}
+    if "depth" in known:  # one stage: a number where others have a list
+        given = {_OF_ONE_STAGE.get(name, name): v for name, v in _single(given, model).items()}
+    for name in given:
+        if name not in known:
+            family = model.name or f"a {preset.arch}"
             raise ConfigError(f"model.{name} has no meaning for {family}; leave it out")
-    for name in only_swin if swin else only_vit:
-        changes[name] = getattr(model, name)
-    if swin:
-        changes["depths"] = None if model.depths is None else tuple(model.depths)
-        changes["num_heads"] = None if model.num_heads is None else tuple(model.num_heads)
-    else:
-        for ours, name in (("depths", "depth"), ("num_heads", "num_heads")):
-            values = getattr(model, ours)
-            if values is not None and len(values) != 1:
-                raise ConfigError(f"model.{ours}={values}: a ViT takes one number, such as [12]")
-            changes[name] = None if values is None else values[0]
-    spec: Spec = replace(preset, **{k: v for k, v in changes.items() if v is not None})
-    if not isinstance(spec, SwinSpec) and spec.layer_scale == 0:
+    spec: Spec = replace(
+        preset, image_size=image_size, channels=channels, drop_path=model.drop_path, **given
+    )
+    if isinstance(spec, ViTSpec) and spec.layer_scale == 0:
         spec = replace(spec, layer_scale=None)
     for name in ("patch_size", "embed_dim", "depths", "depth", "num_heads", "window_size"):
         value = getattr(spec, name, 1)
         if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
             key = "depths" if name == "depth" else name
             raise ConfigError(f"model.{key}={value} must be at least 1 everywhere")
-    if spec.mlp_ratio <= 0:
-        raise ConfigError(f"model.mlp_ratio={spec.mlp_ratio} must be above 0")
+    if (mlp_ratio := getattr(spec, "mlp_ratio", 1)) <= 0:
+        raise ConfigError(f"model.mlp_ratio={mlp_ratio} must be above 0")
     for field_name, message in spec.problems():
         section = "data" if field_name == "image_size" else "model"
         raise ConfigError(f"{section}.{field_name}: {message}")
     return spec
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _single(given: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Lists of one number → the number."""
+    for name in _OF_ONE_STAGE.keys() & given.keys():
+        if len(given[name]) != 1:
+            raise ConfigError(
+                f"model.{name}={list(given[name])}: {model.name} takes one number, such as [12]"
+            )
+    return {name: v[0] if name in _OF_ONE_STAGE else v for name, v in given.items()}
+
+
 def check(config: Config) -> None:
-    """Raise ConfigError for anything that cannot run, before any data is read."""
+    """Raise ConfigError for what no method of pre-training can run, before any data is read."""
     data = config.data
     check_run(config)
     check_ranges(
         [
             ("data.flip", data.flip, 0, 1),
             ("data.dali_memory_mib", data.dali_memory_mib, 1, math.inf),
-            ("mask.unit", config.mask.unit, 1, math.inf),
+            ("validate.every_epochs", config.validate.every_epochs, 1e-9, math.inf),
+            ("validate.batch_size", config.validate.batch_size, 0, math.inf),
+            ("validate.pictures", config.validate.pictures, 0, 64),
         ]
     )
     if any(side < 1 for side in config.image_size):
         raise ConfigError(f"data.image_size={data.image_size} must be positive")
-    if not 0 < config.mask.ratio <= 1:
-        raise ConfigError(f"mask.ratio={config.mask.ratio} must be above 0 and at most 1")
     check_crop("data", data.crop_scale, data.crop_ratio)
-    _check_mask(config, resolve_spec(config))
+    resolve_spec(config)
     micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
     if not data.path:
         raise ConfigError("data.path is not set: the folder of your images, --data.path=DIR")
@@ -496,8 +550,11 @@ def check_crop(section: str, scale: tuple[float, float], ratio: tuple[float, flo
         raise ConfigError(f"{section}.crop_ratio={list(ratio)} must rise and be above 0")
 
 
-def _check_mask(config: Config, spec: Spec) -> None:
-    unit = config.mask.unit
+def check_mask(config: Config) -> None:
+    """Raise ConfigError unless the images can be masked in whole mask units."""
+    spec, unit = resolve_spec(config), config.mask.unit
+    check_ranges([("mask.unit", unit, 1, math.inf)])
+    check_mask_ratio(config)
     divides = all(side % unit == 0 for side in config.image_size)
     if divides and unit % spec.patch_size == 0:
         return
@@ -511,6 +568,12 @@ def _check_mask(config: Config, spec: Spec) -> None:
         else f"does not divide images of {size} px"
     )
     raise ConfigError(f"mask.unit={unit} px {what}; nearest that fits is {near}")
+
+
+def check_mask_ratio(config: Config) -> None:
+    """Raise ConfigError unless the ratio is a share."""
+    if not 0 < config.mask.ratio <= 1:
+        raise ConfigError(f"mask.ratio={config.mask.ratio} must be above 0 and at most 1")
 
 
 def micro_batch(config: RunConfig, world_size: int) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from simmim import sync_batch_norm as batch_norm
 from simmim.errors import RunError
 
 T = TypeVar("T")
@@ -98,10 +99,18 @@ def gather_objects(value: T, world: World) -> list[T]:
     return cast(list[T], values)
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes."""
+def wrap(model: nn.Module, world: World, *, sync_batch_norm: bool) -> nn.Module:
+    """The model under DistributedDataParallel where there are several processes.
+
+    Args:
+        model: on the world's device; its parameters stay the same objects.
+        world: this process.
+        sync_batch_norm: make its batch norms those of the whole batch.
+    """
     if world.size == 1:
         return model
+    if sync_batch_norm:
+        model = batch_norm.convert(model)
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,

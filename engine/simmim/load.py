@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from simmim.backbone.build import Spec, build_encoder, spec_from_dict, spec_to_dict
+from simmim.backbone.convnet import ConvNetSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.convert import layouts, official
+from simmim.convert import convnet_layouts, layouts, official
+from simmim.method.build import methods
 from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
+from simmim.method.images import ImageModel, MaskedImageModel
 from simmim.method.simmim import SimMIM
 from simmim.weights_file import METADATA_KEY, plain_metadata, read_notes, unwrap
 from simmim.weights_file import WEIGHTS_FILE as WEIGHTS_FILE
@@ -21,7 +23,7 @@ from simmim.weights_file import find_weights as find_weights
 from simmim.weights_file import read_weights as read_weights
 
 # What the metadata of a weights file tells, beside the architecture.
-_TOLD = ("mean", "std", "mask", "norm_target", "classes", "margin")
+_TOLD = ("mean", "std", "mask", "norm_target", "classes", "margin", "settings")
 
 # Of the architecture, what shapes do not tell.
 _UNSHAPED = ("num_heads", "qk_scale", "norm_eps", "window_size", "pretrained_window_sizes")
@@ -34,7 +36,7 @@ class Weights:
     Attributes:
         source: where it comes from, for messages.
         layout: whose names it has: "simmim", "official", "timm", "hf" or "mmpretrain".
-        kind: "simmim" with a decoder, "classifier" with a class head, else "encoder".
+        kind: of the model: a method's name, "classifier" with a class head, else "encoder".
         state: name → tensor; `encoder.…`, `decoder.…`, `fc_norm.…`, `head.…`.
         spec: the encoder's architecture.
         metadata: mean, std, mask, classes and the like, as far as the file tells.
@@ -86,8 +88,8 @@ def read_model(
     size = None if image_size is None else image_size_pair(image_size)
     try:
         _check_values(state)
-        found = layouts.to_ours(state, config, layout)
         told = metadata.get("encoder", {})
+        found = layouts.to_ours(state, config, layout, is_ours=bool(told))
         if told:
             spec = spec_from_dict(told)
         if not told or size not in (None, spec.image_size):
@@ -100,8 +102,17 @@ def read_model(
             told_size = hints.pop("image_size", None)
             if size is None and told_size is not None:
                 size = image_size_pair(told_size)
-            spec = official.infer_spec(found.state, size, **hints)
-        kind = official.kind_of(found.state)
+            if told and isinstance(spec, ConvNetSpec) and size is not None:
+                spec = replace(spec, image_size=size)  # on which no shape depends
+            elif told and found.layout == "simmim" and not official.matches(found.state):
+                spec = replace(spec, image_size=size or spec.image_size)
+            elif convnet_layouts.is_ours(found.state):
+                spec = convnet_layouts.infer_spec(found.state, size)
+            else:
+                spec = official.infer_spec(found.state, size, **hints)
+        kind = metadata.get("kind")
+        if kind not in methods():  # who else wrote the file, or a kind that names tell
+            kind = official.kind_of(found.state)
         name = "simmim" if metadata and official.matches(state) else found.layout
         weights = Weights(source, name, kind, found.state, spec, found.metadata | metadata)
         _check_fits(weights)
@@ -122,7 +133,7 @@ def load_model(
     qk_scale: float | None = None,
     window_size: int | None = None,
     norm_target: int | None = None,
-) -> SimMIM | Classifier:
+) -> ImageModel:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Layouts are told by their names: ours, microsoft/SimMIM, timm (Swin, BEiT), Hugging Face (Swin,
@@ -140,8 +151,8 @@ def load_model(
         norm_target: window of the target normalisation, which only the loss uses.
 
     Returns:
-        A `SimMIM` (`encode`, `reconstruct`, and the loss when called), or a `Classifier`
-        (`encode`, and logits when called) where there is a class head.
+        A `SimMIM` (`encode`, `reconstruct`, and the loss when called), a `Classifier` (`encode`,
+        and logits when called) where there is a class head, or the model of another method.
 
     Raises:
         ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
@@ -186,16 +197,14 @@ def encoder_of(weights: Weights) -> ImageModel:
     return _filled(replace(weights, kind="encoder"), None)
 
 
-def build_model(weights: Weights, norm_target: int | None = None) -> SimMIM | Classifier:
+def build_model(weights: Weights, norm_target: int | None = None) -> ImageModel:
     """The model of weights that were read, in evaluation mode; see `load_model`."""
     if weights.kind == "encoder":
         raise ValueError(
             f"{weights.source}: an encoder without decoder or class head; "
             "simmim.load.load_encoder reads it, `simmim finetune` starts from it"
         )
-    model = _filled(weights, norm_target)
-    assert isinstance(model, SimMIM | Classifier)
-    return model
+    return _filled(weights, norm_target)
 
 
 def _filled(weights: Weights, norm_target: int | None) -> ImageModel:
@@ -219,7 +228,10 @@ def _fresh(weights: Weights, norm_target: int | None) -> ImageModel:
         return Classifier(encoder, classes, **statistics, margin=told.get("margin"))
     if f"{official.PREFIX}mask_token" not in weights.state:
         encoder.mask_token = None
-    return ImageModel(encoder, **statistics)
+    if weights.kind == "encoder":
+        return ImageModel(encoder, **statistics)
+    settings = {str(name): value for name, value in dict(told.get("settings", {})).items()}
+    return methods()[weights.kind].Model(encoder, **statistics, **settings)
 
 
 def _parts(weights: Weights) -> dict[str, Tensor]:
@@ -236,7 +248,7 @@ def _check_fits(weights: Weights) -> None:
         ValueError: some are missing, unknown or of another shape.
     """
     spec = weights.spec
-    depth = spec.depth if isinstance(spec, ViTSpec) else sum(spec.depths)
+    depth = spec.depth if isinstance(spec, ViTSpec) else sum(getattr(spec, "depths", ()))
     if depth > len(weights.state):
         raise ValueError(f"{depth} blocks are told of, more than there are weights")
     with torch.device("meta"):
@@ -253,6 +265,9 @@ def _class_names(names: Any, count: int) -> list[str]:
 
 def _check_values(state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
+        if name.endswith(convnet_layouts.COUNTERS):
+            convnet_layouts.check_counter(name, tensor)
+            continue
         if name.endswith(official.BUFFERS) or tensor.is_meta:
             continue
         if not tensor.is_floating_point():
@@ -310,14 +325,12 @@ def _check_names(model: ImageModel, state: Mapping[str, Tensor]) -> None:
 def model_metadata(model: ImageModel, mask: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What a weights file carries: how to rebuild the model, and the mask it was trained with."""
     values: dict[str, Any] = {"mean": model.mean.tolist(), "std": model.std.tolist()}
-    kind = "encoder"
-    if isinstance(model, SimMIM):
-        kind = "simmim"
-        values |= {"mask": mask, "norm_target": model.norm_target}
-    elif isinstance(model, Classifier):
-        kind = "classifier"
-        values |= {"classes": model.classes, "margin": model.margin}
-    return weights_metadata(kind, model.encoder.spec, values)
+    if isinstance(model, MaskedImageModel):
+        values["mask"] = model.trained_mask(mask)
+    # those of the two oldest kinds stand by themselves
+    known = isinstance(model, SimMIM | Classifier)
+    values |= model.settings if known else {"settings": model.settings}
+    return weights_metadata(model.kind, model.encoder.spec, values)
 
 
 def weights_metadata(kind: str, spec: Spec, told: Mapping[str, Any]) -> dict[str, str]:

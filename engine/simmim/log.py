@@ -138,10 +138,10 @@ class RunLog:
                     if row[key] is not None:
                         self._events.add_scalar(f"train/{key}", row[key], row["step"])
 
-    def picture(self, pixels: Any, step: int) -> None:
+    def picture(self, pixels: Any, step: int, name: str = "reconstruction") -> None:
         """Hand a picture, uint8 [H, W, 3], to TensorBoard."""
         if self._events is not None:
-            self._events.add_image("reconstruction", pixels, step, dataformats="HWC")
+            self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def info(self, message: str) -> None:
         """A line for the terminal and log.txt."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from simmim.distributed import World
 from simmim.errors import RunError
 from simmim.interrupts import EXIT_INTERRUPTED, Interrupts, StopWaiting
 from simmim.log import RunLog
+from simmim.observer import Observer as Observer
 from simmim.run_folder import changes_since, record_start
 from simmim.step import Metrics, TrainState, train_step
 
@@ -44,32 +45,6 @@ NAMED_UNREADABLE = 20
 
 class RunStopped(RunError):
     """A run that cannot go on; the message says at which step, why, and what is saved."""
-
-
-class Observer(Protocol):
-    """What a run does between its steps beside logging and saving: pictures, evaluations.
-
-    Attributes:
-        busy: whether it does something right now that a signal may cut short; only where one
-            process runs.
-    """
-
-    busy: bool
-
-    def begin(self, loop: "Loop") -> None:
-        """Called in every process before the first step of this start."""
-
-    def observe(self, loop: "Loop", *, last: bool, stopping: bool) -> None:
-        """Called after every step in every process, once its checkpoint, if due, is saved.
-
-        Args:
-            loop: the run.
-            last: whether the run is complete.
-            stopping: whether the run is asked to stop now.
-        """
-
-    def finish(self, loop: "Loop") -> None:
-        """Called in every process when the run is complete and its weights are written."""
 
 
 def train(
@@ -203,9 +178,11 @@ class Loop:
         if not self.pending:
             return
         state, count = self.state, len(self.pending)
-        values = (
-            _read([v for m in self.pending for v in (m.loss, m.grad_norm)]).view(-1, 2).tolist()
-        )
+        measures = self.observer.measures(self)
+        losses = [v for m in self.pending for v in (m.loss, m.grad_norm)]
+        read = _read([*losses, *measures.values()])
+        values = read[: 2 * count].view(-1, 2).tolist()
+        measured = dict(zip(measures, read[2 * count :].tolist()))
         elapsed = time.perf_counter() - self.started
         batch_size, num_images = self.config.train.batch_size, len(self.loader.source.names)
         self._note_unreadable()
@@ -229,11 +206,14 @@ class Loop:
             }
             for i, (metrics, (loss, norm)) in enumerate(zip(self.pending, values))
         ]
+        rows[-1] |= {name: _finite(value) for name, value in measured.items()}
         self.log.metrics(rows)
         bad = [str(row["step"]) for row in rows if None in (row["loss"], row["grad_norm"])]
         if bad:
             self.log.warn(f"non-finite loss or gradient, update skipped: step {', '.join(bad)}")
         self.pending.clear()
+        if measured:
+            self.observer.measured(self, measured)
         self._warn_of_waiting(shared["data_wait"], count)
         self.restart_clock()
 

@@ -1,6 +1,5 @@
 """Which mask units of each sample are hidden: a pure function of (seed, epoch, sample)."""
 
-import torch
 from torch import Tensor
 
 from simmim_kernels import random_patch_mask
@@ -48,26 +47,3 @@ def sample_mask(
         len(ids), units, ratio=ratio, seed=seed, ids=ids, epoch=epochs, backend=backend
     )
     return mask & (ids >= 0).view(-1, 1, 1)
-
-
-def spread_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A mask on any grid of whole tokens → bool [B, h, w] on the grid of tokens itself.
-
-    Args:
-        mask: [B, gh, gw]; True hides.
-        grid: (h, w) in tokens, multiples of gh and gw.
-
-    Raises:
-        ValueError: the token grid is no multiple of the mask's grid.
-    """
-    height, width = grid
-    if mask.dim() != 3 or height % mask.shape[1] or width % mask.shape[2]:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} must be [B, gh, gw] with gh dividing {height} and gw "
-            f"dividing {width} (the token grid)"
-        )
-    mask = mask.to(torch.bool)
-    for dim, side in ((1, height), (2, width)):
-        if mask.shape[dim] < side:
-            mask = mask.repeat_interleave(side // mask.shape[dim], dim)
-    return mask

@@ -1,13 +1,13 @@
 """Parameter groups as published, and the optimiser over them."""
 
-import re
 from collections import defaultdict
 
 import torch
 from torch import nn
 
-from simmim.backbone.vit import ViT, ViTSpec
+from simmim.backbone.vit import ViT
 from simmim.config import OptimConfig
+from simmim.lamb import Lamb
 from simmim.method.classifier import Classifier
 from simmim.method.images import ImageModel
 
@@ -70,7 +70,7 @@ def finetune_groups(
 
     Source: microsoft/SimMIM optimizer.py (get_finetune_param_groups).
     """
-    last = sum(_depths(model)) + 1
+    last = model.encoder.num_layers + 1
     groups: dict[tuple[int, bool], list[str]] = defaultdict(list)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
@@ -93,27 +93,10 @@ def finetune_groups(
 
 
 def layer_of(name: str, model: ImageModel) -> int:
-    """The layer of a parameter, as layer-wise decay counts: embeddings 0, blocks from 1, head last.
-
-    A Swin's merging counts to the block before it, and, as published, its absolute positions to
-    the head, as do final norms and a ViT's shared position table.
-    """
-    name = name.removeprefix("encoder.")
-    if name.startswith("patch_embed.") or name in ("cls_token", "pos_embed", "mask_token"):
-        return 0
-    if match := re.match(r"blocks\.(\d+)\.", name):
-        return int(match[1]) + 1
-    if match := re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name):
-        stage, block = int(match[1]), match[2]
-        if block is None:
-            return sum(_depths(model)[: stage + 1])
-        return sum(_depths(model)[:stage]) + int(block) + 1
-    return sum(_depths(model)) + 1
-
-
-def _depths(model: ImageModel) -> tuple[int, ...]:
-    spec = model.encoder.spec
-    return (spec.depth,) if isinstance(spec, ViTSpec) else spec.depths
+    """The layer of a parameter, as layer-wise decay counts; see `Encoder.layer_of`."""
+    if not name.startswith("encoder."):
+        return model.encoder.num_layers + 1
+    return model.encoder.layer_of(name.removeprefix("encoder."))
 
 
 def build_optimizer(
@@ -130,13 +113,16 @@ def build_optimizer(
         model, config.weight_decay, decay_position_tables=config.decay_position_tables
     )
     if config.name == "sgd":
-        nesterov = config.momentum > 0
+        nesterov = config.nesterov and config.momentum > 0
         sgd = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True
         )
         # torch leaves a fresh buffer unwritten when its first step is skipped; zero is what the
         # first step starts from
-        for parameter in model.parameters() if nesterov else ():
+        held = [parameter for group in sgd.param_groups for parameter in group["params"]]
+        for parameter in held if config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

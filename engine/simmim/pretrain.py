@@ -3,29 +3,33 @@
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from simmim import distributed, precision
+from simmim import distributed
 from simmim.backbone.build import build_encoder
 from simmim.config import Config, KernelsConfig, resolve_spec
 from simmim.data.build import make_loader
-from simmim.data.loader import Loader
+from simmim.data.loader import Batch
 from simmim.data.source import open_source
 from simmim.distributed import World
 from simmim.errors import RunError
 from simmim.interrupts import Interrupts
 from simmim.log import RunLog
 from simmim.loop import Loop, train
-from simmim.method.simmim import SimMIM
+from simmim.method.build import find_method
+from simmim.method.images import ImageModel
+from simmim.method.method import Method
+from simmim.observer import Observer, Observers
 from simmim.optim import build_optimizer
-from simmim.reconstruct import FixedSamples, save_picture
 from simmim.run_folder import run_folder
 from simmim.schedule import resolve_schedule
 from simmim.step import TrainState
 from simmim_kernels.splitmix import fold, signed
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
+
+# Steps from a warning of the method to the next.
+WARNING_INTERVAL = 1000
 
 
 def pretrain(config: Config) -> int:
@@ -50,16 +54,11 @@ def pretrain(config: Config) -> int:
 
 def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> int:
     source = open_source(config.data.path)
-    schedule = resolve_schedule(config, len(source.names))
-    model = build_model(config, world.device)
-    optimizer = build_optimizer(model, config.optim)
-    wrapped: nn.Module = distributed.wrap(model, world)
-    if config.train.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
-    state = TrainState(model, wrapped, optimizer, config, schedule, world)
+    method = find_method(config)
+    state = build_state(config, len(source.names), world)
     log = RunLog(
         folder,
-        schedule.total_steps,
+        state.schedule.total_steps,
         is_main=world.is_main,
         tensorboard=config.log.tensorboard,
     )
@@ -67,57 +66,60 @@ def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> 
         return train(
             state,
             source,
-            lambda: make_loader(config, source, world),
-            lambda loader: Pictures(loader, config, world),
+            lambda: make_loader(config, source, world, method.view()),
+            lambda loader: Observers([Watch(method), *method.observers(loader, world)]),
             folder,
             log,
             interrupts,
         )
 
 
-class Pictures:
-    """Draws reconstructions of the same images as the run goes on; see `simmim.loop.Observer`."""
+def build_state(config: Config, num_images: int, world: World) -> TrainState:
+    """The model, optimiser and schedule of a run, before its first step.
 
-    busy = False
+    Args:
+        config: of the run.
+        num_images: of the data, which tells how many steps an epoch has.
+        world: this process.
 
-    def __init__(self, loader: Loader, config: Config, world: World) -> None:
-        self.config, self.world = config, world
-        drawn = world.is_main and config.log.picture_every_steps >= 0
-        self.samples = FixedSamples(loader.source, config) if drawn else None
+    Raises:
+        RunError: `kernels` names a backend that cannot run here.
+    """
+    method, model = find_method(config), build_model(config, world.device)
+    optimizer = build_optimizer(model, config.optim, method.parameter_groups(model))
+    wrapped: nn.Module = distributed.wrap(
+        model, world, sync_batch_norm=config.train.sync_batch_norm
+    )
+    if config.train.compile:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    schedule = resolve_schedule(config, num_images)
 
-    def begin(self, loop: Loop) -> None:
-        """Nothing is drawn before the first step."""
+    def loss_of(state: TrainState, batch: Batch, number: int) -> Tensor:
+        return method.loss(state.wrapped, batch)
 
-    def observe(self, loop: Loop, *, last: bool, stopping: bool) -> None:
-        """Draw where a picture is due."""
-        if self.samples is None or not self._is_due(loop, last):
-            return
-        assert isinstance(loop.state.model, SimMIM)
-        with precision.autocast(self.world.device, self.config.train.precision):
-            picture = self.samples.draw(loop.state.model)
-        if picture is not None:
-            path = loop.folder / "pictures" / f"step_{loop.state.step:08d}.png"
-            try:
-                save_picture(picture, path)
-            except OSError as error:
-                loop.log.warn(f"{path}: could not be written: {error.strerror}")
-            loop.log.picture(np.asarray(picture), loop.state.step)
-        loop.restart_clock()
-
-    def _is_due(self, loop: Loop, last: bool) -> bool:
-        every = self.config.log.picture_every_steps
-        if every == 0:
-            return loop.state.step == loop.saved_step
-        return last or loop.state.step % every == 0
-
-    def finish(self, loop: Loop) -> None:
-        """Say where the pictures are."""
-        pictures = loop.folder / "pictures"
-        if self.world.is_main and pictures.is_dir():
-            loop.log.info(f"pictures in {pictures}")
+    return TrainState(model, wrapped, optimizer, config, schedule, world, loss_of)
 
 
-def build_model(config: Config, device: torch.device) -> SimMIM:
+class Watch(Observer):
+    """What the method measures: for metrics.jsonl, and its warning, at most once in a while."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.next_warning = method, 0
+
+    def measures(self, loop: Loop) -> dict[str, Tensor]:
+        """See `Method.measures`."""
+        return self.method.measures(loop.state.model)
+
+    def measured(self, loop: Loop, values: dict[str, float]) -> None:
+        """Say what the method warns of."""
+        step = loop.state.step
+        if step >= self.next_warning and (warning := self.method.warning(values)):
+            self.next_warning = step + WARNING_INTERVAL
+            if loop.world.is_main:
+                loop.log.warn(f"step {step}: {warning}")
+
+
+def build_model(config: Config, device: torch.device) -> ImageModel:
     """The configured model, initialised from the run's seed, on `device`.
 
     Raises:
@@ -126,12 +128,7 @@ def build_model(config: Config, device: torch.device) -> SimMIM:
     check_backends(config.kernels, device)
     chosen = config.kernels
     torch.manual_seed(signed(fold(config.seed)))
-    model = SimMIM(
-        build_encoder(resolve_spec(config)),
-        norm_target=config.model.norm_target or None,
-        mean=config.data.mean,
-        std=config.data.std,
-    )
+    model = find_method(config).build(build_encoder(resolve_spec(config)))
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
     model.use_backend(chosen.backend, chosen.attention)
     if config.channels_last_on(device.type):

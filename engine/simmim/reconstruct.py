@@ -1,5 +1,6 @@
 """Pictures of what the model sees and makes: original | masked | reconstruction."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from simmim.data.decode import UnreadableImage, decode
 from simmim.data.source import Source
 from simmim.files import write_atomic
 from simmim.masking import sample_mask
-from simmim.method.simmim import SimMIM
+from simmim.method.images import ImageModel, MaskedImageModel
 from simmim_kernels.masked_l1_loss.reference import local_statistics
 from simmim_kernels.splitmix import fold, permutation
 
@@ -25,7 +26,9 @@ HEADER = 18
 
 
 @torch.no_grad()
-def reconstruction_panels(model: SimMIM, image: Tensor, mask: Tensor) -> NDArray[np.uint8]:
+def reconstruction_panels(
+    model: MaskedImageModel, image: Tensor, mask: Tensor
+) -> NDArray[np.uint8]:
     """Original, masked and reconstructed images.
 
     The reconstruction shows the prediction where pixels were hidden, and the original elsewhere
@@ -53,7 +56,7 @@ def reconstruction_panels(model: SimMIM, image: Tensor, mask: Tensor) -> NDArray
     return panels.permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
-def _to_pixels(model: SimMIM, image: Tensor, mask: Tensor) -> Tensor:
+def _to_pixels(model: MaskedImageModel, image: Tensor, mask: Tensor) -> Tensor:
     prediction = model.reconstruct(image, mask).float()
     if model.norm_target is None:
         return prediction
@@ -63,27 +66,41 @@ def _to_pixels(model: SimMIM, image: Tensor, mask: Tensor) -> Tensor:
 
 
 def draw_grid(panels: NDArray[np.uint8], captions: list[str] | None = None) -> Image.Image:
-    """Panels [B, 3, H, W, C] as one picture: a row an image, a titled column each."""
+    """Panels [B, 3, H, W, C] of `reconstruction_panels` as one picture, named on the left."""
+    below = [[caption, "", ""] for caption in captions or ()]
+    return titled_grid(panels, COLUMNS, below)
+
+
+def titled_grid(
+    panels: NDArray[np.uint8], titles: Sequence[str], captions: Sequence[Sequence[str]] = ()
+) -> Image.Image:
+    """Panels uint8 [B, columns, H, W, C] as one picture: a row an image, a titled column each.
+
+    Args:
+        panels: of 1, 3 or more channels, of which the first three show.
+        titles: one a column.
+        captions: of every row, one below each panel; none at all where it is empty.
+    """
     B, num_columns, H, W, C = panels.shape
     if C < 3:
         panels = np.repeat(panels[..., :1], 3, axis=-1)
     # small images are enlarged in whole steps, so that a picture of 32 px images can be seen
     zoom = max(1, 160 // max(H, W))
     panels = panels[..., :3].repeat(zoom, axis=2).repeat(zoom, axis=3)
-    H, W = H * zoom, W * zoom
-    caption_height = 14 if captions else 0
-    width = num_columns * (W + MARGIN) + MARGIN
-    height = HEADER + B * (H + MARGIN + caption_height) + MARGIN
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, title in enumerate(COLUMNS):
-        left = MARGIN + column * (W + MARGIN)
-        draw.text((left, 3), title, fill="black")
+    step_down = H * zoom + MARGIN + (14 if captions else 0)
+    step_right = W * zoom + MARGIN
+    size = (num_columns * step_right + MARGIN, HEADER + B * step_down + MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        left = MARGIN + column * step_right
+        pen.text((left, 3), title, fill="black")
         for row in range(B):
-            top = HEADER + row * (H + MARGIN + caption_height)
+            top = HEADER + row * step_down
             canvas.paste(Image.fromarray(panels[row, column]), (left, top))
-            if captions and column == 0:
-                draw.text((left, top + H + 1), captions[row][: width // 6], fill="black")
+            if captions:
+                text = captions[row][column][: (W * zoom) // 6]
+                pen.text((left, top + H * zoom + 1), text, fill="black")
     return canvas
 
 
@@ -92,7 +109,9 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def _draw_masks(model: SimMIM, ids: list[int], unit: int, ratio: float, seed: int) -> Tensor:
+def _draw_masks(
+    model: MaskedImageModel, ids: list[int], unit: int, ratio: float, seed: int
+) -> Tensor:
     """The masks that samples have in epoch 0, on the model's device."""
     spec, device = model.encoder.spec, model.mean.device
     return sample_mask(
@@ -107,7 +126,7 @@ def _draw_masks(model: SimMIM, ids: list[int], unit: int, ratio: float, seed: in
 
 
 def reconstruct_files(
-    model: SimMIM,
+    model: MaskedImageModel,
     files: list[Path],
     *,
     mask_unit: int,
@@ -159,11 +178,14 @@ class FixedSamples:
 
     Args:
         source: images; unreadable ones are passed over.
-        config: the run, whose seed picks the images and masks.
+        config: the run, whose seed picks the images.
+        draw_mask: (ids, epochs) → the masks of samples, bool [B, gh, gw].
     """
 
-    def __init__(self, source: Source, config: Config) -> None:
-        self.config = config
+    def __init__(
+        self, source: Source, config: Config, draw_mask: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.draw_mask = draw_mask
         self.ids: list[int] = []
         self.views: list[NDArray[np.uint8]] = []
         wanted = config.log.pictures
@@ -182,12 +204,13 @@ class FixedSamples:
             self.ids.append(sample)
             self.views.append(centre_view(image, config.image_size))
 
-    def draw(self, model: SimMIM) -> Image.Image | None:
+    def draw(self, model: ImageModel) -> Image.Image | None:
         """The picture of the model as it is; None when no image could be read."""
+        assert isinstance(model, MaskedImageModel)
         if not self.ids:
             return None
         device = model.mean.device
         image = torch.from_numpy(np.stack(self.views)).permute(0, 3, 1, 2).contiguous().to(device)
-        config = self.config
-        mask = _draw_masks(model, self.ids, config.mask.unit, config.mask.ratio, config.seed)
+        ids = torch.tensor(self.ids, device=device)
+        mask = self.draw_mask(ids, torch.zeros_like(ids))
         return draw_grid(reconstruction_panels(model, image, mask))

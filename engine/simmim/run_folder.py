@@ -96,7 +96,7 @@ def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]
     for key, value in leaves(config).items():
         if key not in before or before[key] == value or key == "output":
             continue
-        if key in FIXED_KEYS or key.startswith("model."):
+        if key in FIXED_KEYS or key.startswith(("model.", "method.")):
             raise ConfigError(
                 f"{key} was {before[key]} in {loaded.folder} and is {value} now; a run cannot "
                 "change it midway: restore it, or choose another --output"

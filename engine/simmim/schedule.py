@@ -2,7 +2,9 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from simmim.config import RunConfig
 
@@ -73,6 +75,14 @@ class Schedule:
         the first two steps both use the initial value.
         """
         return self.value_at(max(step - 1, 0), scale)
+
+    def rate_of(self, group: Mapping[str, Any], step: int) -> float:
+        """The rate of a group of parameters in step `step`.
+
+        A group's "lr_scale" scales the rates; with "fixed_lr" it keeps the peak rate.
+        """
+        scale: float = group.get("lr_scale", 1.0)
+        return self.lr * scale if group.get("fixed_lr") else self.lr_at(step, scale)
 
 
 def resolve_schedule(config: RunConfig, num_images: int) -> Schedule:

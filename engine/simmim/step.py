@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simmim import precision
-from simmim.config import Config, RunConfig
+from simmim import precision, running_statistics
+from simmim.config import RunConfig
 from simmim.data.loader import Batch
 from simmim.distributed import World, all_reduce_sum
-from simmim.masking import sample_mask
 from simmim.method.images import ImageModel
 from simmim.precision import LossScale
 from simmim.schedule import Schedule
@@ -38,7 +37,7 @@ class TrainState:
     Args:
         model: the module whose parameters train.
         wrapped: the same, as it is called (DistributedDataParallel, torch.compile).
-        optimizer: its groups may carry "lr_scale", the factor of the scheduled peak rate.
+        optimizer: its groups may carry "lr_scale" or "fixed_lr"; see `Schedule.rate_of`.
         config: the run's configuration.
         schedule: learning rates.
         world: this process.
@@ -58,12 +57,12 @@ class TrainState:
         config: RunConfig,
         schedule: Schedule,
         world: World,
-        loss_of: "LossOf | None" = None,
+        loss_of: LossOf,
         ema_decay: float = 0.0,
     ) -> None:
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.config, self.schedule, self.world = config, schedule, world
-        self.loss_of: LossOf = loss_of or masked_loss
+        self.loss_of = loss_of
         self.ema_decay = ema_decay
         self.averaged: ImageModel | None = None
         if ema_decay:
@@ -98,12 +97,6 @@ class Metrics:
     lr: float
 
 
-def prepare_image(image: Tensor, channels_last: bool) -> Tensor:
-    """uint8 [B, H, W, C] as it travels → [B, C, H, W] in the memory format the model runs in."""
-    image = image.permute(0, 3, 1, 2)
-    return image if channels_last else image.contiguous()
-
-
 def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
     """Make one optimiser step from the micro-batches of this process.
 
@@ -118,10 +111,11 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
         The step's metrics, equal in every process.
     """
     config, world = state.config, state.world
-    _seed(config.seed, state.step, world)
+    seed_step(config.seed, state.step, world)
+    statistics = running_statistics.keep(state.model)
     lr = state.schedule.lr_at(state.step)
     for group in state.optimizer.param_groups:
-        group["lr"] = state.schedule.lr_at(state.step, group.get("lr_scale", 1.0))
+        group["lr"] = state.schedule.rate_of(group, state.step)
     size = len(batches[0].ids)
     share = torch.zeros(2, device=world.device)  # Σ loss·weight, Σ weight; 1 = a full micro-batch
     for number, batch in enumerate(batches):
@@ -133,30 +127,11 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
         share += torch.stack([loss.detach() * weight, loss.new_full((), weight)])
     share = all_reduce_sum(share, world)
     present = share[1] / (len(batches) * world.size)  # exactly 1 when every slot held an image
-    return _update(state, share[0] / share[1], present, lr)
-
-
-def masked_loss(state: TrainState, batch: Batch, number: int) -> Tensor:
-    """SimMIM's part of the step: the mean error of the hidden pixels of a uint8 micro-batch."""
-    channels_last = state.config.channels_last_on(state.world.device.type)
-    loss: Tensor = state.wrapped(prepare_image(batch.image, channels_last), draw_mask(state, batch))
-    return loss
-
-
-def draw_mask(state: TrainState, batch: Batch) -> Tensor:
-    """The batch's mask units, from (seed, epoch, sample)."""
-    spec, config = state.model.encoder.spec, state.config
-    assert isinstance(config, Config)
-    return sample_mask(
-        batch.ids,
-        batch.epochs,
-        spec.grid,
-        patch_size=spec.patch_size,
-        mask_unit=config.mask.unit,
-        ratio=config.mask.ratio,
-        seed=config.seed,
-        backend=config.kernels.backend,
-    )
+    metrics = _update(state, share[0] / share[1], present, lr)
+    running_statistics.settle(state.model, statistics, metrics.finite, world)
+    if state.averaged is not None:
+        _copy_buffers(state.averaged, state.model)
+    return metrics
 
 
 def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metrics:
@@ -199,8 +174,17 @@ def _average(
     torch._foreach_add_(old, change)
 
 
-def _seed(seed: int, step: int, world: World) -> None:
-    # Randomness is a function of (seed, step, rank), so a resumed run needs no generator state.
+def _copy_buffers(averaged: nn.Module, model: nn.Module) -> None:
+    # statistics of batches are averages already
+    for old, new in zip(averaged.buffers(), model.buffers(), strict=True):
+        old.copy_(new)
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seed torch's generators for a step, as stochastic depth uses them.
+
+    Randomness is a function of (seed, step, rank), so a resumed run needs no generator state.
+    """
     torch.manual_seed(signed(fold(STREAM, seed, step, world.rank)))
 
 

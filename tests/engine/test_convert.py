@@ -73,6 +73,7 @@ REFUSED = {
     ("mmpretrain", "swinv2-from-w3"): "Swin alone",
     ("hf", "plain-tuned-vit"): "end in a norm|biases of q and v",
 }
+REFUSED |= {("torchvision", name): "ConvNets alone" for name in SPECS}
 REFUSED_PRETRAINED = {
     ("hf", "tuned-vit"): "end in a norm",
     ("timm", "tuned-vit"): "ends in a norm",

@@ -90,9 +90,15 @@ def test_losses(name: str, backend: str) -> None:
             )
 
 
-def assert_gradients(model: SimMIM, expected: dict[str, Tensor], tolerance: dict) -> None:
+def assert_gradients(
+    model: SimMIM, whole: dict[str, Tensor], rows: dict[str, Tensor], tolerance: dict
+) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert gradients.keys() == expected.keys()
+    assert gradients.keys() == whole.keys() | rows.keys()
+    for name in rows:  # of a large matrix every fourth row is stored, and the last
+        count = len(gradients[name])
+        gradients[name] = gradients[name][sorted({*range(0, count, 4), count - 1})]
+    expected = whole | rows
     for name, gradient in gradients.items():
         error = (gradient - expected[name]).abs().max()
         if name.endswith("attn.qkv.bias"):  # its key part is rounding noise
@@ -111,7 +117,8 @@ def test_gradients(name: str, recompute: bool, backend: str) -> None:
     model.train()
     model.encoder.activation_checkpointing = recompute
     model(tensors["input/image"], tensors["input/mask"]).backward()
-    assert_gradients(model, with_prefix(tensors, "grad/"), entry["tolerance"])
+    whole, rows = (with_prefix(tensors, prefix) for prefix in ("grad/", "grad_rows/"))
+    assert_gradients(model, whole, rows, entry["tolerance"])
 
 
 # Steps of SGD at a rate of 0.5 fork: from weights that differ by a float32 rounding, float64 too

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.data.loader import Batch
+from simmim.method.build import find_method
 from simmim.optim import build_optimizer
 from simmim.precision import GROWTH_INTERVAL, LossScale
-from simmim.step import Metrics, TrainState, draw_mask, train_step
+from simmim.step import Metrics, TrainState, train_step
 from small_run import CPU, make_batch, make_state, weights
 
 
@@ -57,7 +58,7 @@ def test_update_is_clipped_once_and_equals_plain_pytorch() -> None:
         batch = make_batch(0, 8, step)
         for group in optimizer.param_groups:
             group["lr"] = state.schedule.lr_at(step)
-        loss = plain(batch.image.permute(0, 3, 1, 2), draw_mask(state, batch))
+        loss = find_method(state.config).loss(plain, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
         optimizer.step()

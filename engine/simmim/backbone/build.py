@@ -1,54 +1,68 @@
-"""Encoders by name, and by the architecture that a checkpoint stores."""
+"""Encoders by name, and by the architecture that a checkpoint stores.
 
+Every file of this package that has `PRESETS` (name → an `EncoderSpec`), `preset_for` (a name → an
+`EncoderSpec` or None) or both is a backbone; nothing else names it.
+"""
+
+import difflib
+import pkgutil
 from dataclasses import asdict, fields
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from simmim.backbone.swin import Swin, SwinSpec
-from simmim.backbone.swinv2 import SwinV2, SwinV2Spec
-from simmim.backbone.vit import ViT, ViTSpec
+from simmim import backbone
+from simmim.backbone.encoder import Encoder as Encoder
+from simmim.backbone.encoder import EncoderSpec
 
-SPEC_TYPES: dict[str, type[SwinSpec] | type[ViTSpec]] = {
-    "swin": SwinSpec,
-    "swinv2": SwinV2Spec,
-    "vit": ViTSpec,
-}
+Spec = EncoderSpec
 
-Spec = SwinSpec | SwinV2Spec | ViTSpec
-Encoder = Swin | SwinV2 | ViT
+
+def _backbones() -> list[ModuleType]:
+    names = [m.name for m in pkgutil.iter_modules(backbone.__path__) if m.name != "build"]
+    modules = [import_module(f"{backbone.__name__}.{name}") for name in names]
+    return [m for m in modules if hasattr(m, "PRESETS") or hasattr(m, "preset_for")]
+
+
+_MODULES = _backbones()
 
 PRESETS: dict[str, Spec] = {
-    "swin_tiny": SwinSpec(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "swin_small": SwinSpec(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    "swin_base": SwinSpec(),
-    "swin_large": SwinSpec(embed_dim=192, num_heads=(6, 12, 24, 48), window_size=12),
-    "swinv2_tiny": SwinV2Spec(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
-    "swinv2_small": SwinV2Spec(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
-    "swinv2_base": SwinV2Spec(),
-    "swinv2_large": SwinV2Spec(embed_dim=192, num_heads=(6, 12, 24, 48)),
-    # as the published code builds these two: without the paper's extra norm after every sixth block
-    "swinv2_huge": SwinV2Spec(embed_dim=352, num_heads=(11, 22, 44, 88)),
-    "swinv2_giant": SwinV2Spec(embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128)),
-    "vit_tiny": ViTSpec(embed_dim=192, num_heads=3),
-    "vit_small": ViTSpec(embed_dim=384, num_heads=6),
-    "vit_base": ViTSpec(),
-    "vit_large": ViTSpec(embed_dim=1024, depth=24, num_heads=16),
-    "vit_base_plain": ViTSpec(
-        absolute_position=True, shared_relative_position=False, layer_scale=None
-    ),
+    name: spec for module in _MODULES for name, spec in getattr(module, "PRESETS", {}).items()
 }
+
+SPEC_TYPES: dict[str, type[Spec]] = {
+    value.arch: value
+    for module in _MODULES
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, EncoderSpec) and value.arch
+}
+
+
+def find_preset(name: str) -> Spec:
+    """The architecture that a model's name means.
+
+    Raises:
+        ValueError: no backbone knows the name; says which names are near.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    for module in _MODULES:
+        spec: Spec | None = module.preset_for(name) if hasattr(module, "preset_for") else None
+        if spec is not None:
+            return spec
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    known = f"did you mean {near[0]}?" if near else f"known are {', '.join(PRESETS)}"
+    raise ValueError(f"{name} is unknown; {known}")
 
 
 def build_encoder(spec: Spec) -> Encoder:
     """The encoder that `spec` describes, freshly initialised from torch's generator."""
-    if isinstance(spec, SwinV2Spec):
-        return SwinV2(spec)
-    return Swin(spec) if isinstance(spec, SwinSpec) else ViT(spec)
+    return spec.build()
 
 
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
     """A dictionary of plain values that `spec_from_dict` turns back into `spec`."""
-    arch = next(name for name, kind in SPEC_TYPES.items() if type(spec) is kind)
-    return {"arch": arch, **asdict(spec)}
+    return {"arch": spec.arch, **asdict(spec)}
 
 
 def spec_from_dict(values: dict[str, Any]) -> Spec:
@@ -64,5 +78,4 @@ def spec_from_dict(values: dict[str, Any]) -> Spec:
     spec_type = SPEC_TYPES[arch]
     if unknown := set(values) - {f.name for f in fields(spec_type)}:
         raise ValueError(f"unknown fields of {arch}: {', '.join(sorted(unknown))}")
-    spec: Spec = spec_type(**values)
-    return spec
+    return spec_type(**values)

@@ -4,11 +4,14 @@ B batch, H W token rows and columns of a stage, C width, N heads.
 Source: microsoft/SimMIM models/swin_transformer.py and models/simmim.py.
 """
 
+import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from simmim.backbone.encoder import Encoder, EncoderSpec
 from simmim.backbone.layers import (
     Backends,
     DropPath,
@@ -24,7 +27,7 @@ NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class SwinSpec:
+class SwinSpec(EncoderSpec):
     """Everything that defines a Swin encoder; what a checkpoint stores to rebuild it.
 
     Attributes:
@@ -57,10 +60,7 @@ class SwinSpec:
     patch_norm: bool = True
     drop_path: float = 0.0
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patch tokens along height and width."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+    arch: ClassVar[str] = "swin"
 
     @property
     def stride(self) -> int:
@@ -125,6 +125,18 @@ class SwinSpec:
             f"a window of {self.window_size} tokens does not fit the {_by(self.resolution(stage))} "
             f"tokens of stage {stage} at {_by(self.image_size)} px; nearest that fits is {near}"
         )
+
+    def build(self) -> "Swin":
+        """The encoder, freshly initialised from torch's generator."""
+        return Swin(self)
+
+
+PRESETS = {
+    "swin_tiny": SwinSpec(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin_small": SwinSpec(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_base": SwinSpec(),
+    "swin_large": SwinSpec(embed_dim=192, num_heads=(6, 12, 24, 48), window_size=12),
+}
 
 
 def _by(size: tuple[int, ...]) -> str:
@@ -235,7 +247,7 @@ class SwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x, backends.ops)
 
 
-class Swin(nn.Module):
+class Swin(Encoder):
     """Swin encoder with a mask token.
 
     Args:
@@ -247,6 +259,7 @@ class Swin(nn.Module):
 
     # as published; position tables are decided by the optimiser's settings
     no_decay = frozenset({"absolute_pos_embed", "mask_token"})
+    spec: SwinSpec
     stage_type: type[SwinStage] = SwinStage
 
     def __init__(self, spec: SwinSpec) -> None:
@@ -258,7 +271,7 @@ class Swin(nn.Module):
         self.activation_checkpointing = False
         self.backends = Backends()
         self.patch_embed = PatchEmbed(spec)
-        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
             length = spec.grid[0] * spec.grid[1]
             self.absolute_pos_embed = nn.Parameter(torch.zeros(1, length, spec.embed_dim))
@@ -317,3 +330,22 @@ class Swin(nn.Module):
             tokens = stage(tokens, recompute, self.backends)
         features: Tensor = self.norm(tokens).permute(0, 3, 1, 2)
         return features
+
+    @property
+    def num_layers(self) -> int:
+        """See `Encoder`."""
+        return sum(self.spec.depths)
+
+    def layer_of(self, name: str) -> int:
+        """See `Encoder`; merging counts to the block before it.
+
+        As published, absolute positions count to the head, as the final norm does.
+        """
+        if name.startswith("patch_embed.") or name == "mask_token":
+            return 0
+        if match := re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name):
+            stage, block = int(match[1]), match[2]
+            if block is None:
+                return sum(self.spec.depths[: stage + 1])
+            return sum(self.spec.depths[:stage]) + int(block) + 1
+        return self.num_layers + 1

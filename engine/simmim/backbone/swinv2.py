@@ -9,6 +9,7 @@ Source: microsoft/Swin-Transformer models/swin_transformer_v2.py and models/simm
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ class SwinV2Spec(SwinSpec):
     window_size: int = 12
     pretrained_window_sizes: tuple[int, ...] = ()
 
+    arch: ClassVar[str] = "swinv2"
+
     def __post_init__(self) -> None:
         if not any(self.pretrained_window_sizes):
             object.__setattr__(self, "pretrained_window_sizes", (0,) * len(self.depths))
@@ -54,6 +57,21 @@ class SwinV2Spec(SwinSpec):
         if any(size < 0 for size in self.pretrained_window_sizes):
             found.append(("pretrained_window_sizes", "a window has at least 0 tokens"))
         return found
+
+    def build(self) -> "SwinV2":
+        """The encoder, freshly initialised from torch's generator."""
+        return SwinV2(self)
+
+
+PRESETS = {
+    "swinv2_tiny": SwinV2Spec(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swinv2_small": SwinV2Spec(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swinv2_base": SwinV2Spec(),
+    "swinv2_large": SwinV2Spec(embed_dim=192, num_heads=(6, 12, 24, 48)),
+    # as the published code builds these two: without the paper's extra norm after every sixth block
+    "swinv2_huge": SwinV2Spec(embed_dim=352, num_heads=(11, 22, 44, 88)),
+    "swinv2_giant": SwinV2Spec(embed_dim=512, depths=(2, 2, 42, 4), num_heads=(16, 32, 64, 128)),
+}
 
 
 class WindowAttention(nn.Module):

@@ -5,12 +5,15 @@ Source: microsoft/SimMIM models/vision_transformer.py and models/simmim.py.
 """
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from simmim.backbone.attention import relative_position_bias_with_cls
+from simmim.backbone.encoder import Encoder, EncoderSpec
 from simmim.backbone.layers import (
     Backends,
     DropPath,
@@ -24,7 +27,7 @@ from simmim_kernels import embed_patches, residual_attention
 
 
 @dataclass(frozen=True)
-class ViTSpec:
+class ViTSpec(EncoderSpec):
     """Everything that defines a ViT encoder; what a checkpoint stores to rebuild it.
 
     Attributes:
@@ -67,10 +70,7 @@ class ViTSpec:
     norm_eps: float = 1e-6
     drop_path: float = 0.0
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patch tokens along height and width."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+    arch: ClassVar[str] = "vit"
 
     @property
     def stride(self) -> int:
@@ -108,6 +108,24 @@ class ViTSpec:
                 )
             )
         return found
+
+    def build(self) -> "ViT":
+        """The encoder, freshly initialised from torch's generator."""
+        return ViT(self)
+
+
+def _plain(preset: ViTSpec) -> ViTSpec:
+    """The ViT of timm and lightly: learned positions, and neither relative ones nor LayerScale."""
+    return replace(preset, absolute_position=True, shared_relative_position=False, layer_scale=None)
+
+
+PRESETS = {
+    "vit_tiny": ViTSpec(embed_dim=192, num_heads=3),
+    "vit_small": ViTSpec(embed_dim=384, num_heads=6),
+    "vit_base": ViTSpec(),
+    "vit_large": ViTSpec(embed_dim=1024, depth=24, num_heads=16),
+}
+PRESETS |= {f"{name}_plain": _plain(preset) for name, preset in PRESETS.items()}
 
 
 class PatchEmbed(nn.Module):
@@ -229,7 +247,7 @@ class Block(nn.Module):
         return x
 
 
-class ViT(nn.Module):
+class ViT(Encoder):
     """ViT encoder with a mask token.
 
     Args:
@@ -241,6 +259,7 @@ class ViT(nn.Module):
 
     # as published: the ViT's mask token is decayed, the Swin's is not
     no_decay = frozenset({"pos_embed", "cls_token"})
+    spec: ViTSpec
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -254,7 +273,7 @@ class ViT(nn.Module):
         self.cls_token = (
             nn.Parameter(torch.zeros(1, 1, spec.embed_dim)) if spec.class_token else None
         )
-        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         if spec.absolute_position:
             length = spec.num_prefix + spec.grid[0] * spec.grid[1]
             self.pos_embed = nn.Parameter(
@@ -327,3 +346,15 @@ class ViT(nn.Module):
             tokens = run_block(block, recompute, tokens, bias, self.backends)
         features: Tensor = self.norm(tokens)[:, self.spec.num_prefix :].transpose(1, 2)
         return features.reshape(B, self.num_features, *self.spec.grid)
+
+    @property
+    def num_layers(self) -> int:
+        """See `Encoder`."""
+        return self.spec.depth
+
+    def layer_of(self, name: str) -> int:
+        """See `Encoder`; as published, a shared position table counts to the head."""
+        if name.startswith("patch_embed.") or name in ("cls_token", "pos_embed", "mask_token"):
+            return 0
+        match = re.match(r"blocks\.(\d+)\.", name)
+        return int(match[1]) + 1 if match else self.num_layers + 1

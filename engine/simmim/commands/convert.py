@@ -19,6 +19,8 @@ layouts:
   mmpretrain  open-mmlab: Swin, with its order of merged channels
   timm        Swin and SwinV2; ViT, and BEiT for a ViT with relative positions. No decoder, no mask
               token. Architecture and arguments of timm.create_model lie in the metadata "timm"
+              ResNet, ConvNeXt, and whatever was trained as timm:NAME, with running statistics
+  torchvision ResNet and ConvNeXt, with running statistics. No decoder, no mask token
   hf          transformers: a folder with config.json; Swin, SwinV2, ViT, and BEiT for a ViT with
               relative positions, without decoder
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from simmim.backbone.build import Spec
-from simmim.convert import hf, layouts, mmpretrain, official, timm_layout
+from simmim.backbone.convnet import ConvNetSpec
+from simmim.backbone.swin import SwinSpec
+from simmim.backbone.swinv2 import SwinV2Spec
+from simmim.backbone.timm_backbone import TimmSpec
+from simmim.backbone.vit import ViTSpec
+from simmim.convert import convnet_layouts, hf, layouts, mmpretrain, official, timm_layout
 from simmim.files import sync, write_atomic
 from simmim.load import WEIGHTS_FILE, Weights, weights_metadata
 from simmim.weights_file import save_tensors
@@ -51,9 +56,15 @@ def to_layout(weights: Weights, layout: str) -> Export:
     Raises:
         ValueError: the target has no model that computes the same; says which part.
     """
-    state, spec, kind = weights.state, weights.spec, weights.kind
     if layout == "simmim":
-        return Export(layout, kind, spec, dict(state), {})
+        return Export(layout, weights.kind, weights.spec, dict(weights.state), {})
+    if weights.kind not in ("simmim", "classifier", "encoder"):
+        return _encoder_alone(weights, layout)
+    state, spec, kind = weights.state, weights.spec, weights.kind
+    if isinstance(spec, ConvNetSpec):
+        return _to_convnet_layout(weights, spec, layout)
+    if layout == "torchvision":
+        raise ValueError("torchvision has no place for a Swin or ViT here: ConvNets alone")
     if layout == "official":
         renamed = official.to_finetuned(state, spec) if kind == "classifier" else dict(state)
         return Export(layout, kind, spec, renamed, {})
@@ -62,6 +73,34 @@ def to_layout(weights: Weights, layout: str) -> Export:
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
     kind = official.kind_of(kept)
     converted, config = module.from_ours(kept, spec, kind, weights.metadata)
+    return Export(layout, kind, spec, converted, config, left_out)
+
+
+def layouts_for(spec: Spec) -> tuple[str, ...]:
+    """The layouts that checkpoints of an architecture are read from and written to."""
+    if isinstance(spec, ConvNetSpec):
+        told = () if isinstance(spec, TimmSpec) else ("torchvision",)
+        return ("simmim", "timm", *told)
+    if isinstance(spec, SwinV2Spec):
+        return ("simmim", "official", "timm", "hf")
+    if isinstance(spec, SwinSpec):
+        return ("simmim", "official", "mmpretrain", "timm", "hf")
+    return ("simmim", "official", "timm", "hf") if isinstance(spec, ViTSpec) else ("simmim",)
+
+
+def _encoder_alone(weights: Weights, layout: str) -> Export:
+    """The export of a model whose heads nobody else knows."""
+    parts = {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}
+    export = to_layout(replace(weights, kind="encoder", state=parts), layout)
+    heads = tuple(name for name in weights.state if name not in parts)
+    return replace(export, left_out=(*heads, *export.left_out))
+
+
+def _to_convnet_layout(weights: Weights, spec: ConvNetSpec, layout: str) -> Export:
+    left_out = tuple(convnet_layouts.left_out(weights.state, weights.kind))
+    kept = {name: tensor for name, tensor in weights.state.items() if name not in left_out}
+    kind = official.kind_of(kept)
+    converted, config = convnet_layouts.from_ours(kept, spec, kind, layout)
     return Export(layout, kind, spec, converted, config, left_out)
 
 

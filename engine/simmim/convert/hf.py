@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from simmim.backbone.build import Spec
+from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
 from simmim.convert.official import BUFFERS
@@ -235,6 +236,8 @@ def model_type(spec: Spec, kind: str) -> str:
         if not spec.qkv_bias:
             raise ValueError("Hugging Face's BEiT always has biases of q and v")
         return "beit"
+    if not isinstance(spec, SwinSpec):
+        raise ValueError(f"no Hugging Face model of a {spec.arch} is known here")
     if spec.absolute_position:
         raise ValueError("Hugging Face's Swin cannot add absolute positions")
     if not spec.patch_norm:
@@ -344,6 +347,7 @@ def _config(
                 "drop_path_rate": spec.drop_path,
             }
     else:
+        assert isinstance(spec, SwinSpec)
         config |= {
             "embed_dim": spec.embed_dim,
             "depths": list(spec.depths),

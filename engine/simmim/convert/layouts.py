@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simmim.convert import hf, mmpretrain, official, timm_layout
+from simmim.convert import convnet_layouts, hf, mmpretrain, official, timm_layout
 from simmim.convert.official import State
 from simmim.weights_file import read_notes
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
-LAYOUTS = ("simmim", "official", "mmpretrain", "timm", "hf")
+LAYOUTS = ("simmim", "official", "mmpretrain", "timm", "torchvision", "hf")
 
 
 @dataclass(frozen=True)
@@ -71,35 +71,53 @@ _READERS: dict[str, tuple[Callable[[State], bool], Callable[..., Any]]] = {
     "hf": (hf.matches, hf.to_ours),
     "mmpretrain": (mmpretrain.matches, mmpretrain.to_ours),
     "timm": (timm_layout.matches, timm_layout.to_ours),
+    "convnet": (convnet_layouts.matches, convnet_layouts.to_ours),
+}
+
+# What reads a layout, where it is not the reader of its name alone.
+_READERS_OF: dict[str | None, list[str]] = {
+    None: list(_READERS),
+    "simmim": ["official", "convnet"],
+    "official": ["official", "finetuned"],
+    "timm": ["timm", "convnet"],
+    "torchvision": ["convnet"],
 }
 
 
-def to_ours(state: State, config: dict[str, Any], layout: str | None = None) -> Found:
+def to_ours(
+    state: State, config: dict[str, Any], layout: str | None = None, *, is_ours: bool = False
+) -> Found:
     """A checkpoint of any known layout under our names.
 
     Args:
         state: names and tensors as they lie in the file.
         config: of `read_config`; {} for none.
         layout: whose names they are, one of LAYOUTS; None tells by the names.
+        is_ours: whether the file says that it is ours, whose backbones have names of their own.
 
     Raises:
         ValueError: the layout is unknown, or not `layout`.
     """
-    wanted = {None: list(_READERS), "simmim": ["official"], "official": ["official", "finetuned"]}
-    for name in wanted.get(layout, [layout or ""]):
+    for name in _READERS_OF.get(layout, [layout or ""]):
         matches, convert = _READERS[name]
-        if matches(state):
+        if matches(state) or (name == "convnet" and convnet_layouts.is_of_timm(config)):
             converted, hints, metadata = convert(state, config)
             hints = {key: value for key, value in hints.items() if value is not None}
             if any(key.endswith(".logit_scale") for key in converted):
                 hints = official.window_hints(state) | hints
             if name == "finetuned":  # whose names timm's BEiT has too
                 name = "timm" if "architecture" in config else "official"
+            if name == "convnet":
+                name = convnet_layouts.layout_of(state, config, layout)
             return Found(name, converted, hints, metadata)
+    own = is_ours and layout in (None, "simmim")
+    if own and any(name.startswith(official.PREFIX) for name in state):
+        return Found("simmim", dict(state), {}, {})
     some = ", ".join(sorted(state)[:4])
     if layout is not None:
         raise ValueError(f"not the names of {layout}; found {some}, …")
     raise ValueError(
         "unknown layout; expected encoder.patch_embed.proj.weight as we and microsoft/SimMIM have "
-        f"it, or the names of timm, Hugging Face or mmpretrain; found {some}, …"
+        "it, or the names of timm, torchvision, Hugging Face or mmpretrain; found "
+        f"{some}, …"
     )

@@ -26,6 +26,7 @@ def expected(layout: str, spec: Spec, kind: str, num_classes: int, masked: bool)
         num_classes: K.
         masked: whether the encoder has a mask token.
     """
+    assert isinstance(spec, SwinSpec | ViTSpec)
     if isinstance(spec, ViTSpec):
         timm = {"vit": _timm_vit, "beit": _timm_beit}[family_of(spec)]
         found = _hf_vit(spec, kind) if layout == "hf" else timm(spec, kind)
@@ -50,7 +51,7 @@ def expected(layout: str, spec: Spec, kind: str, num_classes: int, masked: bool)
     return found
 
 
-def _features(spec: Spec) -> int:
+def _features(spec: SwinSpec | ViTSpec) -> int:
     if isinstance(spec, ViTSpec):
         return spec.embed_dim
     return spec.embed_dim << (len(spec.depths) - 1)
@@ -65,7 +66,7 @@ def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Manifest
     return found | {f"{name}.bias": (outputs,)} if bias else found
 
 
-def _patches(name: str, spec: Spec) -> Manifest:
+def _patches(name: str, spec: SwinSpec | ViTSpec) -> Manifest:
     p = spec.patch_size
     return {
         f"{name}.weight": (spec.embed_dim, spec.channels, p, p),

@@ -346,7 +346,8 @@ def _infer_vit(
         num_heads = width // 64
     if image_size is None:
         if position is not None:
-            side = _side(position.shape[1] - 1, "the number of patch positions")
+            patches = position.shape[1] - int("cls_token" in encoder)
+            side = _side(patches, "the number of patch positions")
         elif table is not None:
             side = (_side(table.shape[0] - 3, "the rows of the position table") + 1) // 2
         else:
@@ -359,6 +360,7 @@ def _infer_vit(
         embed_dim=width,
         depth=_count(encoder, r"blocks\.(\d+)\."),
         num_heads=num_heads,
+        class_token="cls_token" in encoder,
         mlp_ratio=encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
         qkv_bias="blocks.0.attn.q_bias" in encoder,
         absolute_position=position is not None,

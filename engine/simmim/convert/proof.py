@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simmim.backbone.convnet import ConvNetSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.convert import layouts
+from simmim.convert import convnet_manifest, layouts
 from simmim.convert.export import Export, to_layout, write
 from simmim.convert.manifest import expected
 from simmim.convert.official import PREFIX
@@ -122,7 +123,10 @@ def _check_round_trip(weights: Weights, export: Export) -> None:
 def _check_manifest(weights: Weights, export: Export) -> None:
     num_classes = len(weights.state["head.weight"]) if export.kind == "classifier" else 0
     masked = f"{PREFIX}mask_token" in weights.state.keys() - set(export.left_out)
-    wanted = expected(export.layout, weights.spec, export.kind, num_classes, masked)
+    if isinstance(weights.spec, ConvNetSpec):
+        wanted = convnet_manifest.expected(weights.spec, export.kind, num_classes, export.layout)
+    else:
+        wanted = expected(export.layout, weights.spec, export.kind, num_classes, masked)
     found = {name: tuple(tensor.shape) for name, tensor in export.state.items()}
     differ = [n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)]
     if differ:
@@ -211,9 +215,34 @@ def _rebuild_timm(export: Export) -> tuple[Forward, bool]:
         if export.kind == "classifier":
             return torch.as_tensor(model(image))
         features = model.forward_features(image)
+        if isinstance(export.spec, ConvNetSpec):
+            return torch.as_tensor(features)
         if isinstance(export.spec, ViTSpec):
             return _as_map(features[:, 1:], image, export.spec.stride)
         return torch.as_tensor(features.permute(0, 3, 1, 2))
+
+    return forward, False
+
+
+def _rebuild_torchvision(export: Export) -> tuple[Forward, bool]:
+    models: Any = import_module("torchvision.models")
+    config = dict(export.config)
+    if config["model"] == "ResNet":
+        block: Any = getattr(import_module("torchvision.models.resnet"), config["block"])
+        model = models.ResNet(block, config["layers"], num_classes=config["classes"] or 1)
+        body, head = torch.nn.Sequential(*list(model.children())[:-2]), "fc"
+    else:
+        stage: Any = import_module("torchvision.models.convnext").CNBlockConfig
+        setting = [stage(*values) for values in config["block_setting"]]
+        model = models.ConvNeXt(setting, num_classes=config["classes"] or 1)
+        body, head = model.features, "classifier"
+    if export.kind == "encoder":
+        setattr(model, head, torch.nn.Identity())
+    model = model.eval()
+    _fill(model, export)
+
+    def forward(image: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.as_tensor(model(image) if export.kind == "classifier" else body(image))
 
     return forward, False
 
@@ -247,5 +276,6 @@ def _fill(model: torch.nn.Module, export: Export) -> None:
 _LIBRARIES: dict[str, tuple[str, Callable[[Export], tuple[Forward, bool]]]] = {
     "hf": ("transformers", _rebuild_hf),
     "timm": ("timm", _rebuild_timm),
+    "torchvision": ("torchvision", _rebuild_torchvision),
     "mmpretrain": ("mmpretrain", _rebuild_mmpretrain),
 }

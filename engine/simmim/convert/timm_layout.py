@@ -86,6 +86,7 @@ def from_ours(
     Raises:
         ValueError: they have no model that computes the same.
     """
+    assert isinstance(spec, SwinSpec | ViTSpec)
     arguments: dict[str, Any] = {
         "img_size": list(spec.image_size),
         "patch_size": spec.patch_size,

@@ -4,14 +4,22 @@ from simmim.config import Config, micro_batch
 from simmim.data.augment import Augmentation
 from simmim.data.cropped import CroppedView
 from simmim.data.dali import DaliPipeline, choose_backend
+from simmim.data.dali_two_views import DaliTwoViews
 from simmim.data.loader import Loader, default_workers
-from simmim.data.producer import Producer
-from simmim.data.source import Source
+from simmim.data.producer import Producer, View
+from simmim.data.source import DataError, Source
+from simmim.data.two_views import VIEWS, TwoViews
 from simmim.distributed import World
 
 
-def make_loader(config: Config, source: Source, world: World) -> Loader:
+def make_loader(config: Config, source: Source, world: World, view: View | None = None) -> Loader:
     """A loader over `source` for this process; see `simmim.data.loader.Loader`.
+
+    Args:
+        config: of the run.
+        source: images.
+        world: this process.
+        view: makes the arrays, see `simmim.method.method.Method.view`; None takes random crops.
 
     Raises:
         DataError: DALI was asked for and is missing, or cannot work within its memory.
@@ -21,15 +29,26 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
     augmentation = Augmentation(
         config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
     )
+    view = view or CroppedView(
+        augmentation, config.seed, max_pixels=data.max_pixels, value_range=data.value_range
+    )
     producer: Producer | None = None
     backend, reason = choose_backend(data.backend, world.device, data.channels)
+    if backend == "dali" and not isinstance(view, CroppedView | TwoViews):
+        if data.backend == "dali":
+            raise DataError(
+                f"data.backend=dali makes crops, and no {type(view).__name__} as "
+                f"method.name={config.method.name} asks for: set --data.backend=cpu"
+            )
+        backend, reason = "cpu", f"DALI makes no {type(view).__name__}"
     if backend == "dali":
-        producer = DaliPipeline(
+        two = isinstance(view, TwoViews)
+        pipeline = DaliPipeline(
             source,
             augmentation,
             config.seed,
             device=world.device,
-            micro_batch=batch,
+            micro_batch=VIEWS * batch if two else batch,
             threads=max(1, workers),
             prefetch=data.prefetch,
             memory_bytes=data.dali_memory_mib * 2**20,
@@ -38,9 +57,7 @@ def make_loader(config: Config, source: Source, world: World) -> Loader:
             timeout_s=data.timeout_s,
             report=lambda line: loader.report(line),
         )
-    view = CroppedView(
-        augmentation, config.seed, max_pixels=data.max_pixels, value_range=data.value_range
-    )
+        producer = DaliTwoViews(pipeline) if two else pipeline
     loader = Loader(
         source,
         view,

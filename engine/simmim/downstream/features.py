@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
+from simmim.backbone.convnet import ConvNet
 from simmim.data.labelled import EvaluationView
 from simmim.data.one_pass import one_pass
 from simmim.data.source import DataError, Source
@@ -110,8 +111,11 @@ def load_for_features(
 def blocks_of(encoder: Encoder) -> list[nn.Module]:
     """The blocks of an encoder, first to last.
 
-    Their outputs are [B, …, D], with the class token first where the encoder has one.
+    Their outputs are [B, …, D], with the class token first where the encoder has one; of a ConvNet
+    they are maps, [B, D, …, …].
     """
+    if isinstance(encoder, ConvNet):
+        return encoder.blocks_in_order()
     found: list[nn.Module] = []
     # a ViT has its blocks in one list, a Swin in stages
     for stage in getattr(encoder, "layers", [encoder]):
@@ -172,7 +176,7 @@ def layer_features(
 
     Returns:
         Name → float32 [B, D], or [B, L, D] without pooling, in the model's order. The stages of a
-        Swin differ in L and D.
+        Swin or ConvNet differ in L and D.
 
     Raises:
         ValueError: an unknown layer, or the class token of an encoder that has none.
@@ -182,6 +186,8 @@ def layer_features(
     found: dict[str, Tensor] = {}
 
     def keep(name: str, tokens: Tensor) -> None:
+        if isinstance(model.encoder, ConvNet):
+            tokens = tokens.permute(0, 2, 3, 1)
         tokens = tokens.flatten(1, -2)  # [B, (1 +) L, D]
         if pool == "cls":
             found[name] = tokens[:, 0].float()
@@ -201,7 +207,7 @@ def layer_features(
                 if name != OUTPUT:
                     keep_when_run(name, blocks[name])
             if OUTPUT in wanted and pool == "cls":
-                keep_when_run(OUTPUT, model.encoder.norm)
+                keep_when_run(OUTPUT, model.encoder.get_submodule("norm"))
             features = model.encode(image)  # [B, D, h, w]
             if OUTPUT in wanted and pool != "cls":
                 patches = features.flatten(2).transpose(1, 2)

@@ -25,6 +25,7 @@ from simmim.load import Weights, read_model
 from simmim.log import EVALUATIONS_FILE, RunLog
 from simmim.loop import Loop, train, write_weights
 from simmim.method.classifier import Classifier
+from simmim.observer import Observer
 from simmim.optim import build_optimizer, finetune_groups
 from simmim.pretrain import check_backends
 from simmim.run_folder import run_folder
@@ -73,7 +74,9 @@ def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interru
         decay_position_tables=config.optim.decay_position_tables,
     )
     optimizer = build_optimizer(model, config.optim, groups)
-    wrapped: nn.Module = distributed.wrap(model, world)
+    wrapped: nn.Module = distributed.wrap(
+        model, world, sync_batch_norm=config.train.sync_batch_norm
+    )
     if config.train.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     loss_of = ClassificationLoss(images.labels.values, mixing, world.device)
@@ -252,7 +255,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * log_probability).sum() / target.sum().clamp(min=1.0)
 
 
-class Evaluations:
+class Evaluations(Observer):
     """Classifies the validation images as the run goes on; see `simmim.loop.Observer`.
 
     Every evaluation is a row of evaluations.jsonl. The weights of the best (top-1, the earlier one

@@ -34,6 +34,8 @@ _FREE = {
     "pretrained_window_sizes",
     "drop_path",
     "final_norm",
+    "frozen_position",
+    "zero_init_residual",
     "shared_relative_position",
     "layer_relative_position",
     "layer_scale",
@@ -83,7 +85,8 @@ def finetune_spec(spec: Spec, pretrained: Spec | None = None) -> Spec:
     """The architecture that a classifier has, as published.
 
     A ViT loses its final norm (the classifier norms the mean), and the table that its blocks share
-    becomes one for each. A SwinV2 keeps in mind the windows that it was pre-trained with.
+    becomes one for each; positions that stood still begin to train. A SwinV2 keeps in mind the
+    windows that it was pre-trained with.
 
     Args:
         spec: of the encoder, at the size and window of fine-tuning.
@@ -92,7 +95,11 @@ def finetune_spec(spec: Spec, pretrained: Spec | None = None) -> Spec:
     if isinstance(spec, ViTSpec):
         tables = spec.shared_relative_position or spec.layer_relative_position
         return replace(
-            spec, final_norm=False, shared_relative_position=False, layer_relative_position=tables
+            spec,
+            final_norm=False,
+            frozen_position=False,
+            shared_relative_position=False,
+            layer_relative_position=tables,
         )
     # weights of another family are refused when they are handed over
     if isinstance(spec, SwinV2Spec) and isinstance(pretrained, SwinV2Spec):
@@ -139,8 +146,13 @@ def _check_architecture(source: Spec, target: Spec) -> None:
 
 def _describe(spec: Spec) -> str:
     kind = type(spec).__name__.removesuffix("Spec")
-    depth = spec.depth if isinstance(spec, ViTSpec) else list(spec.depths)
-    return f"a {kind} (width {spec.embed_dim}, depth {depth})"
+    parts = {"embed_dim": "width", "width": "width", "depth": "depth", "depths": "depth"}
+    told = [
+        f"{word} {list(value) if isinstance(value, tuple) else value}"
+        for name, word in parts.items()
+        if (value := getattr(spec, name, None)) is not None
+    ]
+    return f"a {kind} ({', '.join(told)})" if told else f"a {kind}"
 
 
 def _hand_over(weights: Weights, model: ImageModel) -> Handover:
@@ -225,7 +237,7 @@ def _fitted(
         moved = torch.cat([offsets, tensor[len(tensor) - rest :]])
         return moved, f"window {_by(before)} → {_by(after)}"
     if name in ("encoder.pos_embed", "encoder.absolute_pos_embed") and source.grid != target.grid:
-        kept = int(name == "encoder.pos_embed")  # the class token has a position
+        kept = target.num_prefix if isinstance(target, ViTSpec) else 0  # the class token's
         moved = resize_positions(tensor[:, kept:], source.grid, target.grid)
         moved = torch.cat([tensor[:, :kept], moved], dim=1)
         return moved, f"positions {_by(source.grid)} → {_by(target.grid)}, bicubic"

@@ -5,11 +5,13 @@ Source: microsoft/SimMIM models/swin_transformer.py and models/vision_transforme
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
+from simmim.backbone.convnet import ConvNet
 from simmim.backbone.layers import init_linear
 from simmim.backbone.vit import ViT
 from simmim.method.images import ImageModel
@@ -22,7 +24,7 @@ class Classifier(ImageModel):
     """An encoder without a mask token, and a linear head over the mean of its output cells.
 
     A Swin normalises tokens before their mean, a ViT the mean (`fc_norm`; its encoder then has no
-    final norm), both as published.
+    final norm), both as published; a ConvNeXt the mean, as its authors do, a ResNet nothing.
 
     Args:
         encoder: a backbone of `simmim.backbone`; its mask token is taken away.
@@ -31,6 +33,8 @@ class Classifier(ImageModel):
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
         margin: how images become views when predicting: see `simmim.data.labelled.EvaluationView`.
     """
+
+    kind = "classifier"
 
     def __init__(
         self,
@@ -49,12 +53,19 @@ class Classifier(ImageModel):
         self.fc_norm: nn.Module = nn.Identity()
         self.head = nn.Linear(encoder.num_features, len(self.classes))
         init_linear(self.head)
+        if isinstance(encoder, ConvNet) and encoder.spec.pooled_norm_eps:
+            self.fc_norm = nn.LayerNorm(encoder.num_features, encoder.spec.pooled_norm_eps)
         if isinstance(encoder, ViT):
             if not encoder.spec.final_norm:
                 self.fc_norm = nn.LayerNorm(encoder.num_features, encoder.spec.norm_eps)
             init_linear(self.head, bound=0.02)
             with torch.no_grad():
                 self.head.weight.mul_(VIT_HEAD_SCALE)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `ImageModel`."""
+        return {"classes": self.classes, "margin": self.margin}
 
     def pool(self, image: Tensor) -> Tensor:
         """What the head sees of every image, [B, D]."""

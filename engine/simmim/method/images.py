@@ -3,9 +3,9 @@
 B batch, C channels, H W pixels, D width, h w cells of the encoder's output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class ImageModel(nn.Module):
         ValueError: `mean` or `std` has not one value per channel.
     """
 
+    # what a weights file says it holds; a method's own kind is the method's name
+    kind: ClassVar[str] = "encoder"
+
     mean: Tensor
     std: Tensor
 
@@ -55,6 +58,11 @@ class ImageModel(nn.Module):
             )
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments, in plain values, that rebuild the model beside encoder, mean and std."""
+        return {}
 
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
         """Make every op use the backend `name`; None lets each op choose.
@@ -102,3 +110,49 @@ class ImageModel(nn.Module):
     def _statistics(self, image: Tensor) -> dict[str, Tensor]:
         # bytes go into the ops as they are: each normalises those that it reads
         return {"mean": self.mean, "std": self.std} if image.dtype == torch.uint8 else {}
+
+
+class MaskedImageModel(ImageModel):
+    """A model that sees part of an image and predicts the rest.
+
+    A mask is bool, [B, gh, gw] on any grid whose cells are whole patches (token grid or coarser);
+    True hides.
+
+    Attributes:
+        norm_target: odd window side in pixels over which the target is normalised; None where
+            `reconstruct` gives the image itself.
+    """
+
+    norm_target: int | None = None
+
+    def trained_mask(self, mask: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """What a weights file tells of the configured mask: unit in pixels, ratio."""
+        return mask
+
+    def token_mask(self, mask: Tensor) -> Tensor:
+        """A mask on any grid of whole patches → bool on the encoder's token grid.
+
+        Raises:
+            ValueError: the token grid is no multiple of the mask's grid.
+        """
+        height, width = self.encoder.spec.grid
+        if mask.dim() != 3 or height % mask.shape[1] or width % mask.shape[2]:
+            raise ValueError(
+                f"mask {tuple(mask.shape)} must be [B, gh, gw] with gh dividing {height} and gw "
+                f"dividing {width} (the token grid)"
+            )
+        mask = mask.to(torch.bool)
+        rows, columns = height // mask.shape[1], width // mask.shape[2]
+        if rows > 1:
+            mask = mask.repeat_interleave(rows, 1)
+        if columns > 1:
+            mask = mask.repeat_interleave(columns, 2)
+        return mask
+
+    def encode(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Feature map of the image, [B, D, h, w]; hidden tokens see the mask token instead."""
+        return self._features(image, None if mask is None else self.token_mask(mask))
+
+    def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Prediction of every pixel, [B, C, H, W], in normalised units."""
+        raise NotImplementedError

@@ -5,16 +5,24 @@ Source: Xie et al. 2021 (arXiv 2111.09886), section 3; microsoft/SimMIM models/s
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
-from simmim.method.images import ImageModel
+from simmim.config import check_mask
+from simmim.data.loader import Batch, Loader
+from simmim.distributed import World
+from simmim.masking import sample_mask
+from simmim.method.images import MaskedImageModel
+from simmim.method.method import Method
+from simmim.observer import Observer
+from simmim.validation import pictures_and_validation
 from simmim_kernels import linear_masked_l1_loss
 
 
-class SimMIM(ImageModel):
+class SimMIM(MaskedImageModel):
     """An encoder, a linear decoder, and the masked L1 loss.
 
     Images are float tensors that are already normalised, or uint8 tensors (0–255) that the model
@@ -28,6 +36,8 @@ class SimMIM(ImageModel):
         mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
     """
+
+    kind = "simmim"
 
     def __init__(
         self,
@@ -46,34 +56,15 @@ class SimMIM(ImageModel):
             nn.PixelShuffle(self.encoder_stride),
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `ImageModel`."""
+        return {"norm_target": self.norm_target}
+
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
         """See `ImageModel.use_backend`; the loss takes `name` too."""
         super().use_backend(name, attention)
         self.loss_backend = name
-
-    def token_mask(self, mask: Tensor) -> Tensor:
-        """A mask on any grid of whole patches → bool on the encoder's token grid.
-
-        Raises:
-            ValueError: the token grid is no multiple of the mask's grid.
-        """
-        height, width = self.encoder.spec.grid
-        if mask.dim() != 3 or height % mask.shape[1] or width % mask.shape[2]:
-            raise ValueError(
-                f"mask {tuple(mask.shape)} must be [B, gh, gw] with gh dividing {height} and gw "
-                f"dividing {width} (the token grid)"
-            )
-        mask = mask.to(torch.bool)
-        rows, columns = height // mask.shape[1], width // mask.shape[2]
-        if rows > 1:
-            mask = mask.repeat_interleave(rows, 1)
-        if columns > 1:
-            mask = mask.repeat_interleave(columns, 2)
-        return mask
-
-    def encode(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Feature map of the image, [B, D, h, w]; hidden tokens see the mask token instead."""
-        return self._features(image, None if mask is None else self.token_mask(mask))
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
         """Prediction of every pixel, [B, C, H, W], in normalised units."""
@@ -99,3 +90,49 @@ class SimMIM(ImageModel):
             norm_target=self.norm_target,
             backend=self.loss_backend,
         )
+
+
+class SimMIMMethod(Method):
+    """SimMIM: [mask] says what is hidden, `model.norm_target` what is regressed."""
+
+    name = "simmim"
+    Model = SimMIM
+    purpose = "hide mask units of 32 pixels, regress their pixels with a linear head (L1)"
+
+    def check(self) -> None:
+        """See `Method`."""
+        check_mask(self.config)
+
+    def build(self, encoder: Encoder) -> SimMIM:
+        """See `Method`."""
+        data = self.config.data
+        norm_target = self.config.model.norm_target or None
+        return SimMIM(encoder, norm_target=norm_target, mean=data.mean, std=data.std)
+
+    def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
+        """The mask units of samples, bool [B, gh, gw], from (seed, epoch, sample).
+
+        Args:
+            ids: int64 [B], of the samples.
+            epochs: int64 [B].
+        """
+        config = self.config
+        return sample_mask(
+            ids,
+            epochs,
+            self.spec.grid,
+            patch_size=self.spec.patch_size,
+            mask_unit=config.mask.unit,
+            ratio=config.mask.ratio,
+            seed=config.seed,
+            backend=config.kernels.backend,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Method`."""
+        loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
+        return loss
+
+    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
+        """Reconstructions of the same images under the same masks, and validation."""
+        return pictures_and_validation(self, loader, world)

@@ -1,0 +1,58 @@
+"""The `simmim models` command."""
+
+import argparse
+import json
+
+from simmim.backbone.build import PRESETS
+from simmim.commands.arguments import one_line_errors
+from simmim.method.build import methods
+from simmim.model_table import Entry, model_table
+
+EPILOGUE = """\
+MACs are the multiply-accumulates of one image's forward pass through the encoder, at the size that
+is printed beside them: those of convolutions, linear layers and attention. (The 18.83 G often
+quoted for Swin-B are counted at 224 px with windows padded to fit, norms and decoder included.)
+Any convolutional model of timm is a backbone too: simmim models timm:NAME
+"""
+
+
+@one_line_errors
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="simmim models",
+        description="Every backbone × method: parameters, MACs, checkpoint layouts.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="backbones (default: all)")
+    add("--image-size", type=int, metavar="PIXELS", help="side (default: each one's own)")
+    add("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    if options.image_size is not None and options.image_size < 1:
+        parser.error(f"--image-size={options.image_size} must be at least 1")
+    entries = model_table(options.names, options.image_size)
+    if options.json:
+        print(json.dumps([entry.as_dict() for entry in entries], indent=1))
+        return 0
+    width = max(map(len, options.names or PRESETS)) + 2
+    columns = "".join(f"{name:>10}" for name in methods())
+    print(f"{'backbone':<{width}}{'px':>5}{'GMACs':>8}{'encoder':>10}{columns}  layouts")
+    for entry in entries:
+        print(f"{entry.name:<{width}}{_row(entry)}", flush=True)
+    print("\nparameters of the encoder, and of the module that trains, by method:")
+    for name, method in methods().items():
+        print(f"  {name:<8} {method.purpose}")
+    return 0
+
+
+def _row(entry: Entry) -> str:
+    totals = [_millions(entry.methods[m]) if m in entry.methods else "–" for m in methods()]
+    counts = "".join(f"{total:>10}" for total in (_millions(entry.parameters), *totals))
+    side, macs = entry.image_size[0], entry.macs / 1e9
+    return f"{side:>5}{macs:>8.2f}{counts}  {' '.join(entry.layouts)}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"

@@ -1,0 +1,53 @@
+"""Methods by name. A file of this package that defines a `Method` is one; nothing else names it."""
+
+import difflib
+import pkgutil
+from functools import cache
+from importlib import import_module
+
+from simmim import config as configuration
+from simmim import method
+from simmim.config import Config, ConfigError
+from simmim.method.method import Method
+
+
+@cache
+def methods() -> dict[str, type[Method]]:
+    """Every method by its name."""
+    found: dict[str, type[Method]] = {}
+    for file in pkgutil.iter_modules(method.__path__):
+        if file.name == "build":
+            continue
+        for value in vars(import_module(f"{method.__name__}.{file.name}")).values():
+            if isinstance(value, type) and issubclass(value, Method) and value.name:
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+def method_class(name: str) -> type[Method]:
+    """The method that `method.name` means.
+
+    Raises:
+        ConfigError: there is none; names what there is.
+    """
+    known = methods()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    raise ConfigError(f"method.name={name} is unknown; {hint}")
+
+
+def find_method(config: Config) -> Method:
+    """The method of a run.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return method_class(config.method.name)(config)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for anything that cannot run, before any data is read."""
+    configuration.check(config)
+    find_method(config).check()

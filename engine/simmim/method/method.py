@@ -1,0 +1,117 @@
+"""What a method of pre-training supplies; all else of a run is the engine's.
+
+B batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from simmim.backbone.build import Encoder, Spec
+from simmim.config import Config, MethodConfig, resolve_spec
+from simmim.data.augment import Augmentation
+from simmim.data.cropped import CroppedView
+from simmim.data.loader import Batch, Loader
+from simmim.data.producer import View
+from simmim.distributed import World
+from simmim.method.images import ImageModel
+from simmim.observer import Observer
+from simmim.optim import parameter_groups
+
+
+class Method:
+    """A method of pre-training; one file of this package defines one.
+
+    A subclass names itself, says what its [method] table holds, and gives at least `build` and
+    `loss`. It keeps no state between steps: whatever is drawn is a function of the seed, the epoch
+    and the sample, which makes a resumed run end as an unbroken one.
+
+    Args:
+        config: of the run; `config.method` is of the type `Settings`.
+
+    Attributes:
+        name: what `method.name` calls it; "" is no method.
+        Settings: of the [method] table.
+        Model: what `build` gives; its `kind` is the method's name, and Model(encoder, mean=…,
+            std=…, **model.settings) builds it again from a weights file.
+        purpose: what it does, in a few words, for lists.
+    """
+
+    name: ClassVar[str] = ""
+    Settings: ClassVar[type[MethodConfig]] = MethodConfig
+    Model: ClassVar[type[ImageModel]] = ImageModel
+    purpose: ClassVar[str] = ""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raise ConfigError for what does not fit together, before any data is read."""
+
+    def build(self, encoder: Encoder) -> ImageModel:
+        """The module that trains, with the encoder as its `encoder`; called after seeding."""
+        raise NotImplementedError
+
+    @property
+    def spec(self) -> Spec:
+        """The encoder's architecture."""
+        return resolve_spec(self.config)
+
+    def arrange(self, image: Tensor) -> Tensor:
+        """Images as they travel, [B, …, H, W, C], as the model takes them: [B, …, C, H, W].
+
+        In the memory format that the run's model is in.
+        """
+        image = image.movedim(-1, -3)
+        if self.config.channels_last_on(image.device.type):
+            return image
+        return image.contiguous()
+
+    def view(self) -> View:
+        """What makes an array of an image; a random crop, as uint8 [H, W, C], unless overridden."""
+        data = self.config.data
+        augmentation = Augmentation(
+            self.config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
+        )
+        return CroppedView(
+            augmentation,
+            self.config.seed,
+            max_pixels=data.max_pixels,
+            value_range=data.value_range,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of the images of a micro-batch; empty slots (id -1) carry no weight.
+
+        Args:
+            model: what `build` gave, or a wrapper of it (DistributedDataParallel, torch.compile).
+            batch: what `view` made, [B, *shape], on the model's device.
+
+        Returns:
+            A scalar that gradients flow from.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self, model: ImageModel) -> list[dict[str, Any]]:
+        """Groups for the optimiser, each {"params", "names", "weight_decay"}.
+
+        A group may carry "lr_scale", the factor of the scheduled rate, or "fixed_lr": True, which
+        keeps the peak rate for the whole run.
+        """
+        optim = self.config.optim
+        return parameter_groups(
+            model, optim.weight_decay, decay_position_tables=optim.decay_position_tables
+        )
+
+    def measures(self, model: ImageModel) -> dict[str, Tensor]:
+        """Scalars of the last step beside the loss; read only where a progress line is due."""
+        return {}
+
+    def warning(self, measures: dict[str, float]) -> str:
+        """What is wrong with `measures` and what helps, in a line; "" where nothing is."""
+        return ""
+
+    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
+        """What a run does between its steps: pictures, validation."""
+        return ()

@@ -1,0 +1,303 @@
+"""SimSiam: two views of an image, one network; each view predicts the other, which stands still.
+
+B batch, C channels, H W pixels, D width of the projection.
+Source: Chen and He 2020 (arXiv 2011.10566); facebookresearch/simsiam simsiam/builder.py and
+main_simsiam.py.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simmim.backbone.build import Encoder
+from simmim.config import Config, ConfigError, MethodConfig, check_ranges, micro_batch
+from simmim.data.augment import Augmentation
+from simmim.data.distortion import Distortion, distort, draw
+from simmim.data.loader import Batch, Loader
+from simmim.data.two_views import VIEWS, TwoViews
+from simmim.distributed import World
+from simmim.method.images import ImageModel
+from simmim.method.method import Method
+from simmim.observer import Observer
+from simmim.pictures import Pictures
+from simmim.view_pictures import ViewPictures
+
+# Share of the healthy deviation of features below which a run counts as collapsing.
+COLLAPSED_SHARE = 0.3
+
+# Projections shorter than this share of a healthy one's length count as this long: features that
+# are all the same leave rounding noise behind the last batch norm, and noise points everywhere.
+SHORTEST_SHARE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig(MethodConfig):
+    """SimSiam; crops and flips are those of [data]."""
+
+    projector_width: int = 2048
+    """Width of the projection; hidden layers are as wide as the features, as published."""
+    projector_layers: int = 3
+    """Linear layers of the projector, each with a batch norm."""
+    predictor_width: int = 512
+    """Width of the predictor's hidden layer."""
+    fix_predictor_lr: bool = True
+    """Keep the predictor at the peak learning rate, as published for best results."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strengths of the jitter of brightness, contrast, saturation and hue."""
+    jitter_probability: float = 0.8
+    """Probability of the jitter."""
+    grey: float = 0.2
+    """Probability of losing the colour."""
+    blur: float = 0.5
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur, in pixels."""
+
+
+class SimSiam(ImageModel):
+    """An encoder, a projector over the mean of its output cells, a predictor, and the loss.
+
+    Of a model that is not in training mode, the loss is that of running statistics.
+
+    Args:
+        encoder: a backbone of `simmim.backbone`; its mask token is taken away.
+        projector_width: D.
+        projector_layers: linear layers of the projector, at least 1.
+        predictor_width: of the predictor's hidden layer.
+        mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
+        std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
+
+    Attributes:
+        feature_std: scalar on the device: of the last training forward, the standard deviation
+            over the batch of projections of length 1, mean over D; 1/√D where they point
+            everywhere, 0 where they are all the same.
+    """
+
+    kind = "simsiam"
+    feature_std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        projector_width: int = 2048,
+        projector_layers: int = 3,
+        predictor_width: int = 512,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(encoder, mean=mean, std=std)
+        self._settings = {
+            "projector_width": projector_width,
+            "projector_layers": projector_layers,
+            "predictor_width": predictor_width,
+        }
+        encoder.mask_token = None  # nothing is hidden; DDP would wait for its gradient
+        width = encoder.num_features
+        layers: list[nn.Module] = []
+        for _ in range(projector_layers - 1):
+            layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(True)]
+        last = nn.Linear(width, projector_width)
+        assert last.bias is not None
+        # Published so: the norm behind takes the bias away again, and decay would change nothing
+        # but the running mean.
+        last.bias.requires_grad_(False)
+        self.projector = nn.Sequential(*layers, last, nn.BatchNorm1d(projector_width, affine=False))
+        self.predictor = nn.Sequential(
+            nn.Linear(projector_width, predictor_width, bias=False),
+            nn.BatchNorm1d(predictor_width),
+            nn.ReLU(True),
+            nn.Linear(predictor_width, projector_width),
+        )
+        self.register_buffer("feature_std", torch.zeros(()), persistent=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `ImageModel`."""
+        return dict(self._settings)
+
+    def project(self, image: Tensor) -> Tensor:
+        """Projections z of images [B, C, H, W], uint8 or normalised: [B, D]."""
+        projection: Tensor = self.projector(self.encode(image).mean((2, 3)))
+        return projection
+
+    def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
+        """Scalar loss of two views [B, C, H, W] of the same images, at least 2 in training.
+
+        The views go through every batch norm one after the other, as published.
+        """
+        z_a, z_b = self.project(view_a), self.project(view_b)
+        p_a, p_b = self.predictor(z_a), self.predictor(z_b)
+        if self.training:
+            self._measure(z_a.detach(), z_b.detach())
+        return negative_cosine(p_a, p_b, z_a, z_b)
+
+    @torch.no_grad()
+    def _measure(self, *projections: Tensor) -> None:
+        shortest = SHORTEST_SHARE * math.sqrt(projections[0].shape[1])
+        for number, z in enumerate(projections):
+            z = z.float()
+            directions = z / z.norm(dim=1, keepdim=True).clamp(min=shortest)
+            std = directions.std(0).mean()
+            self.feature_std.lerp_(std.to(self.feature_std.dtype), 1 / (number + 1))
+
+
+def negative_cosine(p_a: Tensor, p_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
+    """-(mean cos(p_a, z_b) + mean cos(p_b, z_a)) / 2; no gradient goes to z.
+
+    Computed in float32. PyTorch's own operations: at [256, 2048] they take less than a thousandth
+    of a ResNet-50's step, so that an op of ours would have nothing to win.
+
+    Args:
+        p_a: predictions of the one view, [B, D].
+        p_b: of the other.
+        z_a: projections of the one view, [B, D].
+        z_b: of the other.
+    """
+    towards_b = F.cosine_similarity(p_a.float(), z_b.detach().float()).mean()
+    towards_a = F.cosine_similarity(p_b.float(), z_a.detach().float()).mean()
+    return -(towards_b + towards_a) / 2
+
+
+class SimSiamMethod(Method):
+    """SimSiam: [method] gives heads, colour and blur; [data] gives crops and flips."""
+
+    name = "simsiam"
+    Settings = SimSiamConfig
+    Model = SimSiam
+    purpose = "two views of every image predict each other through one network (negative cosine)"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.method, SimSiamConfig)
+        self.settings = config.method
+        self.distortion = Distortion(
+            self.settings.jitter,
+            self.settings.jitter_probability,
+            self.settings.grey,
+            self.settings.blur,
+            self.settings.blur_sigma,
+        )
+
+    def check(self) -> None:
+        """See `Method`."""
+        settings, channels = self.settings, self.config.data.channels
+        check_ranges(
+            [
+                ("method.projector_width", settings.projector_width, 1, math.inf),
+                ("method.projector_layers", settings.projector_layers, 1, 16),
+                ("method.predictor_width", settings.predictor_width, 1, math.inf),
+                ("method.jitter", min(settings.jitter), 0, math.inf),
+                ("method.jitter's hue", settings.jitter[3], 0, 0.5),
+                ("method.jitter_probability", settings.jitter_probability, 0, 1),
+                ("method.grey", settings.grey, 0, 1),
+                ("method.blur", settings.blur, 0, 1),
+                ("method.blur_sigma", min(settings.blur_sigma), 0, math.inf),
+            ]
+        )
+        if settings.blur_sigma[0] > settings.blur_sigma[1]:
+            raise ConfigError(f"method.blur_sigma={list(settings.blur_sigma)} must rise")
+        if channels not in (1, 3) and (settings.jitter_probability or settings.grey):
+            raise ConfigError(
+                f"images of data.channels={channels} have no colour to jitter: set "
+                "--method.jitter_probability=0 --method.grey=0"
+            )
+        if micro_batch(self.config, int(os.environ.get("WORLD_SIZE", "1"))) < 2:
+            raise ConfigError(
+                f"train.batch_size={self.config.train.batch_size} leaves 1 image per process and "
+                "backward pass: the batch norms of SimSiam need at least 2"
+            )
+
+    def build(self, encoder: Encoder) -> SimSiam:
+        """See `Method`."""
+        data, settings = self.config.data, self.settings
+        return SimSiam(
+            encoder,
+            projector_width=settings.projector_width,
+            projector_layers=settings.projector_layers,
+            predictor_width=settings.predictor_width,
+            mean=data.mean,
+            std=data.std,
+        )
+
+    def view(self) -> TwoViews:
+        """Two crops of every image; colour and blur follow on the device."""
+        data = self.config.data
+        return TwoViews(
+            Augmentation(
+                self.config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
+            ),
+            self.config.seed,
+            max_pixels=data.max_pixels,
+            value_range=data.value_range,
+        )
+
+    @torch.no_grad()
+    def distorted(self, image: Tensor, ids: Tensor, epochs: Tensor) -> list[Tensor]:
+        """The two views as the model takes them: uint8 [B, 2, H, W, C] → two of [B, C, H, W]."""
+        views = []
+        for view in range(VIEWS):
+            draws = draw(ids, epochs, view, self.config.seed, self.distortion)
+            pixels = distort(image[:, view], draws, self.distortion.sigma[1])
+            if self.config.channels_last_on(image.device.type):
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            views.append(pixels)
+        return views
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `Method`; empty slots do not even take part in batch norms."""
+        image, ids, epochs = batch.image, batch.ids, batch.epochs
+        if batch.num_valid < len(ids):
+            # the images first, without asking the device which they are; but never one alone
+            kept = (ids < 0).to(torch.uint8).argsort(stable=True)[: max(2, batch.num_valid)]
+            image, ids, epochs = image[kept], ids[kept], epochs[kept]
+        loss: Tensor = model(*self.distorted(image, ids, epochs))
+        # beside an empty slot, one image has nothing to differ from
+        return loss if batch.num_valid > 1 else loss * 0.0
+
+    def parameter_groups(self, model: ImageModel) -> list[dict[str, Any]]:
+        """All that trains is decayed, as published; the predictor may keep its peak rate."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = []
+        for of_predictor in (False, True):
+            chosen = [(n, p) for n, p in named if n.startswith("predictor.") == of_predictor]
+            groups.append(
+                {
+                    "params": [parameter for _, parameter in chosen],
+                    "names": [name for name, _ in chosen],
+                    "weight_decay": self.config.optim.weight_decay,
+                }
+            )
+        groups[1]["fixed_lr"] = self.settings.fix_predictor_lr
+        return groups
+
+    def measures(self, model: ImageModel) -> dict[str, Tensor]:
+        """feature_std, and its share of the 1/√D of features that point everywhere."""
+        assert isinstance(model, SimSiam)
+        healthy = 1 / math.sqrt(self.settings.projector_width)
+        return {"feature_std": model.feature_std, "feature_std_share": model.feature_std / healthy}
+
+    def warning(self, measures: dict[str, float]) -> str:
+        """Warns of a collapse: features that are the same for every image."""
+        share = measures["feature_std_share"]
+        if not share < COLLAPSED_SHARE:
+            return ""
+        return (
+            f"the features collapse: their deviation over the batch is {share:.0%} of that of "
+            "healthy ones, and a loss near -1 then means nothing. Try a lower --optim.lr, a larger "
+            "--train.batch_size, --train.sync_batch_norm=true where several processes train; and "
+            "a projector and predictor as published ([method] left at its defaults)"
+        )
+
+    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
+        """Pictures of the views of the same images, and of which images are near to each."""
+        if not world.is_main or self.config.log.picture_every_steps < 0:
+            return ()
+        pictures = ViewPictures(loader.source, self.config, self.view(), self.distorted)
+        return (Pictures(self.config, world, pictures.draw),)
