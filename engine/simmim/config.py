@@ -120,7 +120,7 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """How the encoder is pre-trained; every method adds keys of its own."""
+    """How the encoder is pre-trained; each method has keys of its own."""
 
     name: str = "simmim"
     """Method: simmim, or another that `simmim models` lists."""
@@ -272,7 +272,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """Pre-training run; see `config_class` for one of another method than SimMIM."""
+    """Pre-training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
