@@ -185,8 +185,8 @@ def _reconstruct(arguments: list[str]) -> int:
         model = load_model(options.checkpoint, options.image_size)
         if not isinstance(model, MaskedImageModel):
             raise ValueError(
-                f"{options.checkpoint}: a {model.kind} model reconstructs nothing; give a "
-                "pre-trained run of masked images"
+                f"{options.checkpoint}: a {model.kind} reconstructs nothing; give the pre-trained "
+                "run of a method that masks images"
             )
         trained = trained_mask(options.checkpoint)
         picture = reconstruct_files(

@@ -16,11 +16,11 @@ from PIL import Image
 
 import simmim
 from simmim import cli
-from simmim.backbone.build import build_encoder, spec_from_dict
+from simmim.backbone.build import build_encoder, find_preset, spec_from_dict
 from simmim.backbone.vit import ViTSpec
 from simmim.checkpoint import save_weights
 from simmim.command_line import load
-from simmim.config import MaskConfig
+from simmim.config import MaskConfig, config_class
 from simmim.data.source import open_source
 from simmim.downstream import finetune_config
 from simmim.downstream.card import RunFacts, write_card
@@ -30,9 +30,11 @@ from simmim.downstream.hub import export, from_pretrained, save_pretrained
 from simmim.downstream.predict import predict
 from simmim.downstream.run_facts import read_facts
 from simmim.load import load_model, trained_mask
+from simmim.method.build import find_method
 from simmim.method.classifier import Classifier
 from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
+from simmim.method.simsiam import SimSiamConfig
 from simmim.pretrain import pretrain
 
 SPEC = ViTSpec(image_size=(32, 32), patch_size=16, embed_dim=16, depth=1, num_heads=2)
@@ -340,3 +342,17 @@ def test_hostile_names(tmp_path: Path) -> None:
     )
     assert load_model(tmp_path / "out").classes == classes
     assert json.loads((tmp_path / "out/config.json").read_text("utf-8"))["classes"] == [*classes]
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "convnext_tiny", "swinv2_small"])
+def test_a_preset_is_named_and_a_method_is_told(name: str, tmp_path: Path) -> None:
+    """ResNet-34 and -50 have as many blocks."""
+    settings = SimSiamConfig(name="simsiam")
+    config = config_class(settings.__class__)(method=settings)
+    with torch.device("meta"):
+        model = find_method(config).build(find_preset(name).build())
+    model.mean, model.std = torch.zeros(3), torch.ones(3)
+    text = write_card(tmp_path, model).read_text()
+    assert f"# {name}, pre-trained with SimSiam" in text
+    assert "masked-image-modeling" not in text
+    assert "simmim.load_model" in text

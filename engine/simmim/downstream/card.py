@@ -12,8 +12,10 @@ import simmim
 from simmim.backbone.build import PRESETS, spec_to_dict
 from simmim.downstream.run_facts import LOSS_STEPS, RunFacts
 from simmim.files import write_text
+from simmim.method.build import methods
 from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
+from simmim.method.images import ImageModel, MaskedImageModel
+from simmim.method.method import Method
 from simmim.method.simmim import SimMIM
 
 CARD_FILE = "README.md"
@@ -77,7 +79,9 @@ def _front_matter(model: ImageModel, facts: RunFacts | None, license: str) -> st
     arch = spec_to_dict(model.encoder.spec)["arch"]
     tags = ["simmim", arch, "pytorch"]
     if not _is_from_scratch(facts):
-        tags += ["masked-image-modeling", "self-supervised-learning"]
+        masked = isinstance(model, MaskedImageModel | Classifier) or model.kind == "encoder"
+        tags += ["masked-image-modeling"] if masked else []
+        tags += ["self-supervised-learning"]
     lines = [
         "library_name: simmim",
         f"pipeline_tag: {task}",
@@ -110,7 +114,7 @@ def _front_matter(model: ImageModel, facts: RunFacts | None, license: str) -> st
 def _title(model: ImageModel, facts: RunFacts | None) -> str:
     name = _architecture(model)
     if not isinstance(model, Classifier):
-        return f"{name}, pre-trained with SimMIM"
+        return f"{name}, pre-trained with {_method(model).title or model.kind}"
     data = facts and facts.recipe.get("data", {}).get("path")
     on = f" on {_plain(data)}" if data else ""
     return f"{name}, {'trained' if _is_from_scratch(facts) else 'fine-tuned'}{on}"
@@ -119,7 +123,9 @@ def _title(model: ImageModel, facts: RunFacts | None) -> str:
 def _architecture(model: ImageModel) -> str:
     """The preset that the encoder is, as far as its widths and depths tell; else its family."""
     own = spec_to_dict(model.encoder.spec)
-    keys = ("arch", "embed_dim", "depth", "depths", "num_heads")
+    if own["arch"] == "timm":
+        return f"timm:{own['name']}"
+    keys = ("arch", "embed_dim", "depth", "depths", "num_heads", "width", "widths", "bottleneck")
     for name, preset in PRESETS.items():
         values = spec_to_dict(preset)
         if all(values.get(key) == own.get(key) for key in keys):
@@ -133,19 +139,30 @@ def _is_from_scratch(facts: RunFacts | None) -> bool:
 
 
 def _summary(model: ImageModel, facts: RunFacts | None) -> str:
-    simmim_paper = "[SimMIM](https://arxiv.org/abs/2111.09886)"
+    method = _method(model)
+    named = f"[{method.title}]({method.paper})" if method.paper else method.title or model.kind
     if isinstance(model, Classifier):
-        origin = f"Its encoder comes from {simmim_paper} pre-training."
+        origin = f"Its encoder comes from {named} pre-training."
         if _is_from_scratch(facts):
             origin = "It was trained from scratch."
         return f"Classifies images into {len(model.classes):,} classes. {origin}"
     if isinstance(model, SimMIM):
         return (
-            f"An image encoder that learned from images without labels by {simmim_paper}: part of "
+            f"An image encoder that learned from images without labels by {named}: part of "
             "each was hidden, and a linear head had to tell the hidden pixels. It gives features; "
             "for classes, fine-tune it (`simmim finetune`)."
         )
-    return f"An image encoder of {simmim_paper} pre-training."
+    if model.kind == "encoder":
+        return f"An image encoder of {named} pre-training."
+    return (
+        f"An image encoder that learned from images without labels by {named}: {method.purpose}. "
+        "It gives features; for classes, fine-tune it (`simmim finetune`)."
+    )
+
+
+def _method(model: ImageModel) -> type[Method]:
+    """The method that a model is of; SimMIM where it does not tell."""
+    return methods().get(model.kind, methods()["simmim"])
 
 
 def _use(model: ImageModel) -> str:
@@ -167,7 +184,11 @@ def _use(model: ImageModel) -> str:
             "import simmim",
             "import torch",
             "",
-            f"model = simmim.{type(model).__name__}.from_pretrained({where})  {comment}",
+            (
+                f"model = simmim.SimMIM.from_pretrained({where})  {comment}"
+                if model.kind == "simmim"
+                else f"model = simmim.load_model({where})  # this folder"
+            ),
             f"images = torch.zeros(1, {C}, {height}, {width}, dtype=torch.uint8)  # or normalised",
             f"features = model.encode(images)  # [1, {D}, {height // stride}, {width // stride}]",
         ]
@@ -181,7 +202,7 @@ def _model_rows(model: ImageModel, mask: Mapping[str, Any] | None) -> list[tuple
         ("architecture", _architecture(model)),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("image", f"{height} × {width} pixels, {model.channels} channels"),
-        ("patch", f"{spec['patch_size']} pixels"),
+        ("cell of the mask grid", f"{model.encoder.spec.patch_size} pixels"),
     ]
     rows += [
         (key.replace("_", " "), _value(spec[key]))
@@ -192,7 +213,7 @@ def _model_rows(model: ImageModel, mask: Mapping[str, Any] | None) -> list[tuple
         ("mean", _value([round(value, 6) for value in model.mean.tolist()])),
         ("std", _value([round(value, 6) for value in model.std.tolist()])),
     ]
-    if isinstance(model, SimMIM):
+    if isinstance(model, MaskedImageModel):
         if mask:
             rows.append(("mask", f"{mask['ratio']:.0%} of units of {mask['unit']} pixels"))
         if model.norm_target:

@@ -28,8 +28,7 @@ from simmim.downstream.run_facts import RunFacts, read_facts
 from simmim.errors import RunError
 from simmim.files import write_atomic, write_text
 from simmim.load import WEIGHTS_FILE, find_weights, load_model, trained_mask
-from simmim.method.images import ImageModel
-from simmim.method.simmim import SimMIM
+from simmim.method.images import ImageModel, MaskedImageModel
 from simmim.reconstruct import reconstruct_files, save_picture
 from simmim.run_folder import RUN_FILE
 
@@ -133,15 +132,15 @@ def export(
     check_output(folder, overwrite)
     weights = find_weights(best_weights(path))
     model, facts = load_model(weights), read_facts(weights)
-    mask = trained_mask(weights) if isinstance(model, SimMIM) else None
+    mask = trained_mask(weights) if isinstance(model, MaskedImageModel) else None
     picture: Image.Image | Path | None = None
     if images:
-        if not isinstance(model, SimMIM) or mask is None:
-            raise ValueError(f"{path}: a classifier reconstructs nothing; leave out the photos")
+        if not isinstance(model, MaskedImageModel) or mask is None:
+            raise ValueError(f"{path}: a {model.kind} reconstructs nothing; leave out the photos")
         picture = reconstruct_files(
             model, list(images), mask_unit=mask["unit"], ratio=mask["ratio"], seed=0
         )
-    elif with_picture and facts is not None and isinstance(model, SimMIM):
+    elif with_picture and facts is not None and isinstance(model, MaskedImageModel):
         picture = facts.picture
     save_pretrained(
         model,

@@ -36,12 +36,16 @@ class Method:
         Model: what `build` gives; its `kind` is the method's name, and Model(encoder, mean=…,
             std=…, **model.settings) builds it again from a weights file.
         purpose: what it does, in a few words, for lists.
+        title: what people call it.
+        paper: address of its paper; "" where there is none.
     """
 
     name: ClassVar[str] = ""
     Settings: ClassVar[type[MethodConfig]] = MethodConfig
     Model: ClassVar[type[ImageModel]] = ImageModel
     purpose: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
         self.config = config

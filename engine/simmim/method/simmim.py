@@ -97,6 +97,8 @@ class SimMIMMethod(Method):
 
     name = "simmim"
     Model = SimMIM
+    title = "SimMIM"
+    paper = "https://arxiv.org/abs/2111.09886"
     purpose = "hide mask units of 32 pixels, regress their pixels with a linear head (L1)"
 
     def check(self) -> None:

@@ -171,6 +171,8 @@ class SimSiamMethod(Method):
     name = "simsiam"
     Settings = SimSiamConfig
     Model = SimSiam
+    title = "SimSiam"
+    paper = "https://arxiv.org/abs/2011.10566"
     purpose = "two views of every image predict each other through one network (negative cosine)"
 
     def __init__(self, config: Config) -> None:

@@ -262,6 +262,8 @@ class TokenMethod(Method):
     name = "tokens"
     Settings = TokensConfig
     Model = TokenSimMIM
+    title = "token-wise SimMIM"
+    paper = "https://arxiv.org/abs/2111.09886"
     purpose = "hide single tokens of a ViT, regress the pixels of those alone (L1 or L2)"
 
     @property
