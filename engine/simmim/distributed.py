@@ -1,9 +1,10 @@
 """One process per device: who this process is, and the few collectives the engine needs."""
 
+import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -111,9 +112,13 @@ def wrap(model: nn.Module, world: World, *, sync_batch_norm: bool) -> nn.Module:
         return model
     if sync_batch_norm:
         model = batch_norm.convert(model)
-    return nn.parallel.DistributedDataParallel(
+    wrapper = nn.parallel.DistributedDataParallel
+    # the step itself keeps running statistics equal; later releases of torch have another word
+    later = "forward_sync_buffers" in inspect.signature(wrapper).parameters
+    unsynced: dict[str, Any] = {"forward_sync_buffers" if later else "broadcast_buffers": False}
+    return wrapper(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **unsynced,
     )
