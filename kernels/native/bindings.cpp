@@ -1,5 +1,6 @@
-// The Python module simmim_kernels._cpu: addresses and sizes in, nothing else. Checks of shapes and
-// dtypes live in Python; a dtype is 0 float32, 1 bfloat16, 2 float16, 3 uint8.
+// The Python module simmim_kernels._cpu: addresses and sizes in, nothing else.
+// Checks of shapes and dtypes live in Python; a dtype is 0 float32, 1 bfloat16,
+// 2 float16, 3 uint8.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
@@ -18,6 +19,7 @@
 #include "gradient_norm.h"
 #include "masked_l1_loss.h"
 #include "merge_patches.h"
+#include "post_norm_block.h"
 #include "random_patch_mask.h"
 #include "recycled_memory.h"
 #include "substitute_mask_tokens.h"
@@ -46,8 +48,8 @@ bool use_target(const std::string& name) {
     return false;
 }
 
-// A tensor over recycled memory, which goes back when the last tensor that shares it is gone. code:
-// DLPack's, of the dtype.
+// A tensor over recycled memory, which goes back when the last tensor that
+// shares it is gone. code: DLPack's, of the dtype.
 nb::ndarray<nb::pytorch> recycled_tensor(const std::vector<size_t>& shape, int code, int bits) {
     size_t bytes = static_cast<size_t>(bits) / 8;
     for (const size_t size : shape) bytes *= size;
@@ -190,7 +192,7 @@ void random_patch_mask(uintptr_t ids, uintptr_t epochs, int64_t epoch_stride, in
 }
 
 simmim::WindowAttention attention(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
-                                  const std::array<int64_t, 5>& sizes,
+                                  uintptr_t factors, const std::array<int64_t, 5>& sizes,
                                   const std::array<int64_t, 2>& window,
                                   const std::array<int64_t, 2>& shift, float scale, int dtype,
                                   int num_threads) {
@@ -198,6 +200,7 @@ simmim::WindowAttention attention(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t b
     a.qkv = pointer<const void>(qkv);
     a.qkv_bias = pointer<const float>(qkv_bias);
     a.bias = pointer<const float>(bias);
+    a.factors = pointer<const float>(factors);
     a.batch = sizes[0];
     a.rows = sizes[1];
     a.columns = sizes[2];
@@ -213,32 +216,33 @@ simmim::WindowAttention attention(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t b
     return a;
 }
 
-void window_attention_forward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
+void window_attention_forward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias, uintptr_t factors,
                               const std::array<int64_t, 5>& sizes,
                               const std::array<int64_t, 2>& window,
                               const std::array<int64_t, 2>& shift, float scale, int dtype,
                               int num_threads, uintptr_t out, uintptr_t log_sums) {
     const simmim::WindowAttentionForward a{
-        attention(qkv, qkv_bias, bias, sizes, window, shift, scale, dtype, num_threads),
+        attention(qkv, qkv_bias, bias, factors, sizes, window, shift, scale, dtype, num_threads),
         pointer<void>(out), pointer<float>(log_sums)};
     nb::gil_scoped_release release;
     SIMMIM_CALL(window_attention_forward, a);
 }
 
-void window_attention_backward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias,
+void window_attention_backward(uintptr_t qkv, uintptr_t qkv_bias, uintptr_t bias, uintptr_t factors,
                                const std::array<int64_t, 5>& sizes,
                                const std::array<int64_t, 2>& window,
                                const std::array<int64_t, 2>& shift, float scale, int dtype,
                                int num_threads, uintptr_t grad_out, uintptr_t log_sums,
                                uintptr_t grad_qkv, uintptr_t grad_qkv_bias, uintptr_t grad_bias,
-                               int grad_dtype) {
+                               uintptr_t grad_factors, int grad_dtype) {
     const simmim::WindowAttentionBackward a{
-        attention(qkv, qkv_bias, bias, sizes, window, shift, scale, dtype, num_threads),
+        attention(qkv, qkv_bias, bias, factors, sizes, window, shift, scale, dtype, num_threads),
         pointer<const void>(grad_out),
         pointer<const float>(log_sums),
         pointer<void>(grad_qkv),
         pointer<float>(grad_qkv_bias),
         pointer<float>(grad_bias),
+        pointer<float>(grad_factors),
         grad_dtype};
     nb::gil_scoped_release release;
     SIMMIM_CALL(window_attention_backward, a);
@@ -314,6 +318,48 @@ void merge_patches_backward(const Shape& shape, int64_t columns, uintptr_t x, ui
                                   pointer<float>(grad_bias)};
     nb::gil_scoped_release release;
     SIMMIM_CALL(merge_patches_backward, a);
+}
+
+void post_norm_forward(const Shape& shape, uintptr_t x, uintptr_t product, uintptr_t bias,
+                       uintptr_t weight, uintptr_t norm_bias, float eps, uintptr_t branch_scale,
+                       int64_t rows_per_image, uintptr_t kept, uintptr_t mean, uintptr_t rstd,
+                       uintptr_t out) {
+    const simmim::PostNormForward a{rows_of(shape),
+                                    pointer<const void>(x),
+                                    pointer<const void>(product),
+                                    pointer<const float>(bias),
+                                    pointer<const float>(weight),
+                                    pointer<const float>(norm_bias),
+                                    eps,
+                                    pointer<const float>(branch_scale),
+                                    rows_per_image,
+                                    pointer<void>(kept),
+                                    pointer<float>(mean),
+                                    pointer<float>(rstd),
+                                    pointer<void>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(post_norm_forward, a);
+}
+
+void post_norm_backward(const Shape& shape, uintptr_t grad_out, uintptr_t kept, uintptr_t bias,
+                        uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t branch_scale,
+                        int64_t rows_per_image, uintptr_t grad_product, uintptr_t grad_bias,
+                        uintptr_t grad_weight, uintptr_t grad_norm_bias) {
+    const simmim::PostNormBackward a{rows_of(shape),
+                                     pointer<const void>(grad_out),
+                                     pointer<const void>(kept),
+                                     pointer<const float>(bias),
+                                     pointer<const float>(weight),
+                                     pointer<const float>(mean),
+                                     pointer<const float>(rstd),
+                                     pointer<const float>(branch_scale),
+                                     rows_per_image,
+                                     pointer<void>(grad_product),
+                                     pointer<float>(grad_bias),
+                                     pointer<float>(grad_weight),
+                                     pointer<float>(grad_norm_bias)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(post_norm_backward, a);
 }
 
 void gelu_forward(const Shape& shape, uintptr_t product, uintptr_t bias, uintptr_t kept,
@@ -467,11 +513,12 @@ NB_MODULE(_cpu, m) {
     m.def("random_patch_mask", &random_patch_mask, "ids"_a, "epochs"_a, "epoch_stride"_a, "batch"_a,
           "rows"_a, "columns"_a, "unit"_a, "num_hidden"_a, "key"_a, "mask"_a, "num_threads"_a);
     m.def("window_attention_forward", &window_attention_forward, "qkv"_a, "qkv_bias"_a, "bias"_a,
-          "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a, "out"_a,
-          "log_sums"_a);
+          "factors"_a, "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a,
+          "out"_a, "log_sums"_a);
     m.def("window_attention_backward", &window_attention_backward, "qkv"_a, "qkv_bias"_a, "bias"_a,
-          "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a, "grad_out"_a,
-          "log_sums"_a, "grad_qkv"_a, "grad_qkv_bias"_a, "grad_bias"_a, "grad_dtype"_a);
+          "factors"_a, "sizes"_a, "window"_a, "shift"_a, "scale"_a, "dtype"_a, "num_threads"_a,
+          "grad_out"_a, "log_sums"_a, "grad_qkv"_a, "grad_qkv_bias"_a, "grad_bias"_a,
+          "grad_factors"_a, "grad_dtype"_a);
     m.def("layer_norm_forward", &layer_norm_forward, "shape"_a, "x"_a, "weight"_a, "bias"_a,
           "eps"_a, "y"_a, "mean"_a, "rstd"_a);
     m.def("layer_norm_backward", &layer_norm_backward, "shape"_a, "x"_a, "grad_out"_a, "weight"_a,
@@ -481,6 +528,12 @@ NB_MODULE(_cpu, m) {
     m.def("merge_patches_backward", &merge_patches_backward, "shape"_a, "columns"_a, "x"_a,
           "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "grad_y"_a, "grad_x"_a, "grad_weight"_a,
           "grad_bias"_a);
+    m.def("post_norm_forward", &post_norm_forward, "shape"_a, "x"_a, "product"_a, "bias"_a,
+          "weight"_a, "norm_bias"_a, "eps"_a, "branch_scale"_a, "rows_per_image"_a, "kept"_a,
+          "mean"_a, "rstd"_a, "out"_a);
+    m.def("post_norm_backward", &post_norm_backward, "shape"_a, "grad_out"_a, "kept"_a, "bias"_a,
+          "weight"_a, "mean"_a, "rstd"_a, "branch_scale"_a, "rows_per_image"_a, "grad_product"_a,
+          "grad_bias"_a, "grad_weight"_a, "grad_norm_bias"_a);
     m.def("gelu_forward", &gelu_forward, "shape"_a, "product"_a, "bias"_a, "kept"_a, "out"_a);
     m.def("gelu_backward", &gelu_backward, "shape"_a, "kept"_a, "bias"_a, "grad"_a, "out"_a,
           "grad_bias"_a);

@@ -1,4 +1,5 @@
-// Attention inside (shifted) windows; see kernels/simmim_kernels/window_attention.
+// Attention inside (shifted) windows; see
+// kernels/simmim_kernels/window_attention.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +8,17 @@
 
 namespace simmim {
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. All arrays are contiguous; sizes count elements.
+// dtype: 0 float32, 1 bfloat16, 2 float16. All arrays are contiguous; sizes
+// count elements.
 struct WindowAttention {
     const void* qkv;        // [B, H, W, 3C], without its bias
     const float* qkv_bias;  // [3C] or null
     const float* bias;      // [N, S, S] or null
+    const float* factors;   // [N]: scores are factor · cosine of q and k; or null
     int64_t batch, rows, columns, width, num_heads;
     int64_t window[2], shift[2];
-    float scale;
-    int dtype;  // of qkv and out
+    float scale;  // of q·k, where there are no factors
+    int dtype;    // of qkv and out
     int num_threads;
 };
 
@@ -32,6 +35,7 @@ struct WindowAttentionBackward {
     void* grad_qkv;        // [B, H, W, 3C]
     float* grad_qkv_bias;  // [3C] or null
     float* grad_bias;      // [N, S, S] or null
+    float* grad_factors;   // [N] or null
     int grad_dtype;        // of grad_out and grad_qkv: float32 or the dtype of qkv
 };
 

@@ -80,6 +80,7 @@ class Attention:
         window: rows and columns of a window.
         shift: of the windows.
         biased: with a learned bias of positions.
+        cosine: by cosines of q and k.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Attention:
     window: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
     biased: bool = True
+    cosine: bool = False
 
 
 ATTENTIONS = (
@@ -98,6 +100,8 @@ ATTENTIONS = (
     Attention("swin_large_192_w12", 64, (48, 48), 6, 32, (12, 12), (6, 6)),
     Attention("swin_large_192_w12_stage_3", 64, (12, 12), 24, 32, (12, 12)),
     Attention("vit_base_224", 64, (1, 197), 12, 64, (1, 197), biased=False),
+    Attention("swinv2_base_192_w12", 64, (48, 48), 4, 32, (12, 12), (6, 6), cosine=True),
+    Attention("swinv2_base_192_w6", 64, (48, 48), 4, 32, (6, 6), (3, 3), cosine=True),
 )
 
 
@@ -118,6 +122,11 @@ class Merge:
     width: int
 
 
+POST_NORM_BLOCKS = (
+    Block("swinv2_base_192_w12", 64, 2304, 128, 512, scaled=True),
+    Block("swinv2_base_192_w12_stage_3", 64, 144, 512, 2048, scaled=True),
+)
+
 MERGES = (
     Merge("swin_base_192_w6", 64, 48, 128),
     Merge("swin_base_192_w6_stage_3", 64, 12, 512),
@@ -129,6 +138,7 @@ def cases() -> "list[Case]":
     """Every op with Triton kernels on the tensors of every model, forward and backward."""
     found = [case for model in MODELS for case in _cases_of(model)]
     found += [case for block in BLOCKS for case in block_cases(block)]
+    found += [post_norm_case(block) for block in POST_NORM_BLOCKS]
     found += [merge_case(merge) for merge in MERGES]
     return found + [attention_case(attention) for attention in ATTENTIONS]
 
@@ -293,6 +303,35 @@ def block_cases(block: Block) -> "list[Case]":
     ]
 
 
+def post_norm_case(block: Block) -> "Case":
+    """The row passes of the MLP's branch; as of a block, without the products' own traffic."""
+    from simmim_kernels.post_norm_block import triton_rows as rows
+    from simmim_kernels.transformer_block import triton_rows as shared
+
+    T, C, M = block.batch * block.tokens, block.width, block.hidden
+
+    def make() -> None:
+        tokens, wide = (torch.empty(T, width, dtype=torch.bfloat16) for width in (C, M))
+        vector, bias = torch.empty(C), torch.empty(M)
+        branch_scale = torch.empty(block.batch) if block.scaled else None
+        shared.gelu(wide, bias)
+        _, mean, rstd = rows.add_normalised(
+            tokens, tokens, vector, vector, vector, branch_scale, 1e-5
+        )
+        rows.add_normalised_backward(tokens, tokens, mean, rstd, vector, vector, branch_scale, True)
+        shared.gelu_backward(torch.empty_like(wide), wide, bias, None, True)
+
+    # branch and x to the output and statistics; grad_out, branch and statistics to the branch's;
+    # hidden to a; hidden and da to a and dh
+    needed = 2 * T * C * (3 + 3) + 2 * 8 * T + 4 * C * (3 + 2 + 3)
+    needed += 2 * T * M * (2 + 4) + 4 * M * 3
+    needed += 2 * 4 * block.batch if block.scaled else 0
+    across = -(-M // shared.tile(M)[1])
+    partial = 3 * C * -(-T // shared.rows_per_program(T, 1))
+    partial += M * -(-T // shared.rows_per_program(T, across))
+    return Case("post_norm_block", block.model, "bfloat16", make, needed, needed + 2 * 4 * partial)
+
+
 def attention_case(attention: Attention) -> "Case":
     """Attention and all its gradients."""
     from simmim_kernels.window_attention import triton_kernel as kernel
@@ -304,8 +343,9 @@ def attention_case(attention: Attention) -> "Case":
     def make() -> None:
         qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=torch.bfloat16)
         bias = torch.empty(N, S, S) if attention.biased else None
-        out, log_sums = kernel.forward(qkv, bias, *settings)
-        kernel.backward(out, qkv, bias, out, log_sums, *settings, attention.biased)
+        factors = torch.empty(N) if attention.cosine else None
+        out, log_sums = kernel.forward(qkv, bias, *settings, factors)
+        kernel.backward(out, qkv, bias, out, log_sums, *settings, attention.biased, factors)
 
     tokens = attention.batch * H * W
     tiled, windows = kernel.is_tiled(S, torch.bfloat16), tokens // S
@@ -313,7 +353,11 @@ def attention_case(attention: Attention) -> "Case":
     # q, k, v to out; q, k, v and the gradient of out to those of q, k, v. A row of scores that is
     # not all in one place takes the product of its weights with their gradients from out.
     needed = 2 * tokens * C * (3 + 1 + 3 + 1 + 3 + tiled) + 2 * per_head
+    needed += 3 * 4 * N if attention.cosine else 0  # factors twice, their gradient
     moved = needed
+    if attention.cosine:
+        # what every query adds to the gradient of its head's factor is written and read
+        moved += 2 * per_head + (4 * N if tiled and attention.biased else 0)
     if attention.biased:
         row = -(-S // 8) * 8
         needed += 3 * 4 * N * S * S  # the bias twice, its gradient

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from activation_memory import footprint, saved_bytes
 from numerics import assert_no_worse, load_golden, relative_error, with_prefix
 from simmim import SimMIM, load_model
-from simmim.backbone import swinv2
 from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_to_dict
 from simmim.backbone.layers import Backends
 from simmim.backbone.swinv2 import SwinV2Spec, WindowAttention, log_offsets
@@ -20,7 +20,7 @@ from simmim.command_line import load
 from simmim.config import resolve_spec
 from simmim.method.classifier import Classifier
 from simmim.optim import parameter_groups
-from simmim_kernels.window_attention import reference, window_attention
+from simmim_kernels.window_attention import reference
 
 SPEC = SwinV2Spec(
     image_size=(48, 96), embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=6, mlp_ratio=2.0
@@ -55,6 +55,22 @@ def test_presets_have_the_published_sizes() -> None:
             model = Classifier(build_encoder(PRESETS[name]), [str(k) for k in range(1000)])
         count = sum(p.numel() for p in model.parameters()) / 1e6
         assert round(count) == millions, (name, count)
+
+
+def test_activation_memory_is_that_of_the_tensors_a_block_keeps() -> None:
+    """Two more blocks of 72 tokens, 16 channels, a hidden width of 32 and 2 heads."""
+    longer = replace(SPEC, depths=(2, 4))
+    short, long = footprint(SPEC), footprint(longer)
+    # x, qkv, attended values and branch; x, hidden and branch; statistics of norms and softmax
+    block = 72 * (2 * 16 * (1 + 3 + 1 + 1) + 2 * (16 + 32 + 16) + 4 * (4 + 2))
+    assert long.saved_bytes - short.saved_bytes == 2 * block
+    assert long.recomputed_bytes - short.recomputed_bytes == 2 * 72 * 16 * 2  # x alone
+    assert short.recomputed_bytes < short.saved_bytes
+    encoder = build_encoder(SPEC).train()
+    assert short.parameters == sum(p.numel() for p in encoder.parameters())
+    # and of real tensors, but for the row numbers of the patch embedding
+    real = saved_bytes(encoder, 2) - saved_bytes(encoder, 1)
+    assert real == pytest.approx(short.saved_bytes, rel=0.005)
 
 
 def test_specs_are_stored_and_configured() -> None:
@@ -104,20 +120,21 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
 
 
 def test_nothing_is_learned_beyond_the_clamp() -> None:
-    attention = make().encoder.layers[0].blocks[1].attn
+    block = make().encoder.layers[0].blocks[1]
+    attention = block.attn
     assert attention.shift == 3
     tokens = torch.randn(1, 12, 24, 8, generator=torch.Generator().manual_seed(2))
     outputs = []
     for value in (4.7, 10.0):  # log(100) is 4.605
         attention.logit_scale.data.fill_(value)
         attention.logit_scale.grad = None
-        outputs.append(attention(tokens, None))
+        outputs.append(attention(tokens, block.norm1, None, None))
         outputs[-1].square().sum().backward()
         assert attention.logit_scale.grad is not None
         assert not attention.logit_scale.grad.any()
     assert torch.equal(*outputs)
     attention.logit_scale.data.fill_(4.5)
-    attention(tokens, None).square().sum().backward()
+    attention(tokens, block.norm1, None, None).square().sum().backward()
     assert attention.logit_scale.grad.any()
 
 
@@ -132,7 +149,9 @@ def test_offsets_of_another_window_lie_on_the_scale_of_the_first() -> None:
     assert log_offsets(1).tolist() == [[0.0, 0.0]]
 
 
-def attend_as_published(attention: WindowAttention, x: Tensor, backend: str | None) -> Tensor:
+def attend_as_published(
+    attention: WindowAttention, x: Tensor, norm: nn.Module, branch_scale: None, backend: str | None
+) -> Tensor:
     """Every step of its own, on copies of the windows."""
     w, shift, heads = attention.window, attention.shift, attention.num_heads
     B, H, W, C = x.shape
@@ -151,7 +170,7 @@ def attend_as_published(attention: WindowAttention, x: Tensor, backend: str | No
         scores = scores + reference.shift_mask((H, W), (w, w), (shift, shift)).unsqueeze(1)
     out = (scores.softmax(-1) @ v).transpose(2, 3).reshape(B, H // w, W // w, w, w, C)
     out = out.transpose(2, 3).reshape(B, H, W, C).roll((shift, shift), (1, 2))
-    result: Tensor = attention.proj(out)
+    result: Tensor = x + norm(attention.proj(out))
     return result
 
 
@@ -210,18 +229,19 @@ def test_bf16_is_as_close_as_the_published_steps(
 
 def test_autocast_leaves_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
+    original = F.scaled_dot_product_attention
 
-    def watched(*arguments: Any, **options: Any) -> Tensor:
-        out = window_attention(*arguments, **options)
-        seen.append((arguments[0].dtype, arguments[1].dtype, out.dtype))
+    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+        out = original(q, k, v, attn_mask=attn_mask, **options)
+        seen.append((q.dtype, k.dtype, attn_mask.dtype, out.dtype))
         return out
 
-    monkeypatch.setattr(swinv2, "window_attention", watched)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     model = make()
     model.use_backend("reference")  # plain PyTorch, which autocast would take to bfloat16
     outcome(model, *draw(model), amp=True)
     assert len(seen) == 8  # of four blocks, twice
-    assert set(seen) == {(torch.float32,) * 3}
+    assert set(seen) == {(torch.float32,) * 4}
 
 
 def test_whole_models_in_bf16() -> None:

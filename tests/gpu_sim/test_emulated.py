@@ -173,18 +173,21 @@ def check_attention(
     window: tuple[int, int],
     shift: tuple[int, int],
     spread: float = 1.0,
+    cosine: bool = False,
 ) -> None:
     S, D = window[0] * window[1], 32
     qkv, grad = torch.randn(1, *side, 3 * D).to(dtype), torch.randn(1, *side, D).to(dtype)
     bias = torch.randn(1, S, S).to(dtype).float() * spread
-
-    def exact(qkv: Tensor, bias: Tensor) -> Tensor:
-        return attention_reference.window_attention(qkv, bias, 1, window, shift, D**-0.5)
-
+    factors = [torch.tensor([5.0])] if cosine else []
     settings = (1, window, shift, D**-0.5)
-    out, log_sums = attention.forward(qkv, bias, *settings)
-    grads = attention.backward(grad, qkv, bias, out, log_sums, *settings, True)
-    assert_as_exact_as([out, *grads], gradients(exact, grad, qkv, bias), dtype)
+
+    def exact(qkv: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        return attention_reference.window_attention(qkv, bias, *settings, *factors)
+
+    out, log_sums = attention.forward(qkv, bias, *settings, *factors)
+    grads = attention.backward(grad, qkv, bias, out, log_sums, *settings, True, *factors)
+    found = [out, *grads] if cosine else [out, *grads[:2]]
+    assert_as_exact_as(found, gradients(exact, grad, qkv, bias, *factors), dtype)
 
 
 def check_merge(dtype: torch.dtype, shape: tuple[int, int, int, int], M: int = 20) -> None:
@@ -289,6 +292,19 @@ def test_window_attention(
     assert len(products) == (3 if attention.is_tiled(window[0] * window[1], dtype) else 2)
     # float32 products are exact, so they stay off the tensor cores
     assert all(flops > 0 for flops in products) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("dtype", "side"),
+    [*((dtype, (6, 12)) for dtype in DTYPES), (torch.bfloat16, (12, 12))],
+    ids=str,
+)
+def test_window_attention_by_cosines(
+    target: str, dtype: torch.dtype, side: tuple[int, int]
+) -> None:
+    with emulate(target):
+        check_attention(dtype, side, (side[0], side[0]), (side[0] // 2,) * 2, cosine=True)
 
 
 @pytest.mark.parametrize("target", TARGETS)

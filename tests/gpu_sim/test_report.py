@@ -1,6 +1,7 @@
 """The gate on what the Triton kernels compile to, and the bytes that the report says they move."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,15 @@ from simmim_kernels import (
     substitute_mask_tokens,
 )
 from simmim_kernels.masked_l1_loss.triton_kernel import GROUPS_PER_PROGRAM
-from simmim_kernels.report_cases import Attention, Block, Merge, block_cases, merge_case
+from simmim_kernels.post_norm_block import post_norm_mlp
+from simmim_kernels.report_cases import (
+    Attention,
+    Block,
+    Merge,
+    block_cases,
+    merge_case,
+    post_norm_case,
+)
 from simmim_kernels.report_cases import attention_case as case_of_attention
 from simmim_kernels.substitute_mask_tokens.triton_kernel import ROWS_PER_PROGRAM
 from simmim_kernels.transformer_block import residual_attention, residual_mlp, triton_rows
@@ -161,6 +170,8 @@ def test_bytes_of_a_block(scaled: bool) -> None:
         Attention("unbiased", 2, (4, 4), 2, 16, (4, 4), biased=False),
         Attention("tiled", 1, (9, 16), 2, 16, (9, 8), (0, 4)),
         Attention("tiled, unbiased", 1, (1, 70), 1, 16, (1, 70), biased=False),
+        Attention("cosine", 1, (6, 18), 2, 16, (6, 6), (3, 3), cosine=True),
+        Attention("cosine, tiled", 1, (9, 16), 2, 16, (9, 8), (0, 4), cosine=True),
     ],
     ids=lambda attention: attention.model,
 )
@@ -168,13 +179,28 @@ def test_bytes_of_window_attention(attention: Attention) -> None:
     N, S = attention.num_heads, attention.window[0] * attention.window[1]
     qkv = torch.randn(attention.batch, *attention.side, 3 * N * attention.head_width).bfloat16()
     bias = torch.randn(N, S, S, requires_grad=True) if attention.biased else None
+    places = (N, attention.window, attention.shift)
+    options = {"logit_scale": torch.zeros(N) if attention.cosine else None, "backend": "triton"}
     with interpret() as counted:
-        out = window_attention(
-            qkv.requires_grad_(), bias, N, attention.window, attention.shift, backend="triton"
-        )
+        out = window_attention(qkv.requires_grad_(), bias, *places, **options)
         out.backward(torch.ones_like(out))
     copies = 2 * N * S * S * (4 + 2) if attention.biased else 0  # torch's, forward and backward
+    if attention.cosine:  # torch's sum over queries
+        copies += 4 * N * (attention.batch * math.prod(attention.side) + 1)
     assert moved(counted.launches) + copies == case_of_attention(attention).bytes_moved
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_bytes_of_post_norm_mlp(scaled: bool) -> None:
+    B, L, C, M = 2, 40, 48, 80
+    shapes = ((B, L, C), (M, C), (M,), (C, M), (C,), (C,), (C,))
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    branch_scale = torch.rand(B) if scaled else None
+    with interpret() as counted, torch.autocast("cpu", torch.bfloat16):
+        out = post_norm_mlp(*leaves, branch_scale=branch_scale, backend="triton")
+        out.backward(torch.ones_like(out))
+    case = post_norm_case(Block("small", B, L, C, M, scaled))
+    assert moved(counted.launches) == case.bytes_moved
 
 
 def test_bytes_of_merge_patches() -> None:

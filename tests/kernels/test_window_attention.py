@@ -1,12 +1,18 @@
 """window_attention: (shifted) windows of a feature map, by every backend."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from simmim_kernels.window_attention import relative_position_bias, window_attention
+from simmim_kernels.window_attention import (
+    LARGEST_LOGIT_SCALE,
+    relative_position_bias,
+    window_attention,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # [B, H, W], heads, head width, window, shift, form of the bias
@@ -33,34 +39,78 @@ def make_bias(form: str, num_heads: int, window: tuple[int, int]) -> Tensor | No
 
 
 def out_and_gradients(
-    function: Callable[..., Tensor], qkv: Tensor, bias: Tensor | None, grad: Tensor
+    function: Callable[..., Tensor],
+    qkv: Tensor,
+    bias: Tensor | None,
+    grad: Tensor,
+    logit_scale: Tensor | None = None,
 ) -> list[Tensor]:
-    qkv = qkv.detach().clone().requires_grad_()
-    bias = None if bias is None else bias.detach().clone().requires_grad_()
-    out = function(qkv, bias)
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_() for t in (qkv, bias, logit_scale)
+    ]
+    out = function(*leaves) if logit_scale is not None else function(*leaves[:2])
     out.backward(grad.to(out.dtype))
-    return [out.detach(), *(t.grad for t in (qkv, bias) if t is not None)]
+    return [out.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+def with_lengths(qkv: Tensor, logit_scale: Tensor) -> Tensor:
+    """qkv whose q·k are the scores of cosines, in its own dtype: the reference leaves that."""
+    q, k, v = qkv.unflatten(-1, (3, len(logit_scale), -1)).unbind(-3)
+    factors = logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().to(qkv.dtype)
+    q = F.normalize(q, dim=-1) * factors.unsqueeze(1)
+    return torch.stack((q, F.normalize(k, dim=-1), v), dim=-3).flatten(-3)
+
+
+def sum_of_parts(
+    qkv: Tensor, bias: Tensor | None, num_heads: int, places: tuple, factors: Tensor, grad: Tensor
+) -> Tensor:
+    """Of the gradient of every logit_scale [N], which is a sum over tokens: that of their amounts.
+
+    The sum itself may be anything below, and its error is that of its parts.
+    """
+    unit = with_lengths(qkv, factors).requires_grad_()
+    attend = partial(window_attention, scale=1.0, backend="reference")
+    attend(unit, bias, num_heads, *places).backward(grad.to(unit.dtype))
+    of_q = (unit.grad * unit).detach().unflatten(-1, (3, num_heads, -1))[..., 0, :, :]
+    return of_q.sum(-1).abs().sum((0, 1, 2))
 
 
 def assert_as_exact_as_torch(
-    qkv: Tensor, bias: Tensor | None, num_heads: int, *places: tuple[int, int], backend: str
+    qkv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    *places: tuple[int, int],
+    backend: str,
+    logit_scale: Tensor | None = None,
+    tiny: float = 1e-6,
 ) -> None:
-    """At most twice the error of the reference in the dtype of qkv; truth is the one in float64."""
+    """At most twice the error of PyTorch in the dtype of qkv; truth is the reference in float64."""
     grad = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3).to(qkv.dtype)
 
-    def attend(name: str) -> Callable[..., Tensor]:
-        return lambda qkv, bias: window_attention(qkv, bias, num_heads, *places, backend=name)
+    def run(name: str, *inputs: Tensor | None) -> list[Tensor]:
+        def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+            if name == "plain" and logit_scale is not None:
+                qkv, options = with_lengths(qkv, logit_scale), {"scale": 1.0}
+            else:
+                options = {"logit_scale": logit_scale}
+            backend = "reference" if name == "plain" else name
+            return window_attention(qkv, bias, num_heads, *places, **options, backend=backend)
 
-    wide_bias = None if bias is None else bias.double()
-    exact = out_and_gradients(attend("reference"), qkv.double(), wide_bias, grad)
-    plain = out_and_gradients(attend("reference"), qkv, bias, grad)
-    found = out_and_gradients(attend(backend), qkv, bias, grad)
-    for got, expected, torchs in zip(found, exact, plain, strict=True):
+        return out_and_gradients(attend, *inputs[:2], grad, *inputs[2:])
+
+    inputs = qkv, bias, logit_scale
+    wide = [None if t is None else t.double() for t in inputs]
+    exact, plain, found = run("reference", *wide), run("plain", *inputs), run(backend, *inputs)
+    tiny = [tiny * float(expected.norm()) + 1e-12 for expected in exact]
+    if logit_scale is not None:
+        parts = sum_of_parts(*wide[:2], num_heads, places, wide[2], grad)
+        tiny[-1] += 4 * torch.finfo(qkv.dtype).eps * float(parts.norm())
+    for got, expected, torchs, beyond in zip(found, exact, plain, tiny, strict=True):
         assert got.dtype == torchs.dtype
         assert got.shape == expected.shape
         error = (got.double() - expected).norm()
         allowed = 2 * (torchs.double() - expected).norm()
-        assert error <= allowed + 1e-6 * expected.norm() + 1e-12, float(error / expected.norm())
+        assert error <= allowed + beyond, float(error / expected.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,6 +121,82 @@ def test_against_float64(shape: tuple, dtype: torch.dtype, backend: str) -> None
     qkv = torch.randn(B, H, W, 3 * N * D).to(dtype)
     bias = make_bias(form, N, window)
     assert_as_exact_as_torch(qkv, bias, N, window, shift, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_cosines_against_float64(shape: tuple, dtype: torch.dtype, backend: str) -> None:
+    """Factors of 1 to 33, and lengths of q and k that have nothing to do with one another."""
+    (B, H, W), N, D, window, shift, form = shape
+    lengths = torch.tensor([3.0, 0.2, 1.0]).repeat_interleave(N * D)
+    qkv = (torch.randn(B, H, W, 3 * N * D) * lengths).to(dtype)
+    logit_scale = torch.linspace(3.5, 0.0, N + 1)[:N]
+    bias = make_bias(form, N, window)
+    assert_as_exact_as_torch(qkv, bias, N, window, shift, backend=backend, logit_scale=logit_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(6, 6), (9, 8)], ids=str)
+def test_largest_factor(window: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    """In float32 a statistic of about 100 is off by 4e-6, and with it all gradients of its row."""
+    h, w = window
+    qkv, bias = torch.randn(1, h, 2 * w, 3 * 16).to(dtype), 16 * torch.rand(1, h * w, h * w)
+    assert_as_exact_as_torch(
+        qkv, bias, 1, window, (1, 1), backend=backend, logit_scale=torch.tensor([5.0]), tiny=5e-6
+    )
+
+
+@pytest.mark.parametrize("window", [(4, 2), (9, 8)], ids=str)
+def test_nothing_is_learned_above_the_largest_factor(window: tuple[int, int], backend: str) -> None:
+    qkv, grad = torch.randn(1, *window, 3 * 32), torch.randn(1, *window, 32)
+
+    def attend(qkv: Tensor, bias: None, logit_scale: Tensor) -> Tensor:
+        return window_attention(qkv, None, 2, window, logit_scale=logit_scale, backend=backend)
+
+    above = out_and_gradients(attend, qkv, None, grad, torch.tensor([4.7, 1.0]))
+    far_above = out_and_gradients(attend, qkv, None, grad, torch.tensor([10.0, 1.0]))
+    for one, other in zip(above, far_above, strict=True):
+        assert torch.equal(one, other)
+    assert above[2][0] == 0
+    assert above[2][1] != 0
+
+
+@pytest.mark.parametrize("window", [(4, 2), (9, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cosines_of_nothing(window: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    """A zero has no direction, and one shorter than 1e-12 is divided by that."""
+    h, w = window
+    qkv = torch.randn(1, h, w, 3, 16)
+    qkv[0, 0, 0, 0], qkv[0, 1, 1, 1] = 0, 0
+    qkv[0, 1, 0, :2] *= 1e-14
+    grad = torch.randn(1, h, w, 16).to(dtype)
+    qkv = qkv.to(dtype).flatten(3)
+    bias, logit_scale = torch.randn(1, h * w, h * w), torch.tensor([2.0])
+
+    def run(name: str, wide: torch.dtype) -> list[Tensor]:
+        def attend(qkv: Tensor, bias: Tensor, logit_scale: Tensor) -> Tensor:
+            return window_attention(qkv, bias, 1, window, logit_scale=logit_scale, backend=name)
+
+        given = [t.to(wide) if wide == torch.float64 else t for t in (qkv, bias, logit_scale)]
+        return out_and_gradients(attend, *given[:2], grad, given[2])
+
+    found, exact = run(backend, dtype), run("reference", torch.float64)
+    rtol = 1e-4 if dtype == torch.float32 else 2e-2
+    vanishing = torch.zeros(1, h, w, 48, dtype=torch.bool)
+    vanishing[0, 0, 0, :16], vanishing[0, 1, 1, 16:32], vanishing[0, 1, 0, :32] = True, True, True
+    for part in (vanishing, ~vanishing):  # gradients of the former are 1e12 times as large
+        scale = exact[1][part].abs().max()
+        assert (found[1] - exact[1])[part].abs().max() <= rtol * scale
+    for got, expected in zip((found[0], *found[2:]), (exact[0], *exact[2:]), strict=True):
+        assert (got - expected).norm() <= rtol * expected.norm()
+
+
+def test_xformers_has_no_cosines() -> None:
+    with pytest.raises(RuntimeError, match="xformers has no attention by cosines"):
+        window_attention(
+            torch.zeros(1, 2, 2, 48), None, 1, 2, logit_scale=torch.zeros(1), backend="xformers"
+        )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +215,10 @@ def test_several_windows_in_a_program(
 
         monkeypatch.setattr(triton_kernel, "PROGRAMS", programs)
     qkv, bias = torch.randn(1, *side, 3 * 16), make_bias("table", 1, window)
-    assert_as_exact_as_torch(qkv, bias, 1, window, (1, 1), backend=backend)
+    for logit_scale in (None, torch.tensor([2.0])):
+        assert_as_exact_as_torch(
+            qkv, bias, 1, window, (1, 1), backend=backend, logit_scale=logit_scale
+        )
 
 
 @pytest.mark.parametrize(("window", "shift"), [((6, 6), (3, 3)), ((9, 8), (0, 4))], ids=str)
@@ -140,14 +269,18 @@ def test_no_images(window: tuple[int, int], backend: str) -> None:
     if backend == "reference":
         pytest.skip("torch's attention gives the bias no gradient here")
     qkv, bias = torch.randn(0, 18, 24, 3 * 16), make_bias("pairs", 1, window)
-    found = out_and_gradients(
-        lambda q, b: window_attention(q, b, 1, window, 1, backend=backend),
-        qkv,
-        bias,
-        torch.empty(0, 18, 24, 16),
-    )
-    assert [t.shape for t in found] == [(0, 18, 24, 16), qkv.shape, bias.shape]
-    assert (found[2] == 0).all()
+    for logit_scale in (None, torch.zeros(1)):
+        found = out_and_gradients(
+            lambda q, b, s=None: window_attention(
+                q, b, 1, window, 1, logit_scale=s, backend=backend
+            ),
+            qkv,
+            bias,
+            torch.empty(0, 18, 24, 16),
+            logit_scale,
+        )
+        assert [t.shape for t in found[:3]] == [(0, 18, 24, 16), qkv.shape, bias.shape]
+        assert all((gradient == 0).all() for gradient in found[2:])
 
 
 @pytest.mark.parametrize("window", [(3, 2), (9, 8)], ids=str)
@@ -175,14 +308,21 @@ def test_gradient_of_the_bias_is_reproducible(window: tuple[int, int], backend: 
     h, w = window
     qkv, bias = torch.randn(2, h, w, 3 * 16).bfloat16(), make_bias("table", 1, window)
     grad = torch.randn(2, h, w, 16)
-    first, second = (
-        out_and_gradients(
-            lambda q, b: window_attention(q, b, 1, window, backend=backend), qkv, bias, grad
+    for logit_scale in (None, torch.zeros(1)):
+        first, second = (
+            out_and_gradients(
+                lambda q, b, s=None: window_attention(
+                    q, b, 1, window, logit_scale=s, backend=backend
+                ),
+                qkv,
+                bias,
+                grad,
+                logit_scale,
+            )
+            for _ in range(2)
         )
-        for _ in range(2)
-    )
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_relative_position_bias() -> None:
@@ -202,15 +342,17 @@ def test_opcheck(backend: str) -> None:
         pytest.skip("the reference is no registered op")
     qkv, bias = torch.randn(1, 2, 4, 3 * 16), torch.randn(1, 4, 4)
     grad = torch.randn(1, 2, 4, 16)
-    for pairs in (bias.clone().requires_grad_(), None):
-        arguments = (qkv.clone().requires_grad_(), pairs, 1, [2, 2], [0, 1], 0.25, backend)
-        torch.library.opcheck(torch.ops.simmim.window_attention.default, arguments)
-    for pairs, of_bias in ((bias, True), (bias, False), (None, False)):
-        settings = (1, [2, 2], [0, 1], 0.25)
-        out, log_sums = torch.ops.simmim.window_attention(qkv, pairs, *settings, backend)
+    settings, factors = (1, [2, 2], [0, 1], 0.25), torch.ones(1)
+    for pairs in (bias, None):
+        for given in (factors, None):
+            leaves = (None if t is None else t.clone().requires_grad_() for t in (pairs, given))
+            arguments = (qkv.clone().requires_grad_(), *leaves, *settings, backend)
+            torch.library.opcheck(torch.ops.simmim.window_attention.default, arguments)
+    for pairs, given, of_bias in ((bias, None, True), (bias, factors, False), (None, None, False)):
+        out, log_sums = torch.ops.simmim.window_attention(qkv, pairs, given, *settings, backend)
         torch.library.opcheck(
             torch.ops.simmim.window_attention_backward.default,
-            (grad, qkv, pairs, out, log_sums, *settings, of_bias, backend),
+            (grad, qkv, pairs, given, out, log_sums, *settings, of_bias, backend),
         )
 
 
@@ -238,6 +380,9 @@ def test_second_order_gradients_are_refused(backend: str) -> None:
         ({"bias": torch.zeros(2, 4, 3)}, r"expected a bias of.*bias \(2, 4, 3\)"),
         ({"bias": torch.zeros(2, 4, 4).half()}, "must be float32 or of the dtype of qkv"),
         ({"qkv": torch.zeros(1, 4, 4, 48, dtype=torch.int32)}, "floating point"),
+        ({"logit_scale": torch.zeros(1)}, r"expected logit_scale \[N\].*logit_scale \(1,\)"),
+        ({"logit_scale": torch.zeros(2).half()}, "logit_scale must be float32 or of the dtype"),
+        ({"logit_scale": torch.zeros(2), "scale": 1.0}, "scale and logit_scale exclude"),
         ({"backend": "fast"}, "it has triton, native, reference"),
     ],
 )

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.backbone.layers import Backends, DropPath
 from simmim.backbone.swin import NORM_EPS, Swin, SwinSpec, SwinStage
-from simmim_kernels import window_attention
-
-# The learned factor of a cosine stays below this; beyond it nothing is learned.
-LARGEST_LOGIT_SCALE = math.log(100.0)
+from simmim_kernels.post_norm_block import post_norm_attention, post_norm_mlp
 
 # Hidden width of the network of position biases, and the largest bias it gives.
 POSITION_HIDDEN, LARGEST_BIAS = 512, 16.0
@@ -102,32 +98,33 @@ class WindowAttention(nn.Module):
         table: Tensor = LARGEST_BIAS * torch.sigmoid(self.cpb_mlp(self.offsets))
         return table
 
-    def forward(self, x: Tensor, backend: str | None) -> Tensor:
-        """Attention of every token to its window, [B, H, W, C]."""
-        bias = None
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, branch_scale: Tensor | None, backend: str | None
+    ) -> Tensor:
+        """x + branch_scale · norm(attention(x)), [B, H, W, C]."""
+        qkv_bias = None
         if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        B, H, W, C = x.shape
-        q, k, v = qkv.view(B, H, W, 3, self.num_heads, -1).unbind(3)  # [B, H, W, N, K] each
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        # cosines times up to 100 need float32 until they are exponents, which autocast would not
-        # leave to plain PyTorch
+            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        # a bias of up to 16 needs float32
         with torch.autocast(x.device.type, enabled=False):
-            factor = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().view(-1, 1)
-            q = F.normalize(q.to(wide), dim=-1) * factor
-            k = F.normalize(k.to(wide), dim=-1)
-            attended = window_attention(
-                torch.stack((q, k, v.to(wide)), dim=3).view(B, H, W, 3 * C),
-                self.position_table().to(wide),
-                self.num_heads,
-                self.window,
-                self.shift,
-                scale=1.0,
-                backend=backend,
-            )
-        out: Tensor = self.proj(attended.to(qkv.dtype))
-        return out
+            table = self.position_table()
+        return post_norm_attention(
+            x,
+            self.qkv.weight,
+            qkv_bias,
+            self.logit_scale.flatten(),
+            table,
+            self.proj.weight,
+            self.proj.bias,
+            norm.weight,
+            norm.bias,
+            num_heads=self.num_heads,
+            window=self.window,
+            shift=self.shift,
+            branch_scale=branch_scale,
+            eps=norm.eps,
+            backend=backend,
+        )
 
 
 def log_offsets(window: int, pretrained: int = 0) -> Tensor:
@@ -146,16 +143,29 @@ def log_offsets(window: int, pretrained: int = 0) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
+    """Two linear layers with exact GELU between, as a residual branch."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, branch_scale: Tensor | None, backend: str | None
+    ) -> Tensor:
+        """x + branch_scale · norm(mlp(x)), [B, …, C]."""
+        return post_norm_mlp(
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            norm.weight,
+            norm.bias,
+            branch_scale=branch_scale,
+            eps=norm.eps,
+            backend=backend,
+        )
 
 
 class SwinV2Block(nn.Module):
@@ -171,12 +181,9 @@ class SwinV2Block(nn.Module):
         self.mlp = Mlp(width, int(width * spec.mlp_ratio))
 
     def forward(self, x: Tensor, backends: Backends) -> Tensor:
-        x = x + self._dropped(self.norm1(self.attn(x, backends.attention)))
-        return x + self._dropped(self.norm2(self.mlp(x)))
-
-    def _dropped(self, branch: Tensor) -> Tensor:
-        scale = self.drop_path(branch)
-        return branch if scale is None else branch * scale.view(-1, 1, 1, 1).to(branch.dtype)
+        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention)
+        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops)
+        return x
 
 
 class PatchMerging(nn.Module):

@@ -88,14 +88,16 @@ def draw(ids: Tensor, epochs: Tensor, view: int, seed: int, distortion: Distorti
     """
     keys = fold_tensor(fold_tensor(fold(STREAM, seed), 2 * epochs + view), ids)
     u = uniforms(keys, 12)
-    strengths = torch.tensor(distortion.jitter, dtype=torch.float64, device=ids.device)
-    low = (1.0 - strengths[:3]).clamp(min=0.0)
+    # in numbers of Python's: a tensor of them would have to be sent to the device
+    *strengths, turn = distortion.jitter
+    ranges = [(max(0.0, 1.0 - strength), 1.0 + strength) for strength in strengths]
+    factors = [low + (high - low) * u[:, 5 + i] for i, (low, high) in enumerate(ranges)]
     low_sigma, high_sigma = distortion.sigma
     return Draws(
         u[:, 0] < distortion.jitter_probability,
         u[:, 1:5].argsort(dim=1),
-        (low + (1.0 + strengths[:3] - low) * u[:, 5:8]).float(),
-        (strengths[3] * (2.0 * u[:, 8] - 1.0) * 255.0).trunc(),
+        torch.stack(factors, dim=1).float(),
+        (turn * (2.0 * u[:, 8] - 1.0) * 255.0).trunc(),
         u[:, 9] < distortion.grey,
         u[:, 10] < distortion.blur,
         low_sigma + (high_sigma - low_sigma) * u[:, 11],
@@ -176,7 +178,7 @@ def _where_chosen(
     """The same; `x` is changed in place."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == len(x):
-        return change(x, *parameters)
+        return change(x, *parameters).contiguous()  # grey is expanded: not to be written into
     if len(rows):
         x[rows] = change(x[rows], *(values[rows] for values in parameters))
     return x

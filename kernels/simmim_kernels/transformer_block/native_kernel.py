@@ -74,7 +74,7 @@ def attention_backward(
         else _nothing(3)
     )
     grad_attended = multiply(grad_branch, _scaled_rows(proj_weight, gamma))
-    grad_qkv, grad_qkv_bias, grad_bias = window_attention.backward_with_bias(
+    grad_qkv, grad_qkv_bias, grad_bias, _ = window_attention.backward_with_bias(
         grad_attended.view(attended.shape),
         qkv,
         qkv_bias,

@@ -72,7 +72,7 @@ def attention_backward(
     folded, unit = _fold(gamma, proj_weight)
     grad_attended = triton_rows.product(grad_branch, folded).view(x.shape)
     of_bias = of_parameters and bias is not None
-    grad_qkv, grad_bias = window_attention.backward(
+    grad_qkv, grad_bias, _ = window_attention.backward(
         grad_attended, qkv, bias, attended, log_sums, num_heads, window, shift, scale, of_bias
     )
     del grad_attended

@@ -1,5 +1,6 @@
 """Attention inside (shifted) windows, read from and written to the feature map in place."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,13 @@ __all__ = ["BACKENDS", "relative_position_bias", "window_attention"]
 
 # Last, so that it runs only where it is named: it was never run on a GPU by us.
 BACKENDS = (*dispatch.BACKENDS, Backend("xformers", xformers_kernel.reasons_against))
+COSINE_BACKENDS = (
+    *dispatch.BACKENDS,
+    Backend("xformers", xformers_kernel.reasons_against_cosines),
+)
+
+# The learned factor of a cosine stays below e to this; beyond it nothing is learned.
+LARGEST_LOGIT_SCALE = math.log(100.0)
 
 
 def window_attention(
@@ -25,6 +33,7 @@ def window_attention(
     shift: int | tuple[int, int] = 0,
     *,
     scale: float | None = None,
+    logit_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Multi-head attention of every token to the tokens of its window.
@@ -43,25 +52,29 @@ def window_attention(
             attention; [B, L, 3C] goes in as [B, 1, L, 3C] with a window of (1, L).
         shift: rows and columns of the cyclic shift; below the window's.
         scale: factor of q·k; None is 1/√(C/N).
+        logit_scale: [N]; attention is then by the cosine of q and k (each divided by its length, or
+            by 1e-12 if that is more) times e^min(logit_scale, log 100), and there is no `scale`.
+            Scores are float32 at least, whatever the dtype of qkv.
         backend: "triton" (GPU), "native" (CPU), "reference" (PyTorch's
             scaled_dot_product_attention) or "xformers" (CUDA: memory_efficient_attention); None
             takes the first that can run.
 
     Returns:
-        [B, H, W, C] in the dtype of qkv. Gradient (first order) flows to qkv and bias; that of the
-        bias is summed in a fixed order.
+        [B, H, W, C] in the dtype of qkv. Gradient (first order) flows to qkv, bias and logit_scale;
+        those of the last two are summed in a fixed order.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree; the message prints all of them.
         RuntimeError: the named backend cannot run; the message lists why.
 
-    Source: microsoft/SimMIM models/swin_transformer.py. The softmax statistics that replace saved
-        probabilities are those of FlashAttention (arXiv 2205.14135).
+    Source: microsoft/SimMIM models/swin_transformer.py; cosines are those of Swin Transformer V2
+        (arXiv 2111.09883), microsoft/Swin-Transformer models/swin_transformer_v2.py. The softmax
+        statistics that replace saved probabilities are those of FlashAttention (arXiv 2205.14135).
     """
     window, shift = both_ways(window), both_ways(shift)
 
     def error(what: str) -> ValueError:
-        given = describe(qkv=qkv, bias=bias, num_heads=num_heads)
+        given = describe(qkv=qkv, bias=bias, logit_scale=logit_scale, num_heads=num_heads)
         return ValueError(f"{what}: {given}, window {window}, shift {shift}")
 
     if qkv.dim() != 4 or num_heads < 1 or qkv.shape[3] % (3 * num_heads):
@@ -73,13 +86,21 @@ def window_attention(
         bias = pair_bias(bias, num_heads, window, error)
         if bias.device != qkv.device or bias.dtype not in (qkv.dtype, torch.float32):
             raise error("bias must be float32 or of the dtype of qkv, on its device")
+    backends, factors = BACKENDS, None
+    if logit_scale is not None:
+        if scale is not None:
+            raise error("scale and logit_scale exclude one another")
+        backends, factors = COSINE_BACKENDS, cosine_factors(logit_scale, num_heads, qkv, error)
     scale = scale or (qkv.shape[3] // (3 * num_heads)) ** -0.5
-    chosen = choose("window_attention", BACKENDS, (qkv, bias), backend)
-    if chosen in ("reference", "xformers"):
-        return plain(chosen)(qkv, bias, num_heads, window, shift, scale)
+    chosen = choose("window_attention", backends, (qkv, bias, factors), backend)
+    if chosen == "xformers":
+        return xformers_kernel.window_attention(qkv, bias, num_heads, window, shift, scale)
+    if chosen == "reference":
+        return reference.window_attention(qkv, bias, num_heads, window, shift, scale, factors)
     out: Tensor = torch.ops.simmim.window_attention(
         qkv,
         None if bias is None else bias.float(),
+        None if factors is None else factors.float(),
         num_heads,
         list(window),
         list(shift),
@@ -124,18 +145,33 @@ def pair_bias(bias: Tensor, num_heads: int, window: tuple[int, int], error: Any)
     return bias
 
 
+def cosine_factors(logit_scale: Tensor, num_heads: int, beside: Tensor, error: Any) -> Tensor:
+    """The factor of every head's cosines, [N] in float32 at least."""
+    if logit_scale.shape != (num_heads,):
+        raise error("expected logit_scale [N]")
+    if logit_scale.device != beside.device or logit_scale.dtype not in (
+        beside.dtype,
+        torch.float32,
+    ):
+        raise error("logit_scale must be float32 or of the dtype of qkv, on its device")
+    wide = torch.promote_types(logit_scale.dtype, torch.float32)
+    return logit_scale.to(wide).clamp(max=LARGEST_LOGIT_SCALE).exp()
+
+
 # The attended values and, for the backward, the logarithm of each query's sum of exponentials
 # (float32 [B, H, W, N]).
 torch.library.define(
     "simmim::window_attention",
-    "(Tensor qkv, Tensor? bias, SymInt num_heads, SymInt[] window, SymInt[] shift, float scale, "
-    "str backend) -> (Tensor, Tensor)",
+    "(Tensor qkv, Tensor? bias, Tensor? factors, SymInt num_heads, SymInt[] window, "
+    "SymInt[] shift, float scale, str backend) -> (Tensor, Tensor)",
 )
-# Gradients of qkv and of the pair bias (float32, [0] where it is not wanted).
+# Gradients of qkv, of the pair bias (float32, [0] where it is not wanted) and of the factors of
+# cosines (float32, [0] where there are none).
 torch.library.define(
     "simmim::window_attention_backward",
-    "(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor out, Tensor log_sums, SymInt num_heads, "
-    "SymInt[] window, SymInt[] shift, float scale, bool of_bias, str backend) -> (Tensor, Tensor)",
+    "(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor? factors, Tensor out, Tensor log_sums, "
+    "SymInt num_heads, SymInt[] window, SymInt[] shift, float scale, bool of_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -143,6 +179,7 @@ torch.library.define(
 def _forward(
     qkv: Tensor,
     bias: Tensor | None,
+    factors: Tensor | None,
     num_heads: int,
     window: list[int],
     shift: list[int],
@@ -157,6 +194,7 @@ def _forward(
         (window[0], window[1]),
         (shift[0], shift[1]),
         scale,
+        factors=factors,
     )
     return found
 
@@ -166,6 +204,7 @@ def _backward_kernel(
     grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
+    factors: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
     num_heads: int,
@@ -174,9 +213,9 @@ def _backward_kernel(
     scale: float,
     of_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = implementation("window_attention", backend)
-    grads: tuple[Tensor, Tensor] = kernel.backward(
+    grads: tuple[Tensor, Tensor, Tensor] = kernel.backward(
         grad_out.contiguous(),
         qkv.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -187,6 +226,7 @@ def _backward_kernel(
         (shift[0], shift[1]),
         scale,
         of_bias,
+        factors=factors,
     )
     return grads
 
@@ -194,6 +234,7 @@ def _backward_kernel(
 def _forward_fake(
     qkv: Tensor,
     bias: Tensor | None,
+    factors: Tensor | None,
     num_heads: int,
     window: list[int],
     shift: list[int],
@@ -212,6 +253,7 @@ def _backward_fake(
     grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
+    factors: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
     num_heads: int,
@@ -220,33 +262,35 @@ def _backward_fake(
     scale: float,
     of_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     pairs = window[0] * window[1]
     shape = (num_heads, pairs, pairs) if of_bias else (0,)
-    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=torch.float32)
+    grad_factors = qkv.new_empty(0 if factors is None else num_heads, dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=torch.float32), grad_factors
 
 
 torch.library.register_fake("simmim::window_attention_backward", _backward_fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, *ctx.settings = inputs
+    qkv, bias, factors, *ctx.settings = inputs
     out, log_sums = output
     ctx.mark_non_differentiable(log_sums)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias, out, log_sums)
+    ctx.save_for_backward(qkv, bias, factors, out, log_sums)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, unused: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 7
-    qkv, bias, out, log_sums = ctx.saved_tensors
+        return (None,) * 8
+    qkv, bias, factors, out, log_sums = ctx.saved_tensors
     *settings, backend = ctx.settings
     of_bias = bias is not None and ctx.needs_input_grad[1]
-    grad_qkv, grad_bias = torch.ops.simmim.window_attention_backward(
-        grad_out, qkv, bias, out, log_sums, *settings, of_bias, backend
+    grad_qkv, grad_bias, grad_factors = torch.ops.simmim.window_attention_backward(
+        grad_out, qkv, bias, factors, out, log_sums, *settings, of_bias, backend
     )
-    return grad_qkv, grad_bias if of_bias else None, None, None, None, None, None
+    grads = grad_qkv, grad_bias if of_bias else None, None if factors is None else grad_factors
+    return *grads, None, None, None, None, None
 
 
 torch.library.register_autograd("simmim::window_attention", _backward, setup_context=_setup_context)

@@ -1,6 +1,6 @@
-// Attention inside windows: a window of one head fits the cache, so its scores are computed whole,
-// forward and again in the backward.
-// B batch, H W token rows and columns, C width, N heads, K head width, S tokens of a window.
+// Attention inside windows: a window of one head fits the cache, so its scores
+// are computed whole, forward and again in the backward. B batch, H W token
+// rows and columns, C width, N heads, K head width, S tokens of a window.
 #include <math.h>
 
 #include <cstring>
@@ -17,13 +17,18 @@ namespace {
 constexpr float kMasked = -100.0f;  // as published
 constexpr int64_t kAlignment = 64;
 
-// Gradients of biases are summed in sections of windows, added in order: the result does not
-// depend on the number of threads.
+// A shorter q or k is divided by this instead of its length, as torch's
+// normalize does.
+constexpr float kLeastLength = 1e-12f;
+
+// Gradients of biases are summed in sections of windows, added in order: the
+// result does not depend on the number of threads.
 constexpr int64_t kSections = 32;
 
 int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
-// Float arrays of one thread, cut from one piece of memory; each starts at a cache line.
+// Float arrays of one thread, cut from one piece of memory; each starts at a
+// cache line.
 class Scratch {
   public:
     explicit Scratch(int64_t floats)
@@ -45,7 +50,8 @@ class Scratch {
     float* next_;
 };
 
-// What all windows share: sizes, and the pair biases with rows padded to whole lanes.
+// What all windows share: sizes, and the pair biases with rows padded to whole
+// lanes.
 class Plan {
   public:
     explicit Plan(const WindowAttention& given)
@@ -78,6 +84,8 @@ class Plan {
     Plan(const Plan&) = delete;
     Plan& operator=(const Plan&) = delete;
 
+    // Of q as it is read.
+    float scale() const { return a.factors ? 1.0f : a.scale; }
     bool shifted() const { return a.shift[0] || a.shift[1]; }
     int64_t pairs() const { return tokens * wide_tokens; }
     const float* bias(int64_t head) const { return bias_ + (a.bias ? head : 0) * pairs(); }
@@ -128,9 +136,9 @@ class Plan {
     float* masks_;
 };
 
-// One head of a token's row, widened: target [wide_head]. The same of the next head, which comes
-// next, is asked for: heads of a row are neighbours, rows are too far apart for the processor to
-// see the pattern.
+// One head of a token's row, widened: target [wide_head]. The same of the next
+// head, which comes next, is asked for: heads of a row are neighbours, rows are
+// too far apart for the processor to see the pattern.
 template <class T>
 void read_row(const T* source, const float* bias, float scale, float* target, int64_t width) {
     prefetch_to_read(source + width, width * static_cast<int64_t>(sizeof(T)));
@@ -174,6 +182,48 @@ class Reader {
     int64_t first_;
 };
 
+// Makes rows [rows, wide] of q or k as long as `factor`; `inverse` [rows] gets
+// 1 / their length, negative where that was below the least and the direction
+// therefore counts for nothing.
+void set_length(float* rows, int64_t count, int64_t wide, float factor, float* inverse) {
+    for (int64_t i = 0; i < count; ++i, rows += wide) {
+        Lanes squares = zero_lanes();
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            const Lanes x = load(rows + k);
+            squares = multiply_add(x, x, squares);
+        }
+        const float length = sqrtf(sum(squares));
+        const bool vanishing = length < kLeastLength;
+        const float share = 1.0f / (vanishing ? kLeastLength : length);
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            store(rows + k, multiply(load(rows + k), all(share * factor)));
+        }
+        inverse[i] = vanishing ? -share : share;
+    }
+}
+
+// Gradient of rows of q or k, in place, from that of the `rows` that set_length
+// made of them. Returns the gradient of the factor.
+float through_length(const float* rows, int64_t count, int64_t wide, float factor,
+                     const float* inverse, float* grad) {
+    float of_factor = 0.0f;
+    for (int64_t i = 0; i < count; ++i, rows += wide, grad += wide) {
+        Lanes products = zero_lanes();
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            products = multiply_add(load(rows + k), load(grad + k), products);
+        }
+        const float along = sum(products) / factor;
+        of_factor += along;
+        const float share = fabsf(inverse[i]);
+        const Lanes away = all(inverse[i] > 0.0f ? -share * along : 0.0f);
+        for (int64_t k = 0; k < wide; k += kLanes) {
+            const Lanes through = multiply(load(grad + k), all(share * factor));
+            store(grad + k, multiply_add(load(rows + k), away, through));
+        }
+    }
+    return of_factor;
+}
+
 Lanes biased(const float* score, const float* bias, const float* mask, int64_t j) {
     Lanes x = add(load(score + j), load(bias + j));
     return mask ? add(x, load(mask + j)) : x;
@@ -206,20 +256,25 @@ void forward(const WindowAttentionForward& a) {
     auto* out = static_cast<T*>(a.out);
 #pragma omp parallel num_threads(a.shared.num_threads)
     {
-        Scratch scratch(3 * S * wide_K + wide_K * wide_S + plan.pairs() + 5 * kLanes);
+        Scratch scratch(3 * S * wide_K + wide_K * wide_S + plan.pairs() + wide_S + 6 * kLanes);
         float* q = scratch.take(S * wide_K);
         float* rows = scratch.take(S * wide_K);
         float* k = scratch.take(wide_K * wide_S);
         float* score = scratch.take(plan.pairs());
         float* attended = scratch.take(S * wide_K);
+        float* unused = scratch.take(wide_S);
         auto* tokens = new int64_t[static_cast<size_t>(S)];
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < plan.windows * N; ++item) {
             const int64_t window = item / N, head = item % N;
             plan.locate(window, tokens);
             const Reader<T> reader(plan, tokens, head);
-            reader.rows(0, a.shared.scale, q);
+            reader.rows(0, plan.scale(), q);
             reader.rows(1, 1.0f, rows);
+            if (a.shared.factors) {
+                set_length(q, S, wide_K, a.shared.factors[head], unused);
+                set_length(rows, S, wide_K, 1.0f, unused);
+            }
             reader.transposed(rows, k);
             small_product({q, wide_K, 1}, k, wide_S, score, wide_S, S, wide_S, K);
             reader.rows(2, 1.0f, rows);
@@ -254,7 +309,8 @@ void add_to(float* total, const float* part, int64_t count) {
     }
 }
 
-// Writes one head's part of a gradient and adds its rows to `total` [K] where that is wanted.
+// Writes one head's part of a gradient and adds its rows to `total` [K] where
+// that is wanted.
 template <class G>
 void write_rows(const Plan& plan, const int64_t* tokens, const float* rows, float scale, G* target,
                 float* total) {
@@ -270,18 +326,24 @@ void write_rows(const Plan& plan, const int64_t* tokens, const float* rows, floa
     }
 }
 
-// Probabilities P and gradient of the scores dS, from the scores and dP (in place).
+// Probabilities P and gradient of the scores dS, from the scores and dP (in
+// place). A rounded log_sum of about 100, as of cosines, is off by 1e-5:
+// probabilities are made to add up to 1 again.
 void score_gradients(float* score, float* grad, const float* bias, const float* mask, float log_sum,
                      int64_t width) {
-    Lanes inner = zero_lanes();
+    Lanes inner = zero_lanes(), total = zero_lanes();
     for (int64_t j = 0; j < width; j += kLanes) {
         const Lanes p = exponential(subtract(biased(score, bias, mask, j), all(log_sum)));
         store(score + j, p);
         inner = multiply_add(p, load(grad + j), inner);
+        total = add(total, p);
     }
-    const Lanes delta = all(sum(inner));
+    const float share = 1.0f / sum(total);
+    const Lanes delta = all(sum(inner) * share);
     for (int64_t j = 0; j < width; j += kLanes) {
-        store(grad + j, multiply(load(score + j), subtract(load(grad + j), delta)));
+        const Lanes p = multiply(load(score + j), all(share));
+        store(score + j, p);
+        store(grad + j, multiply(p, subtract(load(grad + j), delta)));
     }
 }
 
@@ -289,7 +351,7 @@ void score_gradients(float* score, float* grad, const float* bias, const float* 
 struct Workspace {
     explicit Workspace(const Plan& plan)
         : scratch(5 * plan.tokens * plan.wide_head + plan.wide_head * plan.wide_tokens +
-                  2 * plan.pairs()),
+                  2 * plan.pairs() + 2 * plan.wide_tokens),
           tokens(new int64_t[static_cast<size_t>(plan.tokens)]) {
         const int64_t rows = plan.tokens * plan.wide_head;
         q = scratch.take(rows);
@@ -300,6 +362,8 @@ struct Workspace {
         across = scratch.take(plan.wide_head * plan.wide_tokens);
         score = scratch.take(plan.pairs());
         grad_score = scratch.take(plan.pairs());
+        of_q = scratch.take(plan.wide_tokens);
+        of_k = scratch.take(plan.wide_tokens);
     }
     ~Workspace() { delete[] tokens; }
     Workspace(const Workspace&) = delete;
@@ -311,17 +375,24 @@ struct Workspace {
     float* result;              // [S, wide_head]
     float* across;              // [wide_head, wide_S]
     float *score, *grad_score;  // [S, wide_S]
+    float *of_q, *of_k;         // [S]: 1 / length, of a cosine
 };
 
 template <class T, class G>
 void backward_head(const WindowAttentionBackward& a, const Plan& plan, const float* mask,
-                   int64_t head, const Workspace& w, float* bias_part, float* qkv_part) {
+                   int64_t head, const Workspace& w, float* bias_part, float* qkv_part,
+                   float* factor_part) {
     const int64_t S = plan.tokens, K = plan.head_width, N = a.shared.num_heads, C = a.shared.width;
     const int64_t wide_S = plan.wide_tokens, wide_K = plan.wide_head;
     const Reader<T> reader(plan, w.tokens, head);
-    reader.rows(0, a.shared.scale, w.q);
+    reader.rows(0, plan.scale(), w.q);
     reader.rows(1, 1.0f, w.k);
     reader.rows(2, 1.0f, w.v);
+    const float* factor = a.shared.factors ? a.shared.factors + head : nullptr;
+    if (factor) {
+        set_length(w.q, S, wide_K, *factor, w.of_q);
+        set_length(w.k, S, wide_K, 1.0f, w.of_k);
+    }
     const G* grad_out = static_cast<const G*>(a.grad_out) + head * K;
     for (int64_t i = 0; i < S; ++i) {
         read_row(grad_out + w.tokens[i] * C, nullptr, 1.0f, w.grad + i * wide_K, K);
@@ -338,8 +409,13 @@ void backward_head(const WindowAttentionBackward& a, const Plan& plan, const flo
     if (bias_part) add_to(bias_part, w.grad_score, plan.pairs());
     G* target = static_cast<G*>(a.grad_qkv) + head * K;
     small_product({w.grad_score, wide_S, 1}, w.k, wide_K, w.result, wide_K, S, wide_K, S);
-    write_rows(plan, w.tokens, w.result, a.shared.scale, target, qkv_part);
+    if (factor) {
+        const float found = through_length(w.q, S, wide_K, *factor, w.of_q, w.result);
+        if (factor_part) *factor_part += found;
+    }
+    write_rows(plan, w.tokens, w.result, plan.scale(), target, qkv_part);
     small_product({w.grad_score, 1, wide_S}, w.q, wide_K, w.result, wide_K, S, wide_K, S);
+    if (factor) through_length(w.k, S, wide_K, 1.0f, w.of_k, w.result);
     write_rows(plan, w.tokens, w.result, 1.0f, target + C, qkv_part ? qkv_part + wide_K : nullptr);
     small_product({w.score, 1, wide_S}, w.grad, wide_K, w.result, wide_K, S, wide_K, S);
     write_rows(plan, w.tokens, w.result, 1.0f, target + 2 * C,
@@ -380,6 +456,7 @@ void backward(const WindowAttentionBackward& a) {
     const int64_t sections = per_section ? (plan.windows + per_section - 1) / per_section : 0;
     const Parts of_bias(a.grad_bias != nullptr, sections, N * pairs);
     const Parts of_qkv(a.grad_qkv_bias != nullptr, sections, N * 3 * wide_K);
+    const Parts of_factors(a.grad_factors != nullptr, sections, N);
 #pragma omp parallel num_threads(a.shared.num_threads)
     {
         const Workspace workspace(plan);
@@ -387,8 +464,10 @@ void backward(const WindowAttentionBackward& a) {
         for (int64_t section = 0; section < sections; ++section) {
             float* bias_part = of_bias.of(section);
             float* qkv_part = of_qkv.of(section);
+            float* factor_part = of_factors.of(section);
             of_bias.clear(section);
             of_qkv.clear(section);
+            of_factors.clear(section);
             const int64_t end = (section + 1) * per_section;
             for (int64_t window = section * per_section;
                  window < (end < plan.windows ? end : plan.windows); ++window) {
@@ -396,7 +475,8 @@ void backward(const WindowAttentionBackward& a) {
                 for (int64_t head = 0; head < N; ++head) {
                     backward_head<T, G>(a, plan, plan.mask(window), head, workspace,
                                         bias_part ? bias_part + head * pairs : nullptr,
-                                        qkv_part ? qkv_part + head * 3 * wide_K : nullptr);
+                                        qkv_part ? qkv_part + head * 3 * wide_K : nullptr,
+                                        factor_part ? factor_part + head : nullptr);
                 }
             }
         }
@@ -408,6 +488,13 @@ void backward(const WindowAttentionBackward& a) {
                 add_to(target, of_bias.of(section) + row * wide_S, S);
             }
         }
+    }
+    for (int64_t head = 0; head < (a.grad_factors ? N : 0); ++head) {
+        double total = 0.0;
+        for (int64_t section = 0; section < sections; ++section) {
+            total += of_factors.of(section)[head];
+        }
+        a.grad_factors[head] = static_cast<float>(total);
     }
     for (int64_t row = 0; row < (a.grad_qkv_bias ? N * 3 : 0); ++row) {
         float* target = a.grad_qkv_bias + row % 3 * C + row / 3 * K;

@@ -1,7 +1,8 @@
 """Shifted-window attention in plain PyTorch.
 
 B batch, H W token rows and columns, C width, N heads, K head width, h w sides of a window, S = h·w.
-Source: microsoft/SimMIM models/swin_transformer.py (WindowAttention, SwinTransformerBlock).
+Source: microsoft/SimMIM models/swin_transformer.py (WindowAttention, SwinTransformerBlock), and for
+the cosines microsoft/Swin-Transformer models/swin_transformer_v2.py.
 """
 
 import torch
@@ -67,14 +68,34 @@ def window_attention(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """qkv [B, H, W, 3C] with q, k, v head-major, bias [N, S, S] or None → [B, H, W, C]."""
+    """qkv [B, H, W, 3C] with q, k, v head-major, bias [N, S, S] or None → [B, H, W, C].
+
+    With factors [N], scores are those times the cosine of q and k in the place of scale · q·k.
+    """
+    if factors is not None:
+        # Cosines times up to 100 need float32 until they are exponents.
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        with torch.autocast(qkv.device.type, enabled=False):
+            unit = _with_lengths(qkv.to(wide), factors.to(wide))
+            bias = None if bias is None else bias.to(wide)
+            return window_attention(unit, bias, num_heads, window, shift, 1.0).to(qkv.dtype)
     q, k, v = split(qkv, num_heads, window, shift)
     pairs = bias_of_windows(bias, qkv.shape[1:3], num_heads, window, shift, qkv.device)
     if pairs is not None:
         pairs = pairs.unsqueeze(0).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
     return join(out, qkv.shape[1:3], num_heads, window, shift)
+
+
+def _with_lengths(qkv: Tensor, factors: Tensor) -> Tensor:
+    """qkv with every q as long as its head's factor, and every k of length 1."""
+    N = len(factors)
+    parts = qkv.view(*qkv.shape[:3], 3, N, qkv.shape[3] // (3 * N))
+    q, k, v = parts.unbind(3)  # [B, H, W, N, K] each
+    q = F.normalize(q, dim=-1) * factors.unsqueeze(1)
+    return torch.stack((q, F.normalize(k, dim=-1), v), dim=3).view(qkv.shape)
 
 
 def split(

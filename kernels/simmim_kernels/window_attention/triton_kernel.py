@@ -9,6 +9,10 @@ of one head and keeps the gradient of their bias in registers. A larger window i
 - gradient of the bias: a program sums one tile of it over several windows.
 Partial sums of the bias's gradient are added by a small kernel, in a fixed order.
 
+Cosines are products of q and k as they are, times one number per query and one per key: nothing is
+rounded before it is an exponent. Their gradients are those of the products, less the part along q
+and k; what every query has along it also is, summed, the gradient of the head's factor.
+
 H W rows and columns of the map in tokens, h w of a window, S = h·w, N heads, D head width; M rows
 and T columns of a tile of scores, K a head width padded to a power of two. A position is the index
 of a token in its window.
@@ -91,10 +95,51 @@ def _within(o_position, S: tl.constexpr, D: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _inverse_lengths(x):
+    """1 / length of rows; 1e-12 is the least length, as that of torch's normalize."""
+    wide = x.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), 1e-12)
+
+
+@triton.jit
+def _shares(x):
+    """What 1 / length of rows brings into a product of the other side's gradient."""
+    inverse = _inverse_lengths(x)
+    if x.dtype == tl.float16:  # where 1e12 is infinite; the row is 0 then
+        inverse = tl.where(inverse < 1e12, inverse, 0.0)
+    return inverse
+
+
+@triton.jit
+def _products(q, k, scale, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """scale times q·k of a tile [queries, keys], or times their cosine."""
+    product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if COSINE:
+        product = product * (_inverse_lengths(q) * scale)[:, None] * _inverse_lengths(k)[None, :]
+    else:
+        product = product * scale
+    return product
+
+
+@triton.jit
+def _along(grad, x, scale):
+    """What a gradient has in the direction of rows."""
+    return tl.sum(grad * x.to(tl.float32), axis=1) * _inverse_lengths(x) * scale
+
+
+@triton.jit
+def _through_length(grad, x, along, scale):
+    """Gradient of rows from that of them divided by their length; `along` is what they have of it
+    in their own direction, times scale.
+    """
+    inverse = _inverse_lengths(x)
+    away = tl.where(inverse < 1e12, inverse * inverse * along, 0.0)
+    return grad * (inverse * scale)[:, None] - x.to(tl.float32) * away[:, None]
+
+
+@triton.jit
 def _scores(
-    q,
-    k,
-    scale,
+    score,
     p_bias,
     i_head,
     o_query,
@@ -103,15 +148,13 @@ def _scores(
     SHIFT_ROWS: tl.constexpr,
     SHIFT_COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
-    PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
 ):
-    """Scores [queries, keys] of a tile, with bias, -100 for pairs that a seam divides (as
-    published), and -inf for keys beyond the window.
+    """Scores of products [queries, keys] of a tile: with bias, -100 for pairs that a seam divides
+    (as published), and -inf for keys beyond the window.
     """
     S: tl.constexpr = h * w
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if ROW > 0:
         o_bias = (i_head * S + o_query)[:, None] * ROW + o_key[None, :]
         m_bias = (o_query < S)[:, None] & (o_key < ROW)[None, :]  # so masked, loads stay wide
@@ -127,9 +170,23 @@ def _scores(
 
 
 @triton.jit
+def _weights(score, high, COSINE: tl.constexpr):
+    """e^(score - high), one `high` for every row.
+
+    Scores of cosines are as large as 100, and differ exactly; a product with log2(e) does not.
+    """
+    if COSINE:
+        weight = tl.exp2((score - high[:, None]) * _LOG2E)
+    else:
+        weight = tl.exp2(score * _LOG2E - (high * _LOG2E)[:, None])
+    return weight
+
+
+@triton.jit
 def _attend_window(
     p_qkv,
     p_bias,
+    p_factors,
     p_out,
     p_log_sums,
     H,
@@ -139,6 +196,7 @@ def _attend_window(
     SHIFT_ROWS: tl.constexpr,
     SHIFT_COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -148,6 +206,8 @@ def _attend_window(
 ):
     S: tl.constexpr = h * w
     i_head, i_window = tl.program_id(0) % N, tl.program_id(0) // N
+    if COSINE:
+        scale = tl.load(p_factors + i_head)
     o = tl.arange(0, T)
     token = _tokens(i_window, o, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
     m_tile = _within(o, S, D, K)
@@ -155,10 +215,9 @@ def _attend_window(
     q = tl.load(p_q, mask=m_tile, other=0.0)
     k = tl.load(p_q + N * D, mask=m_tile, other=0.0)
     v = tl.load(p_q + 2 * N * D, mask=m_tile, other=0.0)
+    product = _products(q, k, scale, COSINE, PRECISION)
     score = _scores(
-        q,
-        k,
-        scale,
+        product,
         p_bias,
         i_head,
         o,
@@ -167,12 +226,11 @@ def _attend_window(
         SHIFT_ROWS,
         SHIFT_COLUMNS,
         ROW,
-        PRECISION,
         h,
         w,
     )
     highest = tl.max(score, axis=1)
-    weight = tl.exp2(score * _LOG2E - (highest * _LOG2E)[:, None])
+    weight = _weights(score, highest, COSINE)
     total = tl.sum(weight, axis=1)
     b_out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
     p_out = _tile(p_out, token, N * D, i_head, D, K)
@@ -185,8 +243,10 @@ def _attend_window_backward(
     p_grad_out,
     p_qkv,
     p_bias,
+    p_factors,
     p_log_sums,
     p_grad_qkv,
+    p_along,
     p_partial,
     windows,
     programs,
@@ -198,6 +258,7 @@ def _attend_window_backward(
     SHIFT_COLUMNS: tl.constexpr,
     OF_BIAS: tl.constexpr,
     ROW: tl.constexpr,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -207,6 +268,8 @@ def _attend_window_backward(
 ):
     S: tl.constexpr = h * w
     i_head, i_program = tl.program_id(0) % N, tl.program_id(0) // N
+    if COSINE:
+        scale = tl.load(p_factors + i_head)
     o = tl.arange(0, T)
     m_tile = _within(o, S, D, K)
     grad_bias = tl.zeros((T, T), dtype=tl.float32)
@@ -218,10 +281,9 @@ def _attend_window_backward(
         log_sum = tl.load(p_log_sums + token * N + i_head, mask=o < S, other=0.0)
         p_grad = _tile(p_grad_qkv, token, 3 * N * D, i_head, D, K)
 
+        product = _products(q, k, scale, COSINE, PRECISION)
         score = _scores(
-            q,
-            k,
-            scale,
+            product,
             p_bias,
             i_head,
             o,
@@ -230,11 +292,12 @@ def _attend_window_backward(
             SHIFT_ROWS,
             SHIFT_COLUMNS,
             ROW,
-            PRECISION,
             h,
             w,
         )
-        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        weight = _weights(score, log_sum, COSINE)
+        if COSINE:  # a rounded log_sum of about 100 is off by 1e-5
+            weight = weight / tl.sum(weight, axis=1)[:, None]
         grad = tl.load(_tile(p_grad_out, token, N * D, i_head, D, K), mask=m_tile, other=0.0)
         # loaded where they are needed, stored before the next is computed: registers are short
         grad_v = tl.dot(tl.trans(weight.to(grad.dtype)), grad, input_precision=PRECISION)
@@ -245,10 +308,20 @@ def _attend_window_backward(
         grad_score = weight * (grad_weight - delta[:, None])
         if OF_BIAS:
             grad_bias += grad_score
-        grad_score = grad_score.to(q.dtype)
-        grad_q = tl.dot(grad_score, k, input_precision=PRECISION) * scale
-        tl.store(p_grad, grad_q.to(q.dtype), mask=m_tile)
-        grad_k = tl.dot(tl.trans(grad_score), q, input_precision=PRECISION) * scale
+        if COSINE:
+            for_q = (grad_score * _shares(k)[None, :]).to(q.dtype)
+            grad_q = tl.dot(for_q, k, input_precision=PRECISION)
+            along = _along(grad_q, q, scale)
+            tl.store(p_along + token * N + i_head, along, mask=o < S)
+            tl.store(p_grad, _through_length(grad_q, q, along, scale).to(q.dtype), mask=m_tile)
+            for_k = (grad_score * _shares(q)[:, None]).to(q.dtype)
+            grad_k = tl.dot(tl.trans(for_k), q, input_precision=PRECISION)
+            grad_k = _through_length(grad_k, k, _along(grad_k, k, scale), scale)
+        else:
+            grad_score = grad_score.to(q.dtype)
+            grad_q = tl.dot(grad_score, k, input_precision=PRECISION) * scale
+            tl.store(p_grad, grad_q.to(q.dtype), mask=m_tile)
+            grad_k = tl.dot(tl.trans(grad_score), q, input_precision=PRECISION) * scale
         tl.store(p_grad + N * D, grad_k.to(k.dtype), mask=m_tile)
     if OF_BIAS:
         o_partial = (tl.program_id(0) * S + o[:, None]) * S + o[None, :]
@@ -259,6 +332,7 @@ def _attend_window_backward(
 def _attend_tile(
     p_qkv,
     p_bias,
+    p_factors,
     p_out,
     p_log_sums,
     H,
@@ -268,6 +342,7 @@ def _attend_tile(
     SHIFT_ROWS: tl.constexpr,
     SHIFT_COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -280,6 +355,8 @@ def _attend_tile(
     TILES: tl.constexpr = (S + M - 1) // M
     i_head = tl.program_id(0) // TILES % N
     i_window = tl.program_id(0) // TILES // N
+    if COSINE:
+        scale = tl.load(p_factors + i_head)
     o_query = tl.program_id(0) % TILES * M + tl.arange(0, M)
     token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
     m_query = _within(o_query, S, D, K)
@@ -294,10 +371,9 @@ def _attend_tile(
         m_key = _within(o_key, S, D, K)
         k = tl.load(p_k, mask=m_key, other=0.0)
         v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        product = _products(q, k, scale, COSINE, PRECISION)
         score = _scores(
-            q,
-            k,
-            scale,
+            product,
             p_bias,
             i_head,
             o_query,
@@ -306,13 +382,12 @@ def _attend_tile(
             SHIFT_ROWS,
             SHIFT_COLUMNS,
             ROW,
-            PRECISION,
             h,
             w,
         )
         now_highest = tl.maximum(highest, tl.max(score, axis=1))
         shrunk = tl.exp2((highest - now_highest) * _LOG2E)
-        weight = tl.exp2(score * _LOG2E - (now_highest * _LOG2E)[:, None])
+        weight = _weights(score, now_highest, COSINE)
         total = total * shrunk + tl.sum(weight, axis=1)
         b_out = b_out * shrunk[:, None]
         b_out = tl.dot(weight.to(v.dtype), v, b_out, input_precision=PRECISION)
@@ -328,9 +403,11 @@ def _attend_tile_backward(
     p_grad_out,
     p_qkv,
     p_bias,
+    p_factors,
     p_out,
     p_log_sums,
     p_grad_qkv,
+    p_along,
     p_delta,
     positions,
     H,
@@ -341,6 +418,7 @@ def _attend_tile_backward(
     SHIFT_COLUMNS: tl.constexpr,
     OF_BIAS: tl.constexpr,
     ROW: tl.constexpr,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -353,6 +431,8 @@ def _attend_tile_backward(
     TILES: tl.constexpr = (S + M - 1) // M
     i_head = tl.program_id(0) // TILES % N
     i_window = tl.program_id(0) // TILES // N
+    if COSINE:
+        scale = tl.load(p_factors + i_head)
     first = tl.program_id(0) % TILES * M
 
     # The tile as keys, T at a time. Inner loops end at `positions`, which is S, but not known when
@@ -366,6 +446,7 @@ def _attend_tile_backward(
         v = tl.load(p_k + N * D, mask=m_key, other=0.0)
         grad_k = tl.zeros((T, K), dtype=tl.float32)
         grad_v = tl.zeros((T, K), dtype=tl.float32)
+        along_k = tl.zeros((T,), dtype=tl.float32)
         for first_query in range(0, positions, M):
             o_query = first_query + tl.arange(0, M)
             token = _tokens(i_window, o_query, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
@@ -374,10 +455,9 @@ def _attend_tile_backward(
             p_o = _tile(p_out, token, N * D, i_head, D, K)
             q = tl.load(_tile(p_qkv, token, 3 * N * D, i_head, D, K), mask=m_query, other=0.0)
             log_sum = tl.load(p_log_sums + token * N + i_head, mask=o_query < S, other=0.0)
+            product = _products(q, k, scale, COSINE, PRECISION)
             score = _scores(
-                q,
-                k,
-                scale,
+                product,
                 p_bias,
                 i_head,
                 o_query,
@@ -386,11 +466,10 @@ def _attend_tile_backward(
                 SHIFT_ROWS,
                 SHIFT_COLUMNS,
                 ROW,
-                PRECISION,
                 h,
                 w,
             )
-            weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+            weight = _weights(score, log_sum, COSINE)
             # loaded where they are needed: registers are short here
             grad = tl.load(p_grad, mask=m_query, other=0.0)
             grad_v = tl.dot(
@@ -399,10 +478,18 @@ def _attend_tile_backward(
             grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
             out = tl.load(p_o, mask=m_query, other=0.0)
             delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
-            grad_score = (weight * (grad_weight - delta[:, None])).to(q.dtype)
+            grad_score = weight * (grad_weight - delta[:, None])
+            if COSINE:
+                along_k += tl.sum(grad_score * product, axis=0)
+                grad_score = grad_score * _shares(q)[:, None]
+            grad_score = grad_score.to(q.dtype)
             grad_k = tl.dot(tl.trans(grad_score), q, grad_k, input_precision=PRECISION)
+        if COSINE:
+            grad_k = _through_length(grad_k, k, along_k, scale)
+        else:
+            grad_k = grad_k * scale
         p_grad_k = _tile(p_grad_qkv, key_token, 3 * N * D, i_head, D, K) + N * D
-        tl.store(p_grad_k, (grad_k * scale).to(k.dtype), mask=m_key)
+        tl.store(p_grad_k, grad_k.to(k.dtype), mask=m_key)
         tl.store(p_grad_k + N * D, grad_v.to(v.dtype), mask=m_key)
 
     # The tile as queries.
@@ -419,6 +506,9 @@ def _attend_tile_backward(
     if OF_BIAS:
         tl.store(p_delta + token * N + i_head, delta, mask=o_query < S)
     grad_q = tl.zeros((M, K), dtype=tl.float32)
+    along_q = tl.zeros((M,), dtype=tl.float32)
+    total = tl.zeros((M,), dtype=tl.float32)
+    middle = tl.zeros((M,), dtype=tl.float32)
     for first_key in range(0, positions, T):
         o_key = first_key + tl.arange(0, T)
         key_token = _tokens(i_window, o_key, H, W, SHIFT_ROWS, SHIFT_COLUMNS, h, w)
@@ -426,10 +516,9 @@ def _attend_tile_backward(
         p_k = _tile(p_qkv, key_token, 3 * N * D, i_head, D, K) + N * D
         k = tl.load(p_k, mask=m_key, other=0.0)
         v = tl.load(p_k + N * D, mask=m_key, other=0.0)
+        product = _products(q, k, scale, COSINE, PRECISION)
         score = _scores(
-            q,
-            k,
-            scale,
+            product,
             p_bias,
             i_head,
             o_query,
@@ -438,16 +527,28 @@ def _attend_tile_backward(
             SHIFT_ROWS,
             SHIFT_COLUMNS,
             ROW,
-            PRECISION,
             h,
             w,
         )
-        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        weight = _weights(score, log_sum, COSINE)
         grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        grad_score = (weight * (grad_weight - delta[:, None])).to(k.dtype)
+        grad_score = weight * (grad_weight - delta[:, None])
+        if COSINE:
+            along_q += tl.sum(grad_score * product, axis=1)
+            total += tl.sum(grad_score, axis=1)
+            middle += tl.sum(weight * product, axis=1)
+            grad_score = grad_score * _shares(k)[None, :]
+        grad_score = grad_score.to(k.dtype)
         grad_q = tl.dot(grad_score, k, grad_q, input_precision=PRECISION)
+    if COSINE:
+        # the total is 0 but for the rounding of `out`, which must not come times the cosines
+        along_q -= total * middle
+        tl.store(p_along + token * N + i_head, along_q, mask=o_query < S)
+        grad_q = _through_length(grad_q, q, along_q, scale)
+    else:
+        grad_q = grad_q * scale
     p_grad_q = _tile(p_grad_qkv, token, 3 * N * D, i_head, D, K)
-    tl.store(p_grad_q, (grad_q * scale).to(q.dtype), mask=m_query)
+    tl.store(p_grad_q, grad_q.to(q.dtype), mask=m_query)
 
 
 @triton.jit
@@ -455,6 +556,7 @@ def _grad_bias_tile(
     p_grad_out,
     p_qkv,
     p_bias,
+    p_factors,
     p_log_sums,
     p_delta,
     p_partial,
@@ -467,6 +569,7 @@ def _grad_bias_tile(
     SHIFT_ROWS: tl.constexpr,
     SHIFT_COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     h: tl.constexpr,
     w: tl.constexpr,
@@ -477,6 +580,8 @@ def _grad_bias_tile(
 ):
     S: tl.constexpr = h * w
     i_head, i_program = tl.program_id(0) % N, tl.program_id(0) // N
+    if COSINE:
+        scale = tl.load(p_factors + i_head)
     o_query = tl.program_id(1) * M + tl.arange(0, M)
     o_key = tl.program_id(2) * T + tl.arange(0, T)
     m_query, m_key = _within(o_query, S, D, K), _within(o_key, S, D, K)
@@ -492,10 +597,9 @@ def _grad_bias_tile(
         o_row = token * N + i_head
         log_sum = tl.load(p_log_sums + o_row, mask=o_query < S, other=0.0)
         delta = tl.load(p_delta + o_row, mask=o_query < S, other=0.0)
+        product = _products(q, k, scale, COSINE, PRECISION)
         score = _scores(
-            q,
-            k,
-            scale,
+            product,
             p_bias,
             i_head,
             o_query,
@@ -504,11 +608,10 @@ def _grad_bias_tile(
             SHIFT_ROWS,
             SHIFT_COLUMNS,
             ROW,
-            PRECISION,
             h,
             w,
         )
-        weight = tl.exp2(score * _LOG2E - (log_sum * _LOG2E)[:, None])
+        weight = _weights(score, log_sum, COSINE)
         grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         grad_bias += weight * (grad_weight - delta[:, None])
     o_partial = (tl.program_id(0) * S + o_query[:, None]).to(tl.int64) * S + o_key[None, :]
@@ -540,13 +643,19 @@ def _plain_bias(bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, int]:
 
 
 def _settings(
-    qkv: Tensor, row: int, num_heads: int, window: tuple[int, int], shift: tuple[int, int]
+    qkv: Tensor,
+    row: int,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    factors: Tensor | None,
 ) -> dict[str, Any]:
     D = qkv.shape[3] // (3 * num_heads)
     return {
         "SHIFT_ROWS": shift[0],
         "SHIFT_COLUMNS": shift[1],
         "ROW": row,
+        "COSINE": factors is not None,
         "PRECISION": _precision(qkv.dtype),
         "h": window[0],
         "w": window[1],
@@ -586,6 +695,7 @@ def forward(
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[B, H, W, C], and the logarithms of the sums of exponentials, float32 [B, H, W, N]."""
     B, H, W, C3 = qkv.shape
@@ -595,8 +705,9 @@ def forward(
     if out.numel() == 0:
         return out, log_sums
     plain_bias, row = _plain_bias(bias, qkv)
-    tensors = (qkv, plain_bias, out, log_sums, H, W, N, scale)
-    settings = _settings(qkv, row, N, window, shift)
+    given = log_sums if factors is None else factors
+    tensors = (qkv, plain_bias, given, out, log_sums, H, W, N, scale)
+    settings = _settings(qkv, row, N, window, shift, factors)
     windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
@@ -623,16 +734,23 @@ def backward(
     shift: tuple[int, int],
     scale: float,
     of_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv [B, H, W, 3C] and of the bias, float32 [N, S, S] ([0] if not wanted)."""
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv [B, H, W, 3C], the bias and the factors, the last two in float32.
+
+    [N, S, S] or [0] if it is not wanted; [N] or [0] without factors.
+    """
     B, H, W, _ = qkv.shape
     S, N = window[0] * window[1], num_heads
     grad_qkv = torch.empty_like(qkv)
     grad_bias = qkv.new_empty((N, S, S) if of_bias else (0,), dtype=torch.float32)
     if qkv.numel() == 0:
-        return grad_qkv, grad_bias.zero_()
+        return grad_qkv, grad_bias.zero_(), qkv.new_zeros(0 if factors is None else N).float()
     plain_bias, row = _plain_bias(bias, qkv)
-    settings = _settings(qkv, row, N, window, shift)
+    settings = _settings(qkv, row, N, window, shift, factors)
+    given, along = log_sums, log_sums
+    if factors is not None:
+        given, along = factors, torch.empty_like(log_sums)
     windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
@@ -643,8 +761,10 @@ def backward(
             grad_out,
             qkv,
             plain_bias,
+            given,
             log_sums,
             grad_qkv,
+            along,
             partial,
             windows,
             programs,
@@ -665,9 +785,11 @@ def backward(
             grad_out,
             qkv,
             plain_bias,
+            given,
             out,
             log_sums,
             grad_qkv,
+            along,
             delta,
             S,
             H,
@@ -689,6 +811,7 @@ def backward(
                 grad_out,
                 qkv,
                 plain_bias,
+                given,
                 log_sums,
                 delta,
                 partial,
@@ -709,4 +832,6 @@ def backward(
         _sum_rows[(triton.cdiv(pairs, 64),)](
             partial, grad_bias, programs, pairs, R=32, K=64, num_warps=4
         )
-    return grad_qkv, grad_bias
+    if factors is None:
+        return grad_qkv, grad_bias, qkv.new_empty(0, dtype=torch.float32)
+    return grad_qkv, grad_bias, along.sum((0, 1, 2)) / factors

@@ -49,6 +49,11 @@ def reasons_against(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
+def reasons_against_cosines(*tensors: Tensor | None) -> list[str]:
+    """Why xformers cannot attend by cosines."""
+    return ["xformers has no attention by cosines (logit_scale)", *reasons_against(*tensors)]
+
+
 def window_attention(
     qkv: Tensor,
     bias: Tensor | None,
