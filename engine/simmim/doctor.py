@@ -12,6 +12,7 @@ from simmim_kernels.crop_resize import BACKENDS as CROP_BACKENDS
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
 from simmim_kernels.gradient_norm import BACKENDS as NORM_BACKENDS
+from simmim_kernels.post_norm_block import ATTENTION_BACKENDS as COSINE_BACKENDS
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
 from simmim_kernels.window_attention import xformers_kernel
 
@@ -22,6 +23,8 @@ OPS = {
     "substitute_mask_tokens": BACKENDS,
     "residual_attention": ATTENTION_BACKENDS,
     "residual_mlp": BACKENDS,
+    "post_norm_attention": COSINE_BACKENDS,
+    "post_norm_mlp": BACKENDS,
     "merge_patches": BACKENDS,
     "masked_l1_loss": BACKENDS,
     "linear_masked_l1_loss": BACKENDS,

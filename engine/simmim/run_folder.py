@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from simmim import distributed, environment, files
 from simmim.checkpoint import Loaded
-from simmim.config import ConfigError, RunConfig, from_dict, leaves, to_toml
+from simmim.config import Config, ConfigError, RunConfig, from_dict, leaves, to_toml
 from simmim.distributed import World
 
 RUN_FILE = "run.json"
@@ -88,6 +88,12 @@ def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]
         ConfigError: something differs on which the order of samples or the saved state depends.
     """
     found = []
+    method = loaded.state["config"].get("method", {}).get("name", "simmim")
+    if isinstance(config, Config) and method != config.method.name:
+        raise ConfigError(
+            f"method.name was {method} in {loaded.folder} and is {config.method.name} now; a run "
+            "cannot change it midway: restore it, or choose another --output"
+        )
     try:
         before = leaves(from_dict(loaded.state["config"], type(config)))
     except (TypeError, KeyError):

@@ -170,8 +170,9 @@ def _average(
     old: list[Tensor] = list(averaged.parameters())
     new: list[Tensor] = list(model.parameters())
     change = torch._foreach_sub(new, old)
-    torch._foreach_mul_(change, finite.float() * (1.0 - decay))
-    torch._foreach_add_(old, change)
+    # a factor of 0 would make NaN of weights that are infinite
+    parts = [torch.where(finite, c * (1.0 - decay), 0.0) for c in change]
+    torch._foreach_add_(old, parts)
 
 
 def _copy_buffers(averaged: nn.Module, model: nn.Module) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import throughput
-from peers import BUILDERS, Mismatch, Unavailable
+from peer import Mismatch, Pair, Unavailable
+from peers import PEERS
+from rows import EngineRow, Images, PeerRow, engine_loss, wake
 from simmim.backbone.build import PRESETS
-from simmim.config import Config, DataConfig, ModelConfig, TrainConfig
-from throughput import EngineRow, Images, PeerRow
+from simmim.config import DataConfig, ModelConfig, TrainConfig, config_class
+from simmim.method.build import method_class
 
 CPU = torch.device("cpu")
 SMALL = ["--device=cpu", "--model=vit_tiny", "--image-size=64", "--batch=1", "--dtype=float32"]
@@ -37,9 +39,9 @@ def test_every_row_runs_or_says_why_not(written: dict[str, Any]) -> None:
     names = [row["name"] for row in written["rows"]]
     assert names[:2] == ["simmim", "reference PyTorch"]
     skipped = {row["name"]: row["reason"] for row in written["skipped"]}
-    assert sorted([*names[2:], *skipped]) == sorted(BUILDERS)
+    assert sorted([*names[2:], *skipped]) == sorted(PEERS["simmim"])
     for reason in skipped.values():
-        assert "pip install" in reason or "does not import here" in reason
+        assert any(words in reason for words in ("pip install", "does not import here", "ResNets"))
     assert written["checks"].keys() == set(names) - {"simmim"}
 
 
@@ -69,35 +71,94 @@ def test_machine_and_settings(written: dict[str, Any]) -> None:
     assert written["settings"]["image_size"] == [64, 64]
 
 
-def make_base(**model: Any) -> EngineRow:
-    config = Config(
+def make_base(method: str = "simmim", image_size: int = 64, **model: Any) -> EngineRow:
+    settings = method_class(method).Settings
+    config = config_class(settings)(
+        method=settings(name=method),
         model=ModelConfig(**model),
-        data=DataConfig(path="random images", image_size=64),
-        train=TrainConfig(precision="float32"),
+        data=DataConfig(path="random images", image_size=image_size),
+        train=TrainConfig(precision="float32", batch_size=8),
     )
-    return EngineRow("simmim", config, CPU, "")
+    return EngineRow("simmim", config, CPU)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("model", ["swin", "vit", "vit-plain"])
-def test_peers_compute_the_same(name: str, model: str) -> None:
-    if model == "swin":
-        base = make_base(
-            name="swin_tiny", embed_dim=12, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=4
-        )
-    else:
-        preset = "vit_base_plain" if model == "vit-plain" else "vit_tiny"
-        base = make_base(name=preset, embed_dim=24, depths=[2], num_heads=[2], patch_size=8)
+MODELS: dict[str, dict[str, Any]] = {
+    "swin": {"name": "swin_tiny", "window_size": 4}
+    | {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 4]},
+    "swinv2": {"name": "swinv2_tiny", "window_size": 4}
+    | {"embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 4]},
+    "vit": {"name": "vit_tiny", "embed_dim": 24, "depths": [2], "num_heads": [2], "patch_size": 8},
+    "vit-plain": {"name": "vit_base_plain", "patch_size": 8}
+    | {"embed_dim": 24, "depths": [2], "num_heads": [2]},
+    "resnet": {"name": "resnet18"},
+    "resnet-bottleneck": {"name": "resnet50", "depths": [1, 1, 1, 1]},
+}
+COMPARED = [("simmim", model, peer) for model in MODELS for peer in PEERS["simmim"]]
+COMPARED += [("tokens", model, peer) for model in ("vit", "vit-plain") for peer in PEERS["tokens"]]
+COMPARED += [("simsiam", "resnet", peer) for peer in PEERS["simsiam"]]
+
+
+@pytest.mark.parametrize(("method", "model", "name"), COMPARED)
+def test_peers_compute_the_same(method: str, model: str, name: str) -> None:
+    base = make_base(method, **MODELS[model])
     with torch.no_grad():
         for parameter in base.model.parameters():  # fresh norms and biases would all look alike
             parameter.add_(0.05 * torch.randn_like(parameter))
     try:
-        row = PeerRow(BUILDERS[name](base.spec), base.config, CPU)
+        row = PeerRow(PEERS[method][name](base.spec), base.config, CPU)
     except Unavailable as reason:
         pytest.skip(str(reason))
     loss, gradient = throughput.check_equal(base, row)
     assert loss < 2e-6
     assert gradient < 5e-5
+
+
+@pytest.mark.parametrize("name", PEERS["simmim"])
+def test_a_peer_takes_a_memory_format_and_stays_the_same(name: str) -> None:
+    base = make_base(name="resnet18")
+    try:
+        row = PeerRow(PEERS["simmim"][name](base.spec), base.config, CPU)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert row.choose_format(Images.make(2, base.model, base.config))
+    assert row.note.endswith("the faster here")
+    assert row.format in row.peer.formats
+    assert throughput.check_equal(base, row)[1] < 1e-3
+
+
+def test_simsiam_has_a_row_that_distorts_by_itself() -> None:
+    """It computes what the row computes whose views are ready."""
+    base = make_base("simsiam", name="resnet18")
+    whole = base.with_distortion("whole")
+    images = Images.make(4, base.model, base.config)
+    assert images.batch.image.shape == (4, 2, 64, 64, 3)
+    first, second = images.ready
+    assert first.shape == second.shape == (4, 3, 64, 64)
+    assert not torch.equal(first, second)
+    loss, gradient = throughput.check_equal(base, whole)
+    assert loss < 1e-6
+    assert gradient < 1e-6
+    seen = [float(row.step(images)()) for row in (base, whole)]
+    assert all(-1 <= loss <= 1 for loss in seen)
+    assert base.run.step == 0  # rows count their steps apart
+
+
+def test_no_branch_begins_as_nothing() -> None:
+    model = make_base(name="resnet18").model
+    norms = [m.bn2 for m in model.modules() if hasattr(m, "bn2")]
+    assert len(norms) == 8
+    assert all(norm.weight.all() for norm in norms)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(torch.equal(value, before[name]) for name, value in wake(model).state_dict().items())
+
+
+def test_a_recipe_is_a_model_a_method_and_a_ratio() -> None:
+    config = throughput.parse(["--device=cpu", "--model=vit_small_tokens"]).config
+    assert (config.model.name, config.method.name) == ("vit_small_plain", "tokens")
+    assert config.mask.ratio == 0.75
+    assert config.image_size == (224, 224)
+    images = Images.make(2, EngineRow("simmim", config, CPU).model, config)
+    assert images.ready[1].sum(dim=(1, 2)).tolist() == [147, 147]
 
 
 def test_products_are_those_of_torch() -> None:
@@ -106,7 +167,7 @@ def test_products_are_those_of_torch() -> None:
     counts = throughput.products_of(base.model, images, base.config)
     base.model.use_backend("reference")
     with FlopCounterMode(display=False) as counter:
-        throughput.engine_loss(base.model, images, base.config, "float32").backward()
+        engine_loss(base.model, images, base.config, "float32").backward()
     found = sum(product.flops * times for product, times in counts.items())
     assert found == counter.get_total_flops()
 
@@ -130,8 +191,8 @@ def test_a_row_that_differs_ends_the_run(
 
 def test_a_gradient_that_differs_is_named() -> None:
     base = make_base(name="vit_tiny", depths=[1])
-    row = EngineRow("other", base.config, CPU, "")
-    row.pairs = [throughput.Pair("decoder.0.bias", lambda w: w["decoder.0.bias"] * 1.01)]
+    row = EngineRow("other", base.config, CPU)
+    row.pairs = [Pair("decoder.0.bias", lambda w: w["decoder.0.bias"] * 1.01)]
     with pytest.raises(Mismatch, match=r"other: gradient of decoder\.0\.bias is off by 0\.0099"):
         throughput.check_equal(base, row)
 
@@ -144,6 +205,9 @@ def test_a_gradient_that_differs_is_named() -> None:
         (["--batch=0"], "at least 1 image"),
         (["--dtype=fp8"], "invalid choice: 'fp8'"),
         (["--only=simmim,tim"], "--only tim is no row; did you mean timm?"),
+        (["--model=resnet18", "--method=simsiam", "--only=timm"], "--only timm is no row"),
+        (["--model=resnet18", "--method=simsiam", "--batch=1"], "need at least 2"),
+        (["--model=vit_small_tokens", "--method=simsiam"], "goes with --method tokens"),
         (["--json=/proc/nowhere/x.json"], "cannot be written"),
     ],
 )
@@ -158,7 +222,7 @@ def test_wrong_options(flags: list[str], message: str, capsys: pytest.CaptureFix
 
 def test_window_that_transformers_cannot_shrink() -> None:
     with pytest.raises(Unavailable) as reason:
-        BUILDERS["transformers"](PRESETS["swin_large"])
+        PEERS["simmim"]["transformers"](PRESETS["swin_large"])
     if "install" in str(reason.value) or "import" in str(reason.value):
         pytest.skip(str(reason.value))
     assert "12 tokens to the 6 of the last stage" in str(reason.value)
@@ -167,7 +231,7 @@ def test_window_that_transformers_cannot_shrink() -> None:
 def test_a_compiled_row_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the row that shares its weights goes on with what it had."""
     options = throughput.parse(SMALL)
-    plain = EngineRow("plain", options.config, CPU, "")
+    plain = EngineRow("plain", options.config, CPU)
     images = Images.make(1, plain.model, options.config)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     compiled = plain.compiled()

@@ -1,8 +1,9 @@
 """One optimiser step: the update of the whole batch, clipping once, skipping what is not finite."""
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,45 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.data.loader import Batch
+from simmim.method import simsiam
 from simmim.method.build import find_method
 from simmim.optim import build_optimizer
 from simmim.precision import GROWTH_INTERVAL, LossScale
 from simmim.step import Metrics, TrainState, train_step
-from small_run import CPU, make_batch, make_state, weights
+from small_run import CASES, CPU, Case, add_narrow_presets, make_batch, make_state, weights
+
+Make = Callable[..., TrainState]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES, indirect=True)
+
+
+def only(*, batch_norms: bool) -> pytest.MarkDecorator:
+    """The cases with, or without, batch norms."""
+    chosen = {name: c for name, c in CASES.items() if c.batch_norms == batch_norms}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A method on a backbone."""
+    add_narrow_presets(monkeypatch)
+    found: Case = request.param
+    return found
+
+
+@pytest.fixture
+def make(case: Case, tmp_path: Path) -> Make:
+    """make(*flags): a state of the case before its first step."""
+    recipe = case.write(tmp_path)
+    return lambda *flags: make_state(*flags, recipe=recipe)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Bits are compared: sums in another number of threads are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 2e-6) -> None:
@@ -29,19 +64,25 @@ def run(state: TrainState, steps: list[list[Batch]]) -> list[Metrics]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_loss_falls(precision: str) -> None:
-    state = make_state("--train.steps=30", f"--train.precision={precision}")
-    batch = make_batch(0, 8)
-    metrics = run(state, [[batch]] * 30)
-    assert metrics[-1].loss < 0.98 * metrics[0].loss
+@every_case
+def test_loss_falls(case: Case, make: Make, precision: str) -> None:
+    state = make("--train.steps=30", f"--train.precision={precision}")
+    batch = make_batch(0, 8, views=case.views)
+    losses = [float(m.loss) for m in run(state, [[batch]] * 30)]
+    # a negative cosine begins near 0 and ends near -1; colour and blur are drawn anew every epoch,
+    # not every step
+    wanted = losses[0] - 0.1 if case.views == 2 else 0.98 * losses[0]
+    assert losses[-1] < wanted
     assert state.step == 30
     assert int(state.skipped) == 0
 
 
+# with batch norms a part of a batch is another batch: `test_update_is_that_of_plain_pytorch`
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_accumulation_is_the_large_batch(optimizer: str) -> None:
-    flags = [f"--optim.name={optimizer}", "--train.clip_norm=0.1"]
-    whole, parts = make_state(*flags), make_state(*flags)
+@only(batch_norms=False)
+def test_accumulation_is_the_large_batch(make: Make, optimizer: str) -> None:
+    flags = [f"--optim.name={optimizer}", "--train.clip_norm=0.1", "--optim.eps=1e-3"]
+    whole, parts = make(*flags), make(*flags)
     for step in range(4):
         a = train_step(whole, [make_batch(0, 8, step)])
         b = train_step(parts, [make_batch(2 * i, 2, step) for i in range(4)])
@@ -50,32 +91,57 @@ def test_accumulation_is_the_large_batch(optimizer: str) -> None:
     assert_same_weights(weights(whole), weights(parts), atol=2e-5)
 
 
-def test_update_is_clipped_once_and_equals_plain_pytorch() -> None:
-    state = make_state("--train.clip_norm=0.05", "--optim.eps=1e-3")
+@only(batch_norms=True)
+def test_parts_of_a_batch_have_statistics_of_their_own(case: Case, make: Make) -> None:
+    """What makes the parts differ from the whole, and no more than they do in PyTorch."""
+    whole, parts = make(), make()
+    a = train_step(whole, [make_batch(0, 8, 0, case.views)])
+    b = train_step(parts, [make_batch(4 * i, 4, 0, case.views) for i in range(2)])
+    assert a.loss != b.loss
+    counts = {
+        name: (int(value), int(weights(parts)[name]))
+        for name, value in weights(whole).items()
+        if name.endswith("num_batches_tracked")
+    }
+    assert counts
+    assert all(after == 2 * before for before, after in counts.values())
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@every_case
+def test_update_is_that_of_plain_pytorch(case: Case, make: Make, parts: int) -> None:
+    """Accumulated, clipped once, and running statistics moved by every part."""
+    state = make("--train.clip_norm=0.05", "--optim.eps=1e-3")
     plain = copy.deepcopy(state.model)
-    optimizer = build_optimizer(plain, replace(state.config.optim))
+    method = find_method(state.config)
+    optimizer = build_optimizer(plain, state.config.optim, method.parameter_groups(plain))
+    size = 8 // parts
     for step in range(3):
-        batch = make_batch(0, 8, step)
+        batches = [make_batch(size * i, size, step, case.views) for i in range(parts)]
         for group in optimizer.param_groups:
-            group["lr"] = state.schedule.lr_at(step)
-        loss = find_method(state.config).loss(plain, batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+            fixed = group.get("fixed_lr", False)
+            group["lr"] = state.config.optim.lr if fixed else state.schedule.lr_at(step)
+        losses = [method.loss(plain, batch) / parts for batch in batches]
+        for loss in losses:
+            loss.backward()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.05)
         optimizer.step()
         optimizer.zero_grad()
-        metrics = train_step(state, [batch])
-        torch.testing.assert_close(metrics.loss, loss.detach())
+        metrics = train_step(state, batches)
+        torch.testing.assert_close(metrics.loss, sum(losses).detach())
         torch.testing.assert_close(metrics.grad_norm, norm)
         assert norm > 0.05
-    torch.testing.assert_close(state.model.state_dict(), plain.state_dict(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(state.model.state_dict(), plain.state_dict(), rtol=0, atol=2e-6)
 
 
-def test_empty_slots_weigh_nothing() -> None:
+@every_case
+def test_empty_slots_weigh_nothing(case: Case, make: Make) -> None:
     """A batch with two unreadable images makes the update of the six others."""
-    full, holes = make_state("--optim.eps=1e-3"), make_state("--optim.eps=1e-3")
-    six = make_batch(0, 6)
+    full, holes = make("--optim.eps=1e-3"), make("--optim.eps=1e-3")
+    six = make_batch(0, 6, views=case.views)
     ids = torch.tensor([0, 1, -1, 2, 3, -1, 4, 5])
-    image = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
+    image = torch.zeros(8, *six.image.shape[1:], dtype=torch.uint8)
     image[ids >= 0] = six.image
     eight = Batch(image, ids, torch.zeros(8, dtype=torch.int64), 6)
     a, b = train_step(full, [six]), train_step(holes, [eight])
@@ -83,35 +149,44 @@ def test_empty_slots_weigh_nothing() -> None:
     torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
     assert_same_weights(weights(full), weights(holes))
     # and in micro-batches of unequal filling
-    parts = make_state("--optim.eps=1e-3")
+    parts = make("--optim.eps=1e-3")
     halves = [Batch(image[i : i + 4], ids[i : i + 4], eight.epochs[:4], 3) for i in (0, 4)]
-    train_step(parts, halves)
-    assert_same_weights(weights(full), weights(parts))
+    metrics = train_step(parts, halves)
+    if not case.batch_norms:
+        assert_same_weights(weights(full), weights(parts))
+        return
+    again = make("--optim.eps=1e-3")
+    threes = [make_batch(i, 3, views=case.views) for i in (0, 3)]
+    expected = train_step(again, threes)
+    torch.testing.assert_close(metrics.loss, expected.loss, rtol=1e-6, atol=0)
+    assert_same_weights(weights(again), weights(parts))
 
 
-def test_a_step_without_any_image_is_skipped() -> None:
-    state = make_state()
+@every_case
+def test_a_step_without_any_image_is_skipped(case: Case, make: Make) -> None:
+    state = make()
     before = weights(state)
-    empty = Batch(
-        torch.zeros(4, 64, 64, 3, dtype=torch.uint8), torch.full((4,), -1), torch.zeros(4).long(), 0
-    )
+    image = torch.zeros_like(make_batch(0, 4, views=case.views).image)
+    empty = Batch(image, torch.full((4,), -1), torch.zeros(4).long(), 0)
     metrics = train_step(state, [empty])
     assert not bool(metrics.finite)
     assert all(torch.equal(before[k], v) for k, v in weights(state).items())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_non_finite_gradients_skip_the_update(precision: str) -> None:
-    state = make_state(f"--train.precision={precision}")
-    train_step(state, [make_batch(0, 4)])
+@every_case
+def test_non_finite_gradients_skip_the_update(case: Case, make: Make, precision: str) -> None:
+    """Weights, moments and running statistics stay, bit for bit."""
+    state = make(f"--train.precision={precision}")
+    train_step(state, [make_batch(0, 4, views=case.views)])
     before = weights(state)
     moments = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.state.items()}
+    bias = last_bias(state)
     with torch.no_grad():
-        bias = state.model.decoder[0].bias
         kept = bias.clone()
         bias.fill_(float("inf"))
     for count in (1, 2):
-        metrics = train_step(state, [make_batch(4, 4)])
+        metrics = train_step(state, [make_batch(4, 4, views=case.views)])
         assert not bool(metrics.finite)
         assert int(state.bad_in_a_row) == count
     with torch.no_grad():
@@ -120,24 +195,48 @@ def test_non_finite_gradients_skip_the_update(precision: str) -> None:
     for parameter, expected in moments.items():
         for name, value in expected.items():
             assert torch.equal(state.optimizer.state[parameter][name], value), name
-    metrics = train_step(state, [make_batch(8, 4)])
+    metrics = train_step(state, [make_batch(8, 4, views=case.views)])
     assert bool(metrics.finite)
     assert (int(state.skipped), int(state.bad_in_a_row), state.step) == (2, 0, 4)
     assert float(state.loss_scale.scale) == (2.0**14 if precision == "fp16" else 1.0)
 
 
+@every_case
+def test_images_that_overflow_leave_the_average_alone(case: Case, make: Make) -> None:
+    state = make()
+    state.ema_decay, state.averaged = 0.9, copy.deepcopy(state.model).eval()
+    batch = make_batch(0, 4, views=case.views)
+    train_step(state, [batch])
+    before = {k: v.clone() for k, v in state.averaged.state_dict().items()}
+    loss_of = state.loss_of
+    state.loss_of = lambda *given: loss_of(*given) * float("nan")
+    train_step(state, [batch])
+    assert all(torch.equal(before[k], v) for k, v in state.averaged.state_dict().items())
+    state.loss_of = loss_of
+    train_step(state, [batch])
+    assert any(not torch.equal(before[k], v) for k, v in state.averaged.state_dict().items())
+
+
+def last_bias(state: TrainState) -> Tensor:
+    """Of the layer that the loss reads."""
+    found = [p for name, p in state.model.named_parameters() if not name.startswith("encoder.")]
+    assert found[-1].dim() == 1
+    return found[-1]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_a_skipped_first_step_leaves_no_garbage(optimizer: str) -> None:
-    state = make_state(f"--optim.name={optimizer}")
+@every_case
+def test_a_skipped_first_step_leaves_no_garbage(case: Case, make: Make, optimizer: str) -> None:
+    state = make(f"--optim.name={optimizer}")
+    bias = last_bias(state)
     with torch.no_grad():
-        bias = state.model.decoder[0].bias
         kept = bias.clone()
         bias.fill_(float("inf"))
-    train_step(state, [make_batch(0, 4)])
+    train_step(state, [make_batch(0, 4, views=case.views)])
     with torch.no_grad():
         bias.copy_(kept)
-    train_step(state, [make_batch(4, 4)])
+    train_step(state, [make_batch(4, 4, views=case.views)])
     assert all(value.isfinite().all() for value in weights(state).values())
     assert (int(state.skipped), int(state.longest_bad_run)) == (1, 1)
 
@@ -156,12 +255,15 @@ class Syncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_back() -> None:
+@every_case
+def test_a_step_reads_nothing_back(case: Case, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """No scalar leaves the device and none is sent to it (torch.tensor would wait on CUDA)."""
-    state = make_state("--train.precision=fp16", "--train.accumulation_steps=2")
-    train_step(state, [make_batch(0, 4), make_batch(4, 4)])
+    # as on a GPU: nobody asks which views are blurred, and a radius is no tensor's business
+    monkeypatch.setattr(simsiam, "distort", lambda image, *_: image.permute(0, 3, 1, 2))
+    state = make("--train.precision=fp16", "--train.accumulation_steps=2")
+    train_step(state, [make_batch(i, 4, 0, case.views) for i in (0, 4)])
     with Syncs() as syncs:
-        train_step(state, [make_batch(0, 4, 1), make_batch(4, 4, 1)])
+        train_step(state, [make_batch(i, 4, 1, case.views) for i in (0, 4)])
         in_step = list(syncs.found)
         torch.ones(()).item()
         torch.tensor(1.0)
@@ -190,17 +292,19 @@ def test_loss_scale_grows_and_halves() -> None:
     assert other.state() == scale.state()
 
 
-def test_random_state_is_a_function_of_the_step() -> None:
+@every_case
+def test_random_state_is_a_function_of_the_step(case: Case, make: Make) -> None:
     """Stochastic depth draws the same whether the run came from step 0 or was resumed at 3."""
     flags = ["--model.drop_path=0.5", "--train.steps=10"]
-    straight = make_state(*flags)
-    run(straight, [[make_batch(0, 8, step)] for step in range(3)])
-    resumed = make_state(*flags)
+    straight = make(*flags)
+    run(straight, [[make_batch(0, 8, step, case.views)] for step in range(3)])
+    resumed = make(*flags)
     resumed.model.load_state_dict(straight.model.state_dict())
     resumed.optimizer.load_state_dict(copy.deepcopy(straight.optimizer.state_dict()))
     resumed.step = 3
     torch.rand(17)  # whatever else drew numbers in between
-    a, b = train_step(straight, [make_batch(0, 8, 3)]), train_step(resumed, [make_batch(0, 8, 3)])
+    last = make_batch(0, 8, 3, case.views)
+    a, b = train_step(straight, [last]), train_step(resumed, [last])
     assert torch.equal(a.loss, b.loss)
     assert all(torch.equal(weights(straight)[k], v) for k, v in weights(resumed).items())
 
@@ -208,11 +312,12 @@ def test_random_state_is_a_function_of_the_step() -> None:
 @pytest.mark.parametrize(
     "flag", ["--train.channels_last=true", "--train.activation_checkpointing=true"]
 )
-def test_options_that_change_no_number(flag: str) -> None:
-    plain, other = make_state("--model.drop_path=0.3"), make_state("--model.drop_path=0.3", flag)
+@every_case
+def test_options_that_change_no_number(case: Case, make: Make, flag: str) -> None:
+    plain, other = make("--model.drop_path=0.3"), make("--model.drop_path=0.3", flag)
     for step in range(2):
-        a = train_step(plain, [make_batch(0, 8, step)])
-        b = train_step(other, [make_batch(0, 8, step)])
+        a = train_step(plain, [make_batch(0, 8, step, case.views)])
+        b = train_step(other, [make_batch(0, 8, step, case.views)])
         torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=0)
 

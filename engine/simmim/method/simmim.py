@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.backbone.build import Encoder
 from simmim.config import check_mask
@@ -132,7 +133,13 @@ class SimMIMMethod(Method):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`."""
-        loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
+        image, ids, epochs = batch.image, batch.ids, batch.epochs
+        if batch.num_valid < len(ids) and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            # nothing is hidden in an empty slot, but batch norms would see its zeros: the images
+            # first, without asking the device which they are
+            kept = (ids < 0).to(torch.uint8).argsort(stable=True)[: max(1, batch.num_valid)]
+            image, ids, epochs = image[kept], ids[kept], epochs[kept]
+        loss: Tensor = model(self.arrange(image), self.draw_mask(ids, epochs))
         return loss
 
     def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
