@@ -29,6 +29,11 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def gradient_rows(gradient: Tensor) -> Tensor:
+    """What `grad_rows/` holds of the gradient of a large matrix: every fourth row, and the last."""
+    return gradient[sorted({*range(0, len(gradient), 4), len(gradient) - 1})]
+
+
 def assert_close_to(
     actual: Tensor, expected: Tensor, tolerance: dict[str, float], what: str
 ) -> None:
