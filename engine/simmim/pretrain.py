@@ -25,6 +25,7 @@ from simmim.optim import build_optimizer
 from simmim.run_folder import run_folder
 from simmim.schedule import resolve_schedule
 from simmim.step import TrainState
+from simmim.validation import open_validation
 from simmim_kernels.splitmix import fold, signed
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
 
@@ -54,6 +55,8 @@ def pretrain(config: Config) -> int:
 
 def _run(config: Config, world: World, folder: Path, interrupts: Interrupts) -> int:
     source = open_source(config.data.path)
+    if config.validate.path:
+        open_validation(config)  # to say what is wrong with it now, not after hours
     method = find_method(config)
     state = build_state(config, len(source.names), world)
     log = RunLog(

@@ -62,6 +62,18 @@ class MaskingMethod(Protocol):
         """The masks of samples, bool [B, gh, gw]."""
 
 
+def open_validation(config: Config) -> Source:
+    """The images that a run validates on.
+
+    Raises:
+        DataError: there are none; names the key.
+    """
+    try:
+        return open_source(config.validate.path)
+    except DataError as error:
+        raise DataError(str(error).replace("data.path=", "validate.path=")) from None
+
+
 class CentreView:
     """The largest central crop of every image, uint8 [H, W, C]; nothing is drawn; a `View`.
 
@@ -236,7 +248,7 @@ class Validation(Observer):
             )
         self.method, self.config, self.settings = method, config, settings
         self.world, self.busy = world, False
-        self.source = open_source(settings.path)
+        self.source = open_validation(config)
         self.batch_size = settings.batch_size or micro_batch(config, world.size)
         self.samples: FixedSamples | None = None
         if world.is_main and settings.pictures:

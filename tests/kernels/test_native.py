@@ -1,5 +1,6 @@
 """The native kernels' memory and instruction sets."""
 
+import gc
 import random
 import threading
 
@@ -9,6 +10,14 @@ import torch
 from simmim_kernels import native
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> None:
+    """What earlier tests left in reference cycles holds memory until it is collected."""
+    gc.collect()
+
+
 LARGE = native.RECYCLED_BYTES // 4 + 1000  # elements of float32
 
 

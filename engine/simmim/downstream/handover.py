@@ -164,7 +164,10 @@ def _hand_over(weights: Weights, model: ImageModel) -> Handover:
     keeps_head = not isinstance(model, Classifier) or _same_classes(weights, model)
     for name, tensor in incoming.items():
         if name not in own or (name.startswith("head.") and not keeps_head):
-            if not _may_be_unused(name, own):
+            # a method that ours is not made of has heads of its own
+            foreign = weights.kind not in ("simmim", "classifier", "encoder")
+            head = foreign and not name.startswith("encoder.")
+            if not head and not _may_be_unused(name, own):
                 raise ValueError(f"{name} has no place in the model")
             report.unused.append(name)
             continue
