@@ -100,16 +100,20 @@ def gather_objects(value: T, world: World) -> list[T]:
     return cast(list[T], values)
 
 
-def wrap(model: nn.Module, world: World, *, sync_batch_norm: bool) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes.
+def wrap(model: nn.Module, world: World, *, sync_batch_norm: bool, compile: bool) -> nn.Module:
+    """The model as it is called: with several processes under DistributedDataParallel.
 
     Args:
         model: on the world's device; its parameters stay the same objects.
         world: this process.
         sync_batch_norm: make its batch norms those of the whole batch.
+        compile: run it through torch.compile.
     """
-    if world.size == 1:
-        return model
+    wrapped = model if world.size == 1 else _distributed(model, world, sync_batch_norm)
+    return torch.compile(wrapped) if compile else wrapped  # type: ignore[return-value]
+
+
+def _distributed(model: nn.Module, world: World, sync_batch_norm: bool) -> nn.Module:
     if sync_batch_norm:
         model = batch_norm.convert(model)
     wrapper = nn.parallel.DistributedDataParallel

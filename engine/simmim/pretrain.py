@@ -4,7 +4,7 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simmim import distributed
 from simmim.backbone.build import build_encoder
@@ -90,11 +90,12 @@ def build_state(config: Config, num_images: int, world: World) -> TrainState:
     """
     method, model = find_method(config), build_model(config, world.device)
     optimizer = build_optimizer(model, config.optim, method.parameter_groups(model))
-    wrapped: nn.Module = distributed.wrap(
-        model, world, sync_batch_norm=config.train.sync_batch_norm
+    wrapped = distributed.wrap(
+        model,
+        world,
+        sync_batch_norm=config.train.sync_batch_norm,
+        compile=config.train.compile,
     )
-    if config.train.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     schedule = resolve_schedule(config, num_images)
 
     def loss_of(state: TrainState, batch: Batch, number: int) -> Tensor:

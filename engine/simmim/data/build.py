@@ -34,7 +34,7 @@ def make_loader(config: Config, source: Source, world: World, view: View | None 
     )
     producer: Producer | None = None
     backend, reason = choose_backend(data.backend, world.device, data.channels)
-    if backend == "dali" and not isinstance(view, CroppedView | TwoViews):
+    if backend == "dali" and not isinstance(view, CroppedView):
         if data.backend == "dali":
             raise DataError(
                 f"data.backend=dali makes crops, and no {type(view).__name__} as "

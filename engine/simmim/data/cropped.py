@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Augmentation, augment, sample_key
@@ -19,6 +20,7 @@ class CroppedView:
     """
 
     dtype = "uint8"
+    leading: tuple[int, ...] = ()  # axes before those of a crop
 
     def __init__(
         self,
@@ -30,14 +32,18 @@ class CroppedView:
     ) -> None:
         self.augmentation, self.seed = augmentation, seed
         self.max_pixels, self.value_range = max_pixels, value_range
-        self.shape: tuple[int, ...] = (*augmentation.size, augmentation.channels)
+        size = (*augmentation.size, augmentation.channels)
+        self.shape: tuple[int, ...] = (*self.leading, *size)
 
-    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
-        """See `View`; every draw is keyed, nothing is remembered."""
-        image = decode(
+    def decoded(self, data: bytes) -> NDArray[np.uint8]:
+        """The whole image, uint8 [H, W, C]; raises UnreadableImage."""
+        return decode(
             data,
             self.augmentation.channels,
             max_pixels=self.max_pixels,
             value_range=self.value_range,
         )
-        augment(image, sample_key(self.seed, epoch, sample), self.augmentation, out)
+
+    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
+        """See `View`; every draw is keyed, nothing is remembered."""
+        augment(self.decoded(data), sample_key(self.seed, epoch, sample), self.augmentation, out)

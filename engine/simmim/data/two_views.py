@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.decode import MAX_PIXELS, decode
+from simmim.data.augment import augment, sample_key
+from simmim.data.cropped import CroppedView
 
 VIEWS = 2
 
@@ -20,38 +20,14 @@ def crop_epoch(epoch: int, view: int) -> int:
     return VIEWS * epoch + view
 
 
-class TwoViews:
-    """Two random crops of every image, uint8 [2, H, W, C]; a `simmim.data.producer.View`.
+class TwoViews(CroppedView):
+    """Two random crops of every image, uint8 [2, H, W, C]; see `CroppedView`."""
 
-    Args:
-        augmentation: what is drawn per view.
-        seed: the run's seed.
-        max_pixels: larger images are refused.
-        value_range: see `decode`.
-    """
-
-    dtype = "uint8"
-
-    def __init__(
-        self,
-        augmentation: Augmentation,
-        seed: int,
-        *,
-        max_pixels: int = MAX_PIXELS,
-        value_range: tuple[float, float] | None = None,
-    ) -> None:
-        self.augmentation, self.seed = augmentation, seed
-        self.max_pixels, self.value_range = max_pixels, value_range
-        self.shape: tuple[int, ...] = (VIEWS, *augmentation.size, augmentation.channels)
+    leading = (VIEWS,)
 
     def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
         """See `View`; the image is decoded once."""
-        image = decode(
-            data,
-            self.augmentation.channels,
-            max_pixels=self.max_pixels,
-            value_range=self.value_range,
-        )
+        image = self.decoded(data)
         for view in range(VIEWS):
             key = sample_key(self.seed, crop_epoch(epoch, view), sample)
             augment(image, key, self.augmentation, out[view])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simmim import checkpoint, distributed, files
 from simmim.backbone.build import Spec, build_encoder
@@ -74,11 +74,12 @@ def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interru
         decay_position_tables=config.optim.decay_position_tables,
     )
     optimizer = build_optimizer(model, config.optim, groups)
-    wrapped: nn.Module = distributed.wrap(
-        model, world, sync_batch_norm=config.train.sync_batch_norm
+    wrapped = distributed.wrap(
+        model,
+        world,
+        sync_batch_norm=config.train.sync_batch_norm,
+        compile=config.train.compile,
     )
-    if config.train.compile:
-        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
     loss_of = ClassificationLoss(images.labels.values, mixing, world.device)
     state = TrainState(
         model, wrapped, optimizer, config, schedule, world, loss_of, config.train.ema_decay

@@ -4,6 +4,7 @@ B batch.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Method:
         """The module that trains, with the encoder as its `encoder`; called after seeding."""
         raise NotImplementedError
 
-    @property
+    @cached_property  # every micro-batch asks for it
     def spec(self) -> Spec:
         """The encoder's architecture."""
         return resolve_spec(self.config)
