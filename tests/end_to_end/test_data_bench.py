@@ -57,9 +57,6 @@ def test_rows(jpegs: Path, tmp_path: Path) -> None:
         assert row["slowest"] <= row["images_per_s_per_core"] <= row["fastest"]
         assert row["cpu_s_per_image"] > 0
         assert row["peak_bytes"] > 2**20
-    # smaller images are faster to decode, whatever else the machine does
-    ratio = rows["decode-only-packed"]["cpu_s_per_image"] / rows["decode-only"]["cpu_s_per_image"]
-    assert ratio < 0.9
     assert found["settings"] == {"size": 64, "batch": 4, "rounds": 2, "seconds": 0.2}
     assert found["versions"]["simplejpeg"]
     assert "simmim" in result.stdout
