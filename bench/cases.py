@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simmim_kernels import (
+    batch_norm_relu,
     crop_resize,
     linear_masked_l1_loss,
     masked_l1_loss_from_tokens,
@@ -318,6 +319,36 @@ def _residual_mlp(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
     )
 
 
+def _batch_norm_relu(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
+    """The end of a block of ResNet-50's first stage, at 224 px; maps are channels-last."""
+    shape = (STAGE_BATCH, 256, 56, 56)
+    x, shortcut, grad = (
+        torch.randn(shape, device=units.device).to(dtype, memory_format=torch.channels_last)
+        for _ in range(3)
+    )
+    norm = nn.BatchNorm2d(shape[1], device=units.device)
+    leaves = [x, shortcut, norm.weight, norm.bias]
+
+    def ours(x: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return batch_norm_relu(x, weight, bias, shortcut, backend=backend)[0]
+
+    def published(x: Tensor, shortcut: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, weight, bias, True) + shortcut, inplace=True)
+
+    return Case(
+        f"batch_norm_relu {_name(dtype)}",
+        {
+            "ours": _from_gradient(ours, leaves, grad),
+            "eager": _from_gradient(published, leaves, grad),
+            "compile": _from_gradient(torch.compile(published), leaves, grad),
+        },
+        2e-2 if dtype == torch.bfloat16 else 1e-4,
+        # forward x, shortcut and out; backward x, out and its gradient, and two gradients
+        8 * x.nbytes,
+        {},
+    )
+
+
 def _crop_resize(units: Tensor, backend: str) -> Case:
     # a usual crop of a usual photo of ImageNet
     photo = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
@@ -357,5 +388,9 @@ CASES: dict[str, Callable[[Tensor, str], Case]] = {
     "residual_mlp float32": partial(_residual_mlp, torch.float32),
 }
 
-# Ops of data workers, on NumPy arrays; their published form is Pillow's.
-CPU_CASES: dict[str, Callable[[Tensor, str], Case]] = {"crop_resize": _crop_resize}
+# Of ops without Triton kernels; that of data workers, on NumPy arrays, has Pillow's form beside it.
+CPU_CASES: dict[str, Callable[[Tensor, str], Case]] = {
+    "batch_norm_relu bfloat16": partial(_batch_norm_relu, torch.bfloat16),
+    "batch_norm_relu float32": partial(_batch_norm_relu, torch.float32),
+    "crop_resize": _crop_resize,
+}

@@ -73,6 +73,17 @@ def test_one_file_knows_lightning() -> None:
     assert_never([p for p in SOURCES if p != own], "lightning", "simmim.lightning_adapters")
 
 
+@pytest.mark.parametrize("module", ["simmim.pretrain", "simmim.downstream.predict"])
+def test_commands_start_without_the_compiler(module: str) -> None:
+    """torch.compile's parts take longer to import than torch, and a wrong flag needs none."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT / n) for n in ('engine', 'kernels')]}; "
+        f"import {module}; print([m for m in ('torch._dynamo', 'triton') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("folder", ["engine", "kernels"])
 def test_source_roots_are_no_packages(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()

@@ -8,6 +8,7 @@ import torch
 from simmim.data import dali
 from simmim.environment import device_name, git_commit, package_versions
 from simmim_kernels import native
+from simmim_kernels.batch_norm_relu import BACKENDS as BATCH_NORM_BACKENDS
 from simmim_kernels.crop_resize import BACKENDS as CROP_BACKENDS
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
@@ -26,6 +27,7 @@ OPS = {
     "post_norm_attention": COSINE_BACKENDS,
     "post_norm_mlp": BACKENDS,
     "merge_patches": BACKENDS,
+    "batch_norm_relu": BATCH_NORM_BACKENDS,
     "masked_l1_loss": BACKENDS,
     "linear_masked_l1_loss": BACKENDS,
     "gradient_norm": NORM_BACKENDS,

@@ -176,7 +176,7 @@ class MethodModule(LightningModule):
                 f"train.accumulation_steps={wanted} differ; give the Trainer {wanted}"
             )
         device = trainer.strategy.root_device
-        check_backends(self.config.kernels, device)
+        check_backends(self.config.kernels, self.model.encoder.spec, device)
         if trainer.world_size > 1 and self.config.train.sync_batch_norm:
             convert(self.model)  # in place: the optimiser's parameters stay the same
         if self.config.channels_last_on(device.type):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from simmim import distributed
 from simmim.backbone.build import build_encoder
+from simmim.backbone.encoder import EncoderSpec
 from simmim.config import Config, KernelsConfig, resolve_spec
 from simmim.data.build import make_loader
 from simmim.data.loader import Batch
@@ -28,6 +29,7 @@ from simmim.step import TrainState
 from simmim.validation import open_validation
 from simmim_kernels.splitmix import fold, signed
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
+from simmim_kernels.window_attention import COSINE_BACKENDS
 
 # Steps from a warning of the method to the next.
 WARNING_INTERVAL = 1000
@@ -129,10 +131,10 @@ def build_model(config: Config, device: torch.device) -> ImageModel:
     Raises:
         RunError: `kernels` names a backend that cannot run here.
     """
-    check_backends(config.kernels, device)
-    chosen = config.kernels
+    chosen, spec = config.kernels, resolve_spec(config)
+    check_backends(chosen, spec, device)
     torch.manual_seed(signed(fold(config.seed)))
-    model = find_method(config).build(build_encoder(resolve_spec(config)))
+    model = find_method(config).build(build_encoder(spec))
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
     model.use_backend(chosen.backend, chosen.attention)
     if config.channels_last_on(device.type):
@@ -140,10 +142,16 @@ def build_model(config: Config, device: torch.device) -> ImageModel:
     return model.to(device)
 
 
-def check_backends(chosen: KernelsConfig, device: torch.device) -> None:
-    """Raise RunError where `kernels` names a backend that cannot run on `device`."""
+def check_backends(chosen: KernelsConfig, spec: EncoderSpec, device: torch.device) -> None:
+    """Raise RunError where `kernels` names a backend that cannot run `spec` on `device`."""
     x = torch.empty(0, device=device)
-    against = {b.name: b.reasons_against(x) for b in ATTENTION_BACKENDS}
+    backends = COSINE_BACKENDS if spec.cosine_attention else ATTENTION_BACKENDS
+    against = {b.name: b.reasons_against(x) for b in backends}
     for key, name in (("backend", chosen.backend), ("attention", chosen.attention)):
+        if name is not None and name not in against:
+            raise RunError(
+                f"kernels.{key}={name} cannot run the cosine attention of {spec.arch}: it has "
+                f"{', '.join(against)}"
+            )
         if name is not None and against[name]:
             raise RunError(f"kernels.{key}={name} cannot run: {'; '.join(against[name])}")

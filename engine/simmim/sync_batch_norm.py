@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from simmim.backbone.batch_norm import track
+
 
 class DeviceSyncBatchNorm(nn.SyncBatchNorm):
     """`torch.nn.SyncBatchNorm` with what stands behind timm's batch norms: `drop` and `act`."""
@@ -51,17 +53,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         apply: Any = _Normalise.apply
         out: tuple[Tensor, ...] = apply(x, weight, bias, self.eps, self.process_group)
         normed, mean, variance, count = out
-        if self.track_running_stats and self.running_mean is not None:
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            share = self.momentum
-            if share is None:
-                share = 1.0 / float(self.num_batches_tracked)
-            # as PyTorch: normalise by the biased variance, keep the unbiased one
-            unbiased = variance * (count / (count - 1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        track(self, mean, variance, count)
         return normed
 
 

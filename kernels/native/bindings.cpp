@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "batch_norm_relu.h"
 #include "crop_resize.h"
 #include "embed_patches.h"
 #include "gradient_norm.h"
@@ -59,6 +60,49 @@ nb::ndarray<nb::pytorch> recycled_tensor(const std::vector<size_t>& shape, int c
     });
     const nb::dlpack::dtype dtype{static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
     return {block->data, shape.size(), shape.data(), owner, nullptr, dtype};
+}
+
+using Maps = std::array<int64_t, 4>;  // rows, channels, dtype, num_threads
+
+simmim::ChannelMaps maps_of(const Maps& shape) {
+    return {shape[0], shape[1], static_cast<int>(shape[2]), static_cast<int>(shape[3])};
+}
+
+void batch_norm_relu_forward(const Maps& shape, uintptr_t x, uintptr_t residual, uintptr_t weight,
+                             uintptr_t bias, float eps, uintptr_t mean, uintptr_t variance,
+                             uintptr_t out) {
+    const simmim::BatchNormReluForward a{maps_of(shape),
+                                         pointer<const void>(x),
+                                         pointer<const void>(residual),
+                                         pointer<const float>(weight),
+                                         pointer<const float>(bias),
+                                         eps,
+                                         pointer<float>(mean),
+                                         pointer<float>(variance),
+                                         pointer<void>(out)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(batch_norm_relu_forward, a);
+}
+
+void batch_norm_relu_backward(const Maps& shape, uintptr_t grad_out, uintptr_t x, uintptr_t out,
+                              uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t variance,
+                              float eps, uintptr_t grad_x, uintptr_t grad_residual,
+                              uintptr_t grad_weight, uintptr_t grad_bias) {
+    const simmim::BatchNormReluBackward a{maps_of(shape),
+                                          pointer<const void>(grad_out),
+                                          pointer<const void>(x),
+                                          pointer<const void>(out),
+                                          pointer<const float>(weight),
+                                          pointer<const float>(bias),
+                                          pointer<const float>(mean),
+                                          pointer<const float>(variance),
+                                          eps,
+                                          pointer<void>(grad_x),
+                                          pointer<void>(grad_residual),
+                                          pointer<float>(grad_weight),
+                                          pointer<float>(grad_bias)};
+    nb::gil_scoped_release release;
+    SIMMIM_CALL(batch_norm_relu_backward, a);
 }
 
 void crop_resize(uintptr_t image, int64_t row_stride, const std::array<int64_t, 3>& shape,
@@ -495,6 +539,11 @@ NB_MODULE(_cpu, m) {
     m.def("use_target", &use_target, "name"_a);
     m.def("has_fast_bfloat16", &simmim::has_fast_bfloat16);
     m.def("recycled_tensor", &recycled_tensor, "shape"_a, "code"_a, "bits"_a);
+    m.def("batch_norm_relu_forward", &batch_norm_relu_forward, "shape"_a, "x"_a, "residual"_a,
+          "weight"_a, "bias"_a, "eps"_a, "mean"_a, "variance"_a, "out"_a);
+    m.def("batch_norm_relu_backward", &batch_norm_relu_backward, "shape"_a, "grad_out"_a, "x"_a,
+          "out"_a, "weight"_a, "bias"_a, "mean"_a, "variance"_a, "eps"_a, "grad_x"_a,
+          "grad_residual"_a, "grad_weight"_a, "grad_bias"_a);
     m.def("crop_resize", &crop_resize, "image"_a, "row_stride"_a, "shape"_a, "box"_a, "filter"_a,
           "flip"_a, "out"_a, "size"_a);
     m.def("gradient_norm", &gradient_norm, "arrays"_a, "sizes"_a, "num_threads"_a, "out"_a);

@@ -14,10 +14,10 @@ constexpr int64_t kLeastRowsPerSection = 8, kMostRowsPerSection = 256;
 // Sums of columns: each section of rows has its own, `finish` adds them.
 class ColumnSums {
   public:
-    ColumnSums(int64_t rows, int64_t width, int arrays)
+    ColumnSums(int64_t rows, int64_t width, int arrays, int64_t least_rows = kLeastRowsPerSection)
         : width_(width), rows_(rows), arrays_(arrays) {
         per_section = (rows + kSections - 1) / kSections;
-        per_section = per_section < kLeastRowsPerSection  ? kLeastRowsPerSection
+        per_section = per_section < least_rows            ? least_rows
                       : per_section > kMostRowsPerSection ? kMostRowsPerSection
                                                           : per_section;
         sections = (rows + per_section - 1) / per_section;
@@ -37,6 +37,7 @@ class ColumnSums {
         std::memset(part, 0, sizeof(float) * static_cast<size_t>(arrays_ * width_));
         return part;
     }
+    const float* part(int64_t section) const { return parts_ + section * arrays_ * width_; }
     void finish(int array, float* total) const {
         constexpr int64_t kAtOnce = 256;
         for (int64_t first = 0; first < width_; first += kAtOnce) {

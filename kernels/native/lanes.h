@@ -63,6 +63,8 @@ inline uint32_t below_zero(Lanes a) {
 inline Lanes keep(Lanes a, uint32_t lanes) {
     return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), a.v)};
 }
+// Lanes where `gate` is not above 0 become 0.
+inline Lanes keep_above_zero(Lanes a, Lanes gate) { return keep(a, above_zero(gate)); }
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Lanes a) { return _mm512_reduce_max_ps(a.v); }
 inline Lanes all(float x) { return {_mm512_set1_ps(x)}; }
@@ -175,6 +177,12 @@ inline uint32_t above_zero(Lanes a) {
 inline uint32_t below_zero(Lanes a) {
     const __m256 zero = _mm256_setzero_ps();
     return joined(_mm256_cmp_ps(a.low, zero, _CMP_LT_OQ), _mm256_cmp_ps(a.high, zero, _CMP_LT_OQ));
+}
+// Lanes where `gate` is not above 0 become 0.
+inline Lanes keep_above_zero(Lanes a, Lanes gate) {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_and_ps(_mm256_cmp_ps(gate.low, zero, _CMP_GT_OQ), a.low),
+            _mm256_and_ps(_mm256_cmp_ps(gate.high, zero, _CMP_GT_OQ), a.high)};
 }
 inline float sum(Lanes a) {
     float v[8];
@@ -331,6 +339,11 @@ inline uint32_t below_zero(Lanes a) {
 }
 inline Lanes keep(Lanes a, uint32_t lanes) {
     for (int64_t e = 0; e < kLanes; ++e) a.v[e] = ((lanes >> e) & 1u) ? a.v[e] : 0.0f;
+    return a;
+}
+// Lanes where `gate` is not above 0 become 0.
+inline Lanes keep_above_zero(Lanes a, Lanes gate) {
+    for (int64_t e = 0; e < kLanes; ++e) a.v[e] = gate.v[e] > 0.0f ? a.v[e] : 0.0f;
     return a;
 }
 inline float sum(Lanes a) {

@@ -1,5 +1,6 @@
 """Drop-in ops for masked image modelling; they need torch only and know nothing of the engine."""
 
+from simmim_kernels.batch_norm_relu import batch_norm_relu
 from simmim_kernels.crop_resize import crop_resize
 from simmim_kernels.embed_patches import embed_patches
 from simmim_kernels.gradient_norm import gradient_norm
@@ -13,6 +14,7 @@ from simmim_kernels.transformer_block import residual_attention, residual_mlp
 from simmim_kernels.window_attention import window_attention
 
 __all__ = [
+    "batch_norm_relu",
     "crop_resize",
     "embed_patches",
     "gradient_norm",

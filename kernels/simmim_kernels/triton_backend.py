@@ -1,9 +1,9 @@
 """Whether Triton can run an op on some tensors, or the reasons why it cannot; imports it late."""
 
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -26,21 +26,23 @@ def interpreting() -> bool:
     return knobs is not None and bool(knobs.runtime.interpret)
 
 
-# torch.compile must not trace what happens inside these two
-_missing_reason: Callable[[], str | None] = torch.compiler.assume_constant_result(missing_reason)  # type: ignore[no-untyped-call]
-_interpreting: Callable[[], bool] = torch.compiler.assume_constant_result(interpreting)  # type: ignore[no-untyped-call]
+_OPAQUE: tuple[Any, ...] = (missing_reason, interpreting)
+for _function in _OPAQUE:
+    # What torch.compiler.assume_constant_result does, so that torch.compile does not trace what
+    # happens inside; to call it would import all of torch.compile, which takes longer than torch.
+    _function._dynamo_marked_constant = True
 
 
 def reasons_against(*tensors: torch.Tensor | None) -> list[str]:
     """Why the Triton kernels cannot take these tensors; empty when they can."""
     present = [t for t in tensors if t is not None]
     reasons = []
-    if present and present[0].device.type != "cuda" and not _interpreting():
+    if present and present[0].device.type != "cuda" and not interpreting():
         reasons.append(
             f"the Triton kernels run on a CUDA or ROCm device, the tensors are on "
             f"{present[0].device}"
         )
-    elif (reason := _missing_reason()) is not None:
+    elif (reason := missing_reason()) is not None:
         reasons.append(reason)
     for tensor in present:
         if tensor.dtype.is_floating_point and tensor.dtype not in DTYPES:

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,18 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from forked_command import Started, finish
 from simmim import cli
 from simmim.convert.export import layouts_for
 from simmim.load import load_model, read_model
 from simmim.method.build import methods
 from small_run import CASES, Case, add_narrow_presets
 
-ROOT = Path(__file__).parents[2]
-PATHS = [*(str(ROOT / name) for name in ("engine", "kernels", "tests"))]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-}
 START = """
 import sys
 
@@ -64,24 +57,11 @@ class Run:
             "--log.every_steps=1", *more,
         ]  # fmt: skip
 
-    def command(self, output: Path, *more: str, processes: int = 1) -> list[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [f"--nproc-per-node={processes}"]
-        return [*launcher, str(self.start), *self.arguments(output, *more)]
-
-    def begin(self, output: Path, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(output, *more), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-        )  # fmt: skip
+    def begin(self, output: Path, *more: str) -> Started:
+        return Started(self.start, *self.arguments(output, *more))
 
     def finish(self, output: Path, *more: str, processes: int = 1) -> str:
-        done = subprocess.run(
-            self.command(output, *more, processes=processes), env=ENVIRONMENT, cwd=ROOT,
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+        done = finish(self.start, *self.arguments(output, *more), processes=processes)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
@@ -136,7 +116,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert [row["loss"] for row in metrics(a)] == [row["loss"] for row in metrics(b)]
 
 
-def wait_for_rows(output: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_rows(output: Path, count: int, process: Started) -> None:
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         path = output / "metrics.jsonl"

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from forked_command import Started, finish
 from simmim import cli
 from simmim.downstream import finetune as finetuning
 from simmim.load import load_model
@@ -119,6 +120,8 @@ def test_it_learns_and_leaves_everything_behind(straight: Path, images: Path) ->
 
 
 def run_command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    if not launcher:
+        return finish("simmim", *arguments)
     command = [sys.executable, *launcher, "-m", "simmim", *arguments]
     return subprocess.run(
         command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
@@ -145,10 +148,7 @@ def test_killed_runs_end_bitwise_equal(
     again = [a.replace(str(output), str(whole)) for a in arguments]
     assert run_command(*again).returncode == 0
     for kill_at in (5, 14):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "simmim", *arguments],
-            env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = Started("simmim", *arguments)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             reached = (output / "metrics.jsonl").exists() and len(rows_so_far(output)) >= kill_at
@@ -180,14 +180,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     arguments = flags(pretrained, images, output, "--train.steps=18")
     again = [a.replace(str(output), str(whole)) for a in arguments]
     assert run_command(*again).returncode == 0
-    with subprocess.Popen(
-        [sys.executable, "-m", "simmim", *arguments],
-        env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not (output / "evaluations.jsonl").exists():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, words = process.communicate(timeout=120)
+    process = Started("simmim", *arguments)
+    while process.poll() is None and not (output / "evaluations.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=120)
     assert process.returncode == 75, words
     assert "the same command resumes" in words
     # pre-trained weights are needed no more

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import simmim
+from forked_command import Started, finish
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -34,8 +35,11 @@ COMMAND = [sys.executable, "-m", "simmim"]
 def simmim_command(
     *arguments: str, launcher: list[str] | None = None
 ) -> subprocess.CompletedProcess:
+    """To its end; without a launcher in a fork, which starts faster."""
+    if launcher is None:
+        return finish("simmim", *arguments)
     return subprocess.run(
-        [*(launcher or COMMAND), *arguments],
+        [*launcher, *arguments],
         env=ENVIRONMENT,
         cwd=ROOT,
         capture_output=True,
@@ -74,7 +78,7 @@ def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     output = tmp_path_factory.mktemp("runs") / "straight"
     result = simmim_command(
-        *flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=24")
+        *flags(photos, output, "--checkpoint.every_steps=7", "--train.steps=24"), launcher=COMMAND
     )
     assert result.returncode == 0, result.stderr
     return output
@@ -144,7 +148,7 @@ def test_killed_runs_end_bitwise_equal(straight: Path, photos: Path, tmp_path: P
     assert [row["step"] for row in metrics(output)] == list(range(1, 25))
 
 
-def _wait_for_rows(output: Path, count: int, process: subprocess.Popen) -> None:
+def _wait_for_rows(output: Path, count: int, process: subprocess.Popen | Started) -> None:
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         path = output / "metrics.jsonl"
@@ -163,14 +167,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     arguments = flags(
         photos, output, "--checkpoint.every_steps=7", "--train.steps=24", "--log.every_steps=1"
     )
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = Started("simmim", *arguments)
     _wait_for_rows(output, 3, process)
     if group:
         os.killpg(process.pid, number)
@@ -288,9 +285,7 @@ def test_a_killed_worker_is_replaced(straight: Path, photos: Path, tmp_path: Pat
         photos, tmp_path / "run", "--checkpoint.every_steps=7", "--train.steps=24",
         "--log.every_steps=1", "--data.prefetch=1",
     )  # fmt: skip
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = Started("simmim", *arguments)
     _wait_for_rows(tmp_path / "run", 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
@@ -308,9 +303,7 @@ def test_data_that_is_gone_does_not_cost_the_save(photos: Path, tmp_path: Path) 
         folder, output, "--train.steps=100000", "--log.every_steps=1",
         "--checkpoint.every_steps=90000",
     )  # fmt: skip
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = Started("simmim", *arguments)
     _wait_for_rows(output, 3, process)
     shutil.rmtree(folder)
     _, error = process.communicate(timeout=120)
@@ -341,9 +334,7 @@ def test_a_signal_while_data_hangs_still_saves(photos: Path, tmp_path: Path) -> 
         photos, tmp_path / "run", "--train.steps=100000", "--log.every_steps=1",
         "--checkpoint.every_steps=90000",
     )  # fmt: skip
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    process = Started("simmim", *arguments)
     _wait_for_rows(tmp_path / "run", 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGSTOP)
@@ -462,9 +453,7 @@ def test_wrong_usage_is_one_line(
 def test_a_killed_run_leaves_its_folder_free(photos: Path, tmp_path: Path) -> None:
     """Workers live on for seconds after a SIGKILL of their parent; the restart must not wait."""
     arguments = flags(photos, tmp_path / "run", "--train.steps=100000", "--log.every_steps=1")
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = Started("simmim", *arguments)
     _wait_for_rows(tmp_path / "run", 1, process)
     process.kill()
     process.wait()
@@ -474,12 +463,7 @@ def test_a_killed_run_leaves_its_folder_free(photos: Path, tmp_path: Path) -> No
 
 def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = subprocess.Popen(
-        [*COMMAND, *flags(photos, output, "--train.steps=100000")],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
+    process = Started("simmim", *flags(photos, output, "--train.steps=100000"))
     try:
         _wait_for_rows(output, 1, process)
         result = simmim_command(*flags(photos, output))

@@ -1,14 +1,11 @@
 """The engine's command, a plain loop and Lightning: the same losses from the same seed.
 
-The two examples run as a reader would run them. In one thread, and without clipping, all sums are
-made in the same order, and the losses agree to the bit.
+The two examples run as a reader would run them, but that they need not import. In one thread, and
+without clipping, all sums are made in the same order, and the losses agree to the bit.
 """
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked_command import finish
+
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    ),
-    "OMP_NUM_THREADS": "1",
-}
 # every detail that could differ: accumulation, stochastic depth, clipping in every step
 MORE = ("--train.accumulation_steps=2", "--model.drop_path=0.3", "--train.clip_norm=0.05")
 
@@ -31,17 +24,10 @@ needs_lightning = pytest.mark.skipif(
 )
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *command],
-        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 def engine(photos: Path, output: Path, *flags: str, recipe: str = "smoke") -> list[float]:
     """Losses of the command's run."""
-    result = run(
-        "-m", "simmim", "pretrain", recipe, f"--data.path={photos}", f"--output={output}", *flags
+    result = finish(
+        "simmim", "pretrain", recipe, f"--data.path={photos}", f"--output={output}", *flags
     )
     assert result.returncode == 0, result.stderr
     rows = (output / "metrics.jsonl").read_text().splitlines()
@@ -50,7 +36,7 @@ def engine(photos: Path, output: Path, *flags: str, recipe: str = "smoke") -> li
 
 def example(name: str, photos: Path, *flags: str) -> list[float]:
     """Losses that an example prints, by step."""
-    result = run(str(ROOT / "examples" / name), str(photos), *flags)
+    result = finish(str(ROOT / "examples" / name), str(photos), *flags)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines() if line.startswith("step ")]
     steps = [int(line[1]) for line in lines]
@@ -169,7 +155,7 @@ def test_lightning_in_two_processes_with_batch_norms(photos: Path, tmp_path: Pat
     ],
 )
 def test_what_cannot_run_is_one_line(name: str, arguments: list[str], message: str) -> None:
-    result = run(str(ROOT / "examples" / name), *arguments)
+    result = finish(str(ROOT / "examples" / name), *arguments)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert "Traceback" not in result.stderr

@@ -1,10 +1,7 @@
 """SimSiam: the published numbers, collapse, empty slots, refusals, and runs of the command."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from forked_command import finish
 from numerics import GOLDEN, assert_close_to, load_golden_json, with_prefix
 from simmim.backbone.build import Encoder, build_encoder
 from simmim.command_line import load
@@ -423,29 +421,12 @@ def test_pictures_show_views_and_neighbours(photos: Path) -> None:
     assert cosines[1, 0] == pytest.approx(1, abs=1e-5)
 
 
-def simmim_command(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
-    paths = [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launcher, "simmim", *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to the end."""
     output = tmp_path_factory.mktemp("runs") / "simsiam"
-    result = simmim_command(
-        "pretrain", "simsiam_smoke", f"--data.path={photos}", f"--output={output}"
+    result = finish(
+        "simmim", "pretrain", "simsiam_smoke", f"--data.path={photos}", f"--output={output}"
     )
     assert result.returncode == 0, result.stderr
     return output
@@ -471,7 +452,7 @@ def test_a_resumed_run_ends_bitwise_equal(run: Path, photos: Path, tmp_path: Pat
     (output / "model.safetensors").unlink()
     shutil.rmtree(output / "checkpoints" / "step_00000020")
     arguments = ["pretrain", "simsiam_smoke", f"--data.path={photos}", f"--output={output}"]
-    result = simmim_command(*arguments)
+    result = finish("simmim", *arguments)
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stdout + result.stderr
     one, two = (load_file(folder / "model.safetensors") for folder in (run, output))
@@ -482,7 +463,8 @@ def test_a_resumed_run_ends_bitwise_equal(run: Path, photos: Path, tmp_path: Pat
 
 def test_two_processes_train_as_one(run: Path, photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "two"
-    result = simmim_command(
+    result = finish(
+        "simmim",
         "pretrain",
         "simsiam_smoke",
         f"--data.path={photos}",
@@ -513,7 +495,8 @@ def test_neighbours_vote_on_it(run: Path, photos: Path, tmp_path: Path) -> None:
     extra = sorted(photos.glob("*.*"))[17]
     (tmp_path / "val" / "b" / extra.name).write_bytes(extra.read_bytes())
     for command in (["knn", "--k=3"], ["probe", "--epochs=2"]):
-        result = simmim_command(
+        result = finish(
+            "simmim",
             *command[:1],
             str(run),
             f"--train={tmp_path / 'train'}",

@@ -101,7 +101,9 @@ def assert_as_exact_as_torch(
     inputs = qkv, bias, logit_scale
     wide = [None if t is None else t.double() for t in inputs]
     exact, plain, found = run("reference", *wide), run("plain", *inputs), run(backend, *inputs)
-    tiny = [tiny * float(expected.norm()) + 1e-12 for expected in exact]
+    # of a window of one token some gradients are 0: what is left is rounding of parts that cancel
+    rest = 0.01 * torch.finfo(qkv.dtype).eps * float(grad.norm())
+    tiny = [tiny * float(expected.norm()) + rest for expected in exact]
     if logit_scale is not None:
         parts = sum_of_parts(*wide[:2], num_heads, places, wide[2], grad)
         tiny[-1] += 4 * torch.finfo(qkv.dtype).eps * float(parts.norm())

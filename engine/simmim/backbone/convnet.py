@@ -7,7 +7,7 @@ Source: Westlake-AI/openmixup openmixup/models/backbones/mim_resnet.py (where th
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +158,10 @@ class ConvNet(Encoder):
         )
         return hidden.view(rows.shape).permute(0, 3, 1, 2)
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
         """A block of x; computed again in the backward where `activation_checkpointing` says."""
-        return run_once_more(block, block, self.activation_checkpointing and self.training, x)
+        recompute = self.activation_checkpointing and self.training
+        return run_once_more(lambda x: block(x, *arguments), block, recompute, x)
 
 
 def run_once_more(
@@ -198,10 +199,3 @@ def still_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, buffers in zip(norms, kept):
             norm._buffers.update(buffers)
-
-
-def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
-    """A residual branch [B, …] times its images' factors, float32 [B]; None is 1."""
-    if factor is None:
-        return branch
-    return branch * factor.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))

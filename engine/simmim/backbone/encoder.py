@@ -20,6 +20,7 @@ class EncoderSpec:
         channels: image channels.
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
         arch: names the kind of architecture, in a checkpoint.
+        cosine_attention: whether attention is of the scaled-cosine kind, which has fewer backends.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -27,6 +28,7 @@ class EncoderSpec:
     drop_path: float = 0.0
 
     arch: ClassVar[str] = ""
+    cosine_attention: ClassVar[bool] = False
 
     @property
     def patch_size(self) -> int:

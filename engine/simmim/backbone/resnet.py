@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.backbone.convnet import ConvNet, ConvNetSpec, raise_problems, scale_branch
+from simmim.backbone.batch_norm import norm_relu
+from simmim.backbone.convnet import ConvNet, ConvNetSpec, raise_problems
 from simmim.backbone.layers import DropPath, drop_path_rates
 
 
@@ -104,14 +105,13 @@ class Block(nn.Module):
         """The norm before the sum."""
         return self.bn3 if self.bottleneck else self.bn2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, …] → [B, outputs, …], of the block's stride."""
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+        """[B, inputs, …] → [B, outputs, …], of the block's stride; `backend` is of its norms."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        branch: Tensor = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        branch = self.bn2(self.conv2(branch))
+        branch = self.conv2(norm_relu(self.bn1, self.conv1(x), backend=backend))
         if self.bottleneck:
-            branch = self.bn3(self.conv3(F.relu(branch, inplace=True)))
-        return F.relu(scale_branch(branch, self.drop_path(x)) + shortcut, inplace=True)
+            branch = self.conv3(norm_relu(self.bn2, branch, backend=backend))
+        return norm_relu(self.last_norm, branch, shortcut, self.drop_path(x), backend=backend)
 
 
 class ResNet(ConvNet):
@@ -158,13 +158,13 @@ class ResNet(ConvNet):
 
     def embed(self, image: Tensor) -> Tensor:
         """The stem: [B, C, H, W] → [B, width, H/4, W/4]."""
-        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        x = norm_relu(self.bn1, self.conv1(image), backend=self.backends.ops)
         return F.max_pool2d(x, 3, 2, 1)
 
     def body(self, x: Tensor) -> Tensor:
         """The four stages: [B, width, h, w] → [B, num_features, h/8, w/8]."""
         for block in self.blocks_in_order():
-            x = self.run(block, x)
+            x = self.run(block, x, self.backends.ops)
         return x
 
     def layer_of(self, name: str) -> int:

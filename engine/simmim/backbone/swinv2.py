@@ -35,6 +35,7 @@ class SwinV2Spec(SwinSpec):
     pretrained_window_sizes: tuple[int, ...] = ()
 
     arch: ClassVar[str] = "swinv2"
+    cosine_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not any(self.pretrained_window_sizes):

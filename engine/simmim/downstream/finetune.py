@@ -148,11 +148,12 @@ def build_classifier(
         ValueError: the weights are of another architecture; names their file.
         RunError: `kernels` names a backend that cannot run here.
     """
-    check_backends(config.kernels, device)
+    spec = classifier_spec(config, None if weights is None else weights.spec)
+    check_backends(config.kernels, spec, device)
     torch.manual_seed(signed(fold(config.seed)))
     told = {} if weights is None else weights.metadata
     model = Classifier(
-        build_encoder(classifier_spec(config, None if weights is None else weights.spec)),
+        build_encoder(spec),
         classes,
         mean=config.data.mean or told.get("mean"),
         std=config.data.std or told.get("std"),

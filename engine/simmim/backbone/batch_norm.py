@@ -1,0 +1,87 @@
+"""Batch norm with what stands behind it in a residual network: a sum with the shortcut, and ReLU.
+
+Functions of a norm and not a norm of its own: modules stay `torch.nn.BatchNorm2d`, which
+`torch.nn.SyncBatchNorm.convert_sync_batchnorm` and others know how to exchange.
+B batch, C channels.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from simmim_kernels import batch_norm_relu
+from simmim_kernels.batch_norm_relu import BACKENDS
+from simmim_kernels.dispatch import choose
+
+
+def norm_relu(
+    norm: nn.Module,
+    x: Tensor,
+    shortcut: Tensor | None = None,
+    branch_scale: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """relu(norm(x) · branch_scale + shortcut).
+
+    One op where it has kernels (the CPU's, for maps in channels-last order) and `norm` is a plain
+    batch norm in training; else PyTorch's own operations.
+
+    Args:
+        norm: over the channels of x.
+        x: [B, C, …].
+        shortcut: like x; None adds nothing.
+        branch_scale: factor of each image, float32 [B]; None is 1.
+        backend: of the op; "triton", which it has not, is PyTorch's own.
+    """
+    if branch_scale is None and backend != "triton" and _is_plain(norm, x):
+        assert isinstance(norm, nn.BatchNorm2d)
+        like = shortcut is None or (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
+        tensors = (x, shortcut, norm.weight, norm.bias)
+        kind = "reference" if backend == "reference" else None
+        if like and choose("batch_norm_relu", BACKENDS, tensors, kind) == "native":
+            out, mean, variance = batch_norm_relu(
+                x, norm.weight, norm.bias, shortcut, eps=norm.eps, backend="native"
+            )
+            track(norm, mean, variance, x.numel() // x.shape[1])
+            return out
+    branch: Tensor = scale_branch(norm(x), branch_scale)
+    return F.relu(branch if shortcut is None else branch + shortcut, inplace=True)
+
+
+def _is_plain(norm: nn.Module, x: Tensor) -> bool:
+    """Whether `norm` is PyTorch's, normalises by the batch, and nobody wants to see its output."""
+    if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.affine:
+        return False
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+    # a single value per channel is for the norm itself to refuse
+    return not any(hooks) and x.dim() == 4 and x.numel() > x.shape[1]
+
+
+def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
+    """A residual branch [B, …] times its images' factors, float32 [B]; None is 1."""
+    if factor is None:
+        return branch
+    return branch * factor.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))
+
+
+def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
+    """Let a batch count in a norm's running statistics, as PyTorch's batch norms do.
+
+    Args:
+        norm: its buffers are changed in place, if it has any.
+        mean: of every channel, [C].
+        variance: biased, [C]; what is kept is the unbiased one.
+        count: values of a channel.
+    """
+    if not norm.track_running_stats or norm.running_mean is None:
+        return
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    share = norm.momentum
+    if share is None:
+        share = 1.0 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+    unbiased = variance * (count / (count - 1))
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
