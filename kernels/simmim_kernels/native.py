@@ -49,6 +49,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
+def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`empty` for a map [B, C, …] whose channels lie side by side.
+
+    Not a view: autograd adds to a gradient in place only if nothing else holds its memory, as the
+    base of a view does.
+    """
+    B, C, *sides = shape
+    rows = empty((B, *sides, C), dtype)
+    first, *others, last = rows.stride()
+    return rows.as_strided_(tuple(shape), (first, last, *others))
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Where a tensor's first element is; 0, the null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -260,16 +260,25 @@ def test_checkpointing(backend: str) -> None:
 
 
 @NEEDS_NATIVE
+def test_gradients_are_added_up_in_place() -> None:
+    """Those of a residual meet those of the branch that it bridges, without another map."""
+    x = channels_last(torch.randn(2, 64, 64, 64)).requires_grad_()
+    y = x * 1  # whose gradient has two parts
+    out, *_ = batch_norm_relu(y, torch.ones(64), torch.ones(64), y, backend="native")
+    with torch.profiler.profile() as seen:
+        out.backward(wave(out))
+    names = [event.key for event in seen.key_averages()]
+    assert "aten::add_" in names
+    assert "aten::add" not in names
+
+
+@NEEDS_NATIVE
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
 def test_opcheck(added: bool) -> None:
     ops = torch.ops.simmim
-    rows = {
-        "x": torch.randn(12, 5).bfloat16(),
-        "weight": torch.rand(5),
-        "bias": torch.randn(5),
-        "residual": torch.randn(12, 5).bfloat16() if added else None,
-    }
-    inputs = [None if t is None else t.requires_grad_() for t in rows.values()]
+    maps = make((2, 5, 3, 2), torch.bfloat16, added)
+    tensors = maps["x"], maps["weight"].float(), maps["bias"].float(), maps.get("residual")
+    inputs = [None if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(ops.batch_norm_relu.default, (*inputs, 1e-5, "native"))
     x, weight, bias, residual = (None if t is None else t.detach() for t in inputs)
     out, *statistics = ops.batch_norm_relu(x, weight, bias, residual, 1e-5, "native")

@@ -79,20 +79,15 @@ def batch_norm_relu(
     if any(t.dtype not in (x.dtype, torch.float32) for t in (weight, bias)):
         raise error("expected weight and bias of x's dtype or float32")
     chosen = choose("batch_norm_relu", BACKENDS, (x, residual, weight, bias), backend)
-    rows = x.movedim(1, -1)
-    shape = rows.shape
-    rows = rows.reshape(-1, x.shape[1])
-    added = None if residual is None else residual.movedim(1, -1).reshape(rows.shape)
     if chosen == "reference":
-        out, mean, variance = reference.batch_norm_relu(rows, weight, bias, added, eps)
-    else:
-        out, mean, variance = torch.ops.simmim.batch_norm_relu(
-            rows, weight.float(), bias.float(), added, eps, chosen
-        )
-    return out.view(shape).movedim(-1, 1), mean, variance
+        return reference.batch_norm_relu(x, weight, bias, residual, eps)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.simmim.batch_norm_relu(
+        x, weight.float(), bias.float(), residual, eps, chosen
+    )
+    return found
 
 
-# Rows [N, C]; vectors are float32.
+# Maps [B, C, …] in channels-last order, also those that come out; vectors are float32.
 torch.library.define(
     "simmim::batch_norm_relu",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, str backend) "
@@ -110,7 +105,7 @@ torch.library.define(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, eps, backend = arguments
     kernel = implementation("batch_norm_relu", backend)
-    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(*map(_contiguous, tensors), eps)
+    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(*map(_in_order, tensors), eps)
     return found
 
 
@@ -118,16 +113,19 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, eps, backend = arguments
     kernel = implementation("batch_norm_relu", backend)
-    grads: tuple[Tensor, ...] = kernel.backward(*map(_contiguous, tensors), eps)
+    grads: tuple[Tensor, ...] = kernel.backward(*map(_in_order, tensors), eps)
     return grads
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _in_order(tensor: Tensor | None) -> Tensor | None:
+    """A vector contiguous, a map in channels-last order."""
+    if tensor is None or tensor.dim() < 2:
+        return None if tensor is None else tensor.contiguous()
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _fake(x: Tensor, weight: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 torch.library.register_fake("simmim::batch_norm_relu", _fake)
@@ -136,9 +134,8 @@ torch.library.register_fake("simmim::batch_norm_relu", _fake)
 def _backward_fake(
     grad_out: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, *unused: Any
 ) -> tuple[Tensor, ...]:
-    like = x.new_empty(x.shape)
-    of_residual = x.new_empty(0 if out is None else x.shape)
-    return like, torch.empty_like(weight), torch.empty_like(weight), of_residual
+    of_residual = x.new_empty(0) if out is None else torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), of_residual
 
 
 torch.library.register_fake("simmim::batch_norm_relu_backward", _backward_fake)

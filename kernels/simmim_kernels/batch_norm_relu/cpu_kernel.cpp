@@ -7,8 +7,6 @@
 namespace simmim::SIMMIM_TARGET {
 namespace {
 
-// Rows whose channels are read together, so that vectors over channels are loaded once for all.
-constexpr int64_t kRowsAtOnce = 4;
 // Of a map of few rows the sums of many sections would be as large as the map.
 constexpr int64_t kLeastRows = 32;
 // Rows of a section whose mean is taken away from all its rows before they are squared.
@@ -32,14 +30,6 @@ class ChannelVectors {
     float* values_;
 };
 
-// Calls body(first row, number of rows) for runs of rows; the number is a constant in each call.
-template <class Body>
-inline void in_runs(int64_t begin, int64_t end, const Body& body) {
-    int64_t row = begin;
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) body.template operator()<kRowsAtOnce>(row);
-    for (; row < end; ++row) body.template operator()<1>(row);
-}
-
 inline float reciprocal_deviation(float variance, float eps) {
     return 1.0f / __builtin_sqrtf(variance + eps);
 }
@@ -59,19 +49,15 @@ void sums_of_section(const T* x, int64_t begin, int64_t end, int64_t C, float* t
     for (int64_t c = 0; c < C; c += kLanes) {
         store_first(shift + c, multiply(load_first(shift + c, C - c), share), C - c);
     }
-    in_runs(begin, end, [&]<int64_t kRows>(int64_t row) {
+    for (int64_t row = begin; row < end; ++row) {
         for (int64_t c = 0; c < C; c += kLanes) {
-            const Lanes from = load_first(shift + c, C - c);
-            Lanes sum = load_first(total + c, C - c), square = load_first(squares + c, C - c);
-            for (int64_t r = 0; r < kRows; ++r) {
-                const Lanes off = subtract(load_first(x + (row + r) * C + c, C - c), from);
-                sum = add(sum, off);
-                square = multiply_add(off, off, square);
-            }
-            store_first(total + c, sum, C - c);
+            const Lanes off =
+                subtract(load_first(x + row * C + c, C - c), load_first(shift + c, C - c));
+            const Lanes square = multiply_add(off, off, load_first(squares + c, C - c));
+            add_to(total + c, off, C - c);
             store_first(squares + c, square, C - c);
         }
-    });
+    }
 }
 
 // Mean and biased variance of every channel.
@@ -127,26 +113,17 @@ void forward(const BatchNormReluForward& a) {
     for (int64_t c = 0; c < C; ++c) {
         slope[c] = a.weight[c] * reciprocal_deviation(a.variance[c], a.eps);
     }
-    const int64_t runs = (a.shape.rows + kRowsAtOnce - 1) / kRowsAtOnce;
 #pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t run = 0; run < runs; ++run) {
-        const int64_t begin = run * kRowsAtOnce;
-        const int64_t end = begin + kRowsAtOnce < a.shape.rows ? begin + kRowsAtOnce : a.shape.rows;
-        in_runs(begin, end, [&]<int64_t kRows>(int64_t row) {
-            for (int64_t c = 0; c < C; c += kLanes) {
-                const Lanes mean = load_first(a.mean + c, C - c);
-                const Lanes factor = load_first(slope + c, C - c);
-                const Lanes bias = load_first(a.bias + c, C - c);
-                for (int64_t r = 0; r < kRows; ++r) {
-                    const int64_t e = (row + r) * C + c;
-                    const Lanes off = subtract(load_first(x + e, C - c), mean);
-                    Lanes y = multiply_add(off, factor, bias);
-                    if (residual) y = add(y, load_first(residual + e, C - c));
-                    // in this order a NaN stays
-                    store_first(out + e, maximum(zero_lanes(), y), C - c);
-                }
-            }
-        });
+    for (int64_t row = 0; row < a.shape.rows; ++row) {
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int64_t e = row * C + c;
+            const Lanes off = subtract(load_first(x + e, C - c), load_first(a.mean + c, C - c));
+            Lanes y =
+                multiply_add(off, load_first(slope + c, C - c), load_first(a.bias + c, C - c));
+            if (residual) y = add(y, load_first(residual + e, C - c));
+            // in this order a NaN stays
+            store_first(out + e, maximum(zero_lanes(), y), C - c);
+        }
     }
 }
 
@@ -165,32 +142,29 @@ void backward_of(const BatchNormReluBackward& a) {
     for (int64_t c = 0; c < C; ++c) {
         slope[c] = a.weight[c] * reciprocal_deviation(a.variance[c], a.eps);
     }
+    // the gradient behind the ReLU, whose sign is computed again where it is not kept
+    const auto cut = [&](int64_t e, int64_t c, Lanes off) {
+        const Lanes y =
+            kAdded ? load_first(out + e, C - c)
+                   : multiply_add(off, load_first(slope + c, C - c), load_first(a.bias + c, C - c));
+        return keep_above_zero(load_first(grad_out + e, C - c), y);
+    };
     ColumnSums sums(a.shape.rows, C, 2, kLeastRows);
 #pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
     for (int64_t section = 0; section < sums.sections; ++section) {
         float* of_weight = sums.start(section);
         float* of_bias = of_weight + C;
-        in_runs(section * sums.per_section, sums.end(section), [&]<int64_t kRows>(int64_t row) {
+        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
             for (int64_t c = 0; c < C; c += kLanes) {
-                const Lanes mean = load_first(a.mean + c, C - c);
-                const Lanes factor = load_first(slope + c, C - c);
-                const Lanes bias = load_first(a.bias + c, C - c);
-                Lanes inner = load_first(of_weight + c, C - c);
-                Lanes total = load_first(of_bias + c, C - c);
-                for (int64_t r = 0; r < kRows; ++r) {
-                    const int64_t e = (row + r) * C + c;
-                    const Lanes off = subtract(load_first(x + e, C - c), mean);
-                    const Lanes y =
-                        kAdded ? load_first(out + e, C - c) : multiply_add(off, factor, bias);
-                    const Lanes g = keep_above_zero(load_first(grad_out + e, C - c), y);
-                    inner = multiply_add(g, off, inner);
-                    total = add(total, g);
-                    if (kAdded) store_first(grad_residual + e, g, C - c);
-                }
+                const int64_t e = row * C + c;
+                const Lanes off = subtract(load_first(x + e, C - c), load_first(a.mean + c, C - c));
+                const Lanes g = cut(e, c, off);
+                const Lanes inner = multiply_add(g, off, load_first(of_weight + c, C - c));
+                add_to(of_bias + c, g, C - c);
                 store_first(of_weight + c, inner, C - c);
-                store_first(of_bias + c, total, C - c);
+                if (kAdded) store_first(grad_residual + e, g, C - c);
             }
-        });
+        }
     }
     sums.finish(0, a.grad_weight);
     sums.finish(1, a.grad_bias);
@@ -201,29 +175,16 @@ void backward_of(const BatchNormReluBackward& a) {
         level[c] = a.grad_bias[c] * share;
         tilt[c] = -a.grad_weight[c] * rstd * share;
     }
-    const int64_t runs = (a.shape.rows + kRowsAtOnce - 1) / kRowsAtOnce;
 #pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t run = 0; run < runs; ++run) {
-        const int64_t begin = run * kRowsAtOnce;
-        const int64_t end = begin + kRowsAtOnce < a.shape.rows ? begin + kRowsAtOnce : a.shape.rows;
-        in_runs(begin, end, [&]<int64_t kRows>(int64_t row) {
-            for (int64_t c = 0; c < C; c += kLanes) {
-                const Lanes mean = load_first(a.mean + c, C - c);
-                const Lanes factor = load_first(slope + c, C - c);
-                const Lanes bias = load_first(a.bias + c, C - c);
-                const Lanes flat = load_first(level + c, C - c);
-                const Lanes lean = load_first(tilt + c, C - c);
-                for (int64_t r = 0; r < kRows; ++r) {
-                    const int64_t e = (row + r) * C + c;
-                    const Lanes off = subtract(load_first(x + e, C - c), mean);
-                    const Lanes g = kAdded ? load_first(grad_residual + e, C - c)
-                                           : keep_above_zero(load_first(grad_out + e, C - c),
-                                                             multiply_add(off, factor, bias));
-                    const Lanes even = multiply_add(off, lean, subtract(g, flat));
-                    store_first(grad_x + e, multiply(even, factor), C - c);
-                }
-            }
-        });
+    for (int64_t row = 0; row < a.shape.rows; ++row) {
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int64_t e = row * C + c;
+            const Lanes off = subtract(load_first(x + e, C - c), load_first(a.mean + c, C - c));
+            const Lanes g = kAdded ? load_first(grad_residual + e, C - c) : cut(e, c, off);
+            const Lanes even = multiply_add(off, load_first(tilt + c, C - c),
+                                            subtract(g, load_first(level + c, C - c)));
+            store_first(grad_x + e, multiply(even, load_first(slope + c, C - c)), C - c);
+        }
     }
 }
 

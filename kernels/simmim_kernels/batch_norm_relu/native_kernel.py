@@ -1,4 +1,4 @@
-"""Calls the C++ kernels of batch_norm_relu. Maps are rows: N cells of all images, C channels."""
+"""Calls the C++ kernels of batch_norm_relu. Maps [B, C, …] lie in channels-last order."""
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ def reasons_against(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output [N, C], mean and biased variance [C]; all inputs contiguous."""
+    """The output, and mean and biased variance [C]; vectors are contiguous."""
     assert native.extension is not None
-    out = native.empty(x.shape, x.dtype)
+    out = native.empty_channels_last(x.shape, x.dtype)
     mean, variance = torch.empty_like(weight), torch.empty_like(weight)
     native.extension.batch_norm_relu_forward(
         _shape(x),
@@ -51,8 +51,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and residual; that of residual [0] where `out` is None."""
     assert native.extension is not None
-    grad_x = native.empty(x.shape, x.dtype)
-    grad_residual = native.empty((0,) if out is None else x.shape, x.dtype)
+    grad_x = native.empty_channels_last(x.shape, x.dtype)
+    grad_residual = x.new_empty(0) if out is None else native.empty_channels_last(x.shape, x.dtype)
     grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
     native.extension.batch_norm_relu_backward(
         _shape(x),
@@ -73,5 +73,5 @@ def backward(
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, int]:
-    rows, channels = x.shape
-    return rows, channels, native.DTYPE_CODES[x.dtype], torch.get_num_threads()
+    channels = x.shape[1]
+    return x.numel() // channels, channels, native.DTYPE_CODES[x.dtype], torch.get_num_threads()

@@ -8,10 +8,13 @@ from torch import Tensor
 def batch_norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows x [N, C]: the output, and the mean and biased variance [C] of every channel."""
+    """Of a map x [B, C, …]: the output, and mean and biased variance [C] of every channel."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide, 0, correction=0)
-    y = (wide - mean) * (variance + eps).rsqrt() * weight + bias
+    others = [axis for axis in range(x.dim()) if axis != 1]
+    variance, mean = torch.var_mean(wide, others, correction=0)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    slope = (variance + eps).rsqrt() * weight
+    y = (wide - mean.view(shape)) * slope.view(shape) + bias.view(shape)
     if residual is not None:
         y = y + residual
     return F.relu(y).to(x.dtype), mean.detach(), variance.detach()
