@@ -34,12 +34,11 @@ def norm_relu(
         branch_scale: factor of each image, float32 [B]; None is 1.
         backend: of the op; "triton", which it has not, is PyTorch's own.
     """
-    if branch_scale is None and backend != "triton" and _is_plain(norm, x):
+    if branch_scale is None and backend != "triton" and _fits(norm, x, shortcut):
         assert isinstance(norm, nn.BatchNorm2d)
-        like = shortcut is None or (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
         tensors = (x, shortcut, norm.weight, norm.bias)
         kind = "reference" if backend == "reference" else None
-        if like and choose("batch_norm_relu", BACKENDS, tensors, kind) == "native":
+        if choose("batch_norm_relu", BACKENDS, tensors, kind) == "native":
             out, mean, variance = batch_norm_relu(
                 x, norm.weight, norm.bias, shortcut, eps=norm.eps, backend="native"
             )
@@ -49,13 +48,19 @@ def norm_relu(
     return F.relu(branch if shortcut is None else branch + shortcut, inplace=True)
 
 
-def _is_plain(norm: nn.Module, x: Tensor) -> bool:
-    """Whether `norm` is PyTorch's, normalises by the batch, and nobody wants to see its output."""
+def _fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> bool:
+    """Whether the op says the same of these maps, and nobody wants to see the norm's output."""
     if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.affine:
         return False
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        return False
     # a single value per channel is for the norm itself to refuse
-    return not any(hooks) and x.dim() == 4 and x.numel() > x.shape[1]
+    if x.dim() != 4 or x.numel() <= x.shape[1] or not x.movedim(1, -1).is_contiguous():
+        return False
+    if shortcut is None:
+        return True
+    alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
+    return alike and shortcut.movedim(1, -1).is_contiguous()
 
 
 def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
