@@ -342,7 +342,8 @@ def _batch_norm_relu(dtype: torch.dtype, units: Tensor, backend: str) -> Case:
             "eager": _from_gradient(published, leaves, grad),
             "compile": _from_gradient(torch.compile(published), leaves, grad),
         },
-        2e-2 if dtype == torch.bfloat16 else 1e-4,
+        # in bf16 the sign of a sum near 0, and with it a gradient, hangs on where it is rounded
+        5e-2 if dtype == torch.bfloat16 else 1e-4,
         # forward x, shortcut and out; backward x, out and its gradient, and two gradients
         8 * x.nbytes,
         {},
