@@ -16,19 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from forked_command import Started, finish
+import forked_command
+from forked_command import ROOT, Started, finish
 from simmim import cli
 from simmim.downstream import finetune as finetuning
 from simmim.load import load_model
 from simmim.method.classifier import Classifier
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    ),
-    "OMP_NUM_THREADS": "1",
-}
+ENVIRONMENT = os.environ | forked_command.ENVIRONMENT
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}
 
 

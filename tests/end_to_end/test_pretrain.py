@@ -19,16 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import forked_command
 import simmim
-from forked_command import Started, finish
+from forked_command import ROOT, Started, finish
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    ),
-    "OMP_NUM_THREADS": "1",
-}
+ENVIRONMENT = os.environ | forked_command.ENVIRONMENT
 COMMAND = [sys.executable, "-m", "simmim"]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from simmim.backbone.layers import scale_branch
 from simmim_kernels import batch_norm_relu
 from simmim_kernels.batch_norm_relu import BACKENDS
 from simmim_kernels.dispatch import choose
@@ -61,13 +62,6 @@ def _fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> bool:
         return True
     alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
     return alike and shortcut.movedim(1, -1).is_contiguous()
-
-
-def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
-    """A residual branch [B, …] times its images' factors, float32 [B]; None is 1."""
-    if factor is None:
-        return branch
-    return branch * factor.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))
 
 
 def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:

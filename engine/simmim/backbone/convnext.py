@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simmim.backbone.batch_norm import scale_branch
 from simmim.backbone.convnet import ConvNet, ConvNetSpec, raise_problems
-from simmim.backbone.layers import DropPath, drop_path_rates
+from simmim.backbone.layers import DropPath, drop_path_rates, scale_branch
 
 NORM_EPS = 1e-6
 

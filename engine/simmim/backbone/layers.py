@@ -104,3 +104,10 @@ def init_linear(module: nn.Module, bound: float = 2.0) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
+    """A residual branch [B, …] times its images' factors, float32 [B]; None is 1."""
+    if factor is None:
+        return branch
+    return branch * factor.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))
