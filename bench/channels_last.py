@@ -14,8 +14,8 @@ from torch import Tensor
 
 from simmim import SimMIM
 from simmim.backbone.build import find_preset
-from simmim.config import OptimConfig
-from simmim.optim import build_optimizer, parameter_groups
+from simmim.config.sections import OptimConfig
+from simmim.training.optim import build_optimizer, parameter_groups
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 

@@ -34,11 +34,11 @@ from rich.table import Table
 
 from data_loaders import LOADERS, NEEDS, ON_CUDA, Job
 from simmim.data.decode import UnreadableImage, read_header
-from simmim.data.pack import Options, pack
-from simmim.data.source import DataError, open_source
+from simmim.data.open import open_source
 from simmim.environment import git_commit, package_versions
-from simmim.errors import RunError
+from simmim.errors import DataError, RunError
 from simmim.files import write_text
+from simmim.packing.pack import Options, pack
 
 PACKED = "-packed"
 PAGE = resource.getpagesize()

@@ -41,9 +41,9 @@ def simmim(job: Job) -> Endless:
     import torch
 
     from simmim.data.augment import Augmentation
-    from simmim.data.cropped import CroppedView
     from simmim.data.loader import Loader
-    from simmim.data.source import open_source
+    from simmim.data.open import open_source
+    from simmim.data.views import CroppedView
     from simmim.distributed import World
 
     loader = Loader(
@@ -64,7 +64,7 @@ def decode_only(job: Job) -> Endless:
     """No loader: libjpeg-turbo through simplejpeg, one image after another. A floor."""
     import simplejpeg
 
-    from simmim.data.source import open_source
+    from simmim.data.open import open_source
 
     source = open_source(str(job.source))
     data = [source.read(index) for index in range(len(source.names))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim.precision import DTYPES
+from simmim.training.precision import DTYPES
 from timing import interleaved
 
 

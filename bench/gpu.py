@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, make_case
 from ops import measure
-from simmim.config import Config, ModelConfig
+from simmim.config.sections import Config, ModelConfig
 from simmim.environment import git_commit, package_versions
 from simmim.pretrain import build_model
 from simmim_kernels import random_patch_mask

@@ -31,10 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 from simmim import cli, environment
-from simmim.data.labels import Labels, holdout, labels_of
-from simmim.data.source import DataError, Source, open_source
+from simmim.data.labels import Labels, labels_of
+from simmim.data.open import open_source
+from simmim.data.source import Source
+from simmim.data.splits import holdout
 from simmim.environment import git_commit, package_versions
-from simmim.errors import RunError
+from simmim.errors import DataError, RunError
 from simmim.files import write_text
 
 # Shares of the time: pre-training, every fine-tuning run, and what is left for speed, evaluation

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from peer import Pair, Peer, Weights, take
-from simmim import precision
 from simmim.backbone.build import Spec
-from simmim.config import Config, KernelsConfig, resolve_spec
-from simmim.data.loader import Batch
+from simmim.config.sections import Config, KernelsConfig
+from simmim.config.spec import resolve_spec
+from simmim.data.batch import Batch
 from simmim.distributed import World
 from simmim.method.build import find_method
-from simmim.method.images import ImageModel, MaskedImageModel
 from simmim.method.simsiam import SimSiamMethod
+from simmim.model.image_model import ImageModel, MaskedImageModel
 from simmim.pretrain import build_state
-from simmim.step import TrainState, train_step
+from simmim.training import precision
+from simmim.training.step import TrainState, train_step
 
 FORMAT_NAMES = {torch.contiguous_format: "contiguous", torch.channels_last: "channels-last"}
 # Timed passes in each memory format before one is chosen.

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from simmim.backbone.build import build_encoder, find_preset
-from simmim.config import OptimConfig
+from simmim.config.sections import OptimConfig
 from simmim.data.distortion import Distortion, distort, draw
 from simmim.method.simsiam import SimSiam, negative_cosine
-from simmim.optim import build_optimizer, parameter_groups
+from simmim.training.optim import build_optimizer, parameter_groups
 
 
 def main() -> int:

@@ -41,24 +41,22 @@ from peer import Mismatch, Unavailable
 from peers import PACKAGES, PEERS
 from rows import EngineRow, Images, PeerRow, Row, engine_loss, wake
 from simmim.backbone.build import PRESETS, build_encoder
-from simmim.config import (
+from simmim.config.sections import (
     Config,
-    ConfigError,
     DataConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
-    config_class,
-    nearest,
 )
+from simmim.config.values import config_class, nearest
 from simmim.environment import device_name, git_commit, package_versions
-from simmim.errors import RunError
+from simmim.errors import ConfigError, RunError
 from simmim.files import write_text
-from simmim.method.build import check, find_method, method_class
-from simmim.method.images import ImageModel
+from simmim.method.build import check_config, find_method, method_class
 from simmim.method.simsiam import SimSiamMethod
+from simmim.model.image_model import ImageModel
 from timing import interleaved_samples, peak_bytes
 
 OURS, REFERENCE = "simmim", "reference PyTorch"
@@ -537,7 +535,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
         options.config = make_config(options)
-        check(options.config)
+        check_config(options.config)
     except ConfigError as problem:
         parser.error(str(problem))
     return options

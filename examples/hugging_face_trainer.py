@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.models.swin.modeling_swin import SwinMaskedImageModelingOutput
 
-from simmim.data.source import DataError, open_source
+from simmim.data.open import open_source
+from simmim.errors import DataError
 from simmim.hugging_face import MaskCollator
 from simmim_kernels import linear_masked_l1_loss
 

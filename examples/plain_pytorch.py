@@ -10,17 +10,17 @@ from contextlib import closing
 
 from torch.nn.utils import clip_grad_norm_
 
-from simmim import distributed, precision
+from simmim import distributed
 from simmim.command_line import load
-from simmim.config import ConfigError
 from simmim.data.build import make_loader
-from simmim.data.source import open_source
-from simmim.errors import RunError
+from simmim.data.open import open_source
+from simmim.errors import ConfigError, RunError
 from simmim.method.build import find_method
-from simmim.optim import build_optimizer
 from simmim.pretrain import build_model
-from simmim.schedule import resolve_schedule
-from simmim.step import seed_step
+from simmim.training import precision
+from simmim.training.optim import build_optimizer
+from simmim.training.schedule import resolve_schedule
+from simmim.training.step import seed_step
 
 
 def train(photos="", *flags):

@@ -10,8 +10,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from simmim.command_line import load
-from simmim.config import ConfigError
-from simmim.errors import RunError
+from simmim.errors import ConfigError, RunError
 from simmim.lightning_adapters import MethodDataModule, MethodModule
 
 PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

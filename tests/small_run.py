@@ -11,10 +11,10 @@ from simmim.backbone import build
 from simmim.backbone.convnext import ConvNeXtSpec
 from simmim.backbone.resnet import ResNetSpec
 from simmim.command_line import load
-from simmim.data.loader import Batch
+from simmim.data.batch import Batch
 from simmim.distributed import World
 from simmim.pretrain import build_state
-from simmim.step import TrainState
+from simmim.training.step import TrainState
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[1] / "configs"

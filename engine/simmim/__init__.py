@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from simmim.version import __version__
+
 __all__ = [
     "Classifier",
     "Prediction",
@@ -17,21 +18,21 @@ __all__ = [
 
 if TYPE_CHECKING:
     from simmim.downstream.features import extract_features
-    from simmim.downstream.hub import push_to_hub
     from simmim.downstream.predict import Prediction, predict
-    from simmim.load import load_encoder, load_model
-    from simmim.method.classifier import Classifier
     from simmim.method.simmim import SimMIM
+    from simmim.model.classifier import Classifier
+    from simmim.sharing.hub import push_to_hub
+    from simmim.weights.load import load_encoder, load_model
 
 _HOMES = {
-    "Classifier": "simmim.method.classifier",
+    "Classifier": "simmim.model.classifier",
     "Prediction": "simmim.downstream.predict",
     "SimMIM": "simmim.method.simmim",
     "extract_features": "simmim.downstream.features",
-    "load_encoder": "simmim.load",
-    "load_model": "simmim.load",
+    "load_encoder": "simmim.weights.load",
+    "load_model": "simmim.weights.load",
     "predict": "simmim.downstream.predict",
-    "push_to_hub": "simmim.downstream.hub",
+    "push_to_hub": "simmim.sharing.hub",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import simmim
+from simmim.version import __version__
 
 USAGE = """\
 usage: simmim COMMAND …
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
-        print(f"simmim {simmim.__version__}")
+        print(f"simmim {__version__}")
         return 0
     if arguments[0] not in commands:
         return _fail(f"unknown command {arguments[0]}; known are {', '.join(commands)}", 2)
@@ -92,7 +92,7 @@ def _in_file(name: str) -> Callable[[list[str]], int]:
 
 def _pretrain(arguments: list[str]) -> int:
     from simmim.command_line import load
-    from simmim.config import ConfigError
+    from simmim.errors import ConfigError
 
     try:
         config = load(arguments)
@@ -104,11 +104,11 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _finetune(arguments: list[str]) -> int:
-    from simmim.config import ConfigError
-    from simmim.downstream.finetune_config import load
+    from simmim.downstream.finetune_config import load_finetuning
+    from simmim.errors import ConfigError
 
     try:
-        config = load(arguments)
+        config = load_finetuning(arguments)
     except ConfigError as error:
         return _refuse(error)
     from simmim.downstream.finetune import finetune
@@ -122,8 +122,7 @@ def _refuse(error: Exception) -> int:
 
 
 def _train(run: Callable[[], int], output: str) -> int:
-    from simmim.config import ConfigError
-    from simmim.errors import RunError
+    from simmim.errors import ConfigError, RunError
 
     try:
         return run()
@@ -177,9 +176,11 @@ def _reconstruct(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.output.exists() and not options.overwrite:
         return _fail(f"{options.output} exists; choose another --output or add --overwrite", 2)
-    from simmim.load import load_model, trained_mask
-    from simmim.method.images import MaskedImageModel
-    from simmim.reconstruct import reconstruct_files, save_picture
+    from simmim.model.image_model import MaskedImageModel
+    from simmim.model.weights_file import trained_mask
+    from simmim.pictures.grid import save_picture
+    from simmim.pictures.reconstruction import reconstruct_files
+    from simmim.weights.load import load_model
 
     try:
         model = load_model(options.checkpoint, options.image_size)
@@ -211,7 +212,7 @@ def _doctor(arguments: list[str]) -> int:
         prog="simmim doctor",
         description="Versions, devices, and the backend each op would use and why not another.",
     ).parse_args(arguments)
-    from simmim.doctor import report
+    from simmim.commands.doctor import report
 
     print(report())
     return 0

@@ -8,18 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simmim.config import (
-    Config,
-    ConfigError,
-    MethodConfig,
-    RunConfig,
-    config_class,
-    flatten,
-    from_dict,
-    leaf_types,
-    nearest,
-)
-from simmim.method.build import check, method_class
+from simmim.config.sections import Config, MethodConfig, RunConfig
+from simmim.config.values import config_class, flatten, from_dict, leaf_types, nearest
+from simmim.errors import ConfigError
+from simmim.method.build import check_config, method_class
 
 RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 
@@ -98,7 +90,7 @@ def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
     Its class is that of the method that it names, whose own keys are in [method].
     """
     settings = method_class(_method_named(arguments)).Settings
-    return load_as(config_class(settings), check, arguments, program, "Pre-train an encoder")
+    return load_as(config_class(settings), check_config, arguments, program, "Pre-train an encoder")
 
 
 def _method_named(arguments: Sequence[str]) -> str:

@@ -1,16 +1,14 @@
 """One process per device: who this process is, and the few collectives the engine needs."""
 
-import inspect
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from simmim import sync_batch_norm as batch_norm
 from simmim.errors import RunError
 
 T = TypeVar("T")
@@ -98,31 +96,3 @@ def gather_objects(value: T, world: World) -> list[T]:
     values: list[T | None] = [None] * world.size
     dist.all_gather_object(values, value)
     return cast(list[T], values)
-
-
-def wrap(model: nn.Module, world: World, *, sync_batch_norm: bool, compile: bool) -> nn.Module:
-    """The model as it is called: with several processes under DistributedDataParallel.
-
-    Args:
-        model: on the world's device; its parameters stay the same objects.
-        world: this process.
-        sync_batch_norm: make its batch norms those of the whole batch.
-        compile: run it through torch.compile.
-    """
-    wrapped = model if world.size == 1 else _distributed(model, world, sync_batch_norm)
-    return torch.compile(wrapped) if compile else wrapped  # type: ignore[return-value]
-
-
-def _distributed(model: nn.Module, world: World, sync_batch_norm: bool) -> nn.Module:
-    if sync_batch_norm:
-        model = batch_norm.convert(model)
-    wrapper = nn.parallel.DistributedDataParallel
-    # the step itself keeps running statistics equal; later releases of torch have another word
-    later = "forward_sync_buffers" in inspect.signature(wrapper).parameters
-    unsynced: dict[str, Any] = {"forward_sync_buffers" if later else "broadcast_buffers": False}
-    return wrapper(
-        model,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        **unsynced,
-    )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import simmim
+from simmim.version import __version__
 
 PACKAGES = (
     "torch",
@@ -27,7 +27,7 @@ def package_versions() -> dict[str, str | None]:
     """Installed version of every package that can change a run; None where absent."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
-        "simmim": simmim.__version__,
+        "simmim": __version__,
     }
     for name in PACKAGES:
         try:

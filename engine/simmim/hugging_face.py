@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simmim.data.augment import Augmentation, augment, sample_key
 from simmim.data.decode import MODES, decode
-from simmim.method.images import IMAGENET_MEAN, IMAGENET_STD
+from simmim.model.image_model import IMAGENET_MEAN, IMAGENET_STD
 from simmim_kernels import random_patch_mask
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 from simmim_kernels.splitmix import fold

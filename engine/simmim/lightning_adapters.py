@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from simmim import files
-from simmim.checkpoint import save_weights
-from simmim.config import Config, ConfigError
+from simmim.config.sections import Config
+from simmim.data.batch import Batch
 from simmim.data.build import make_loader
-from simmim.data.loader import Batch
-from simmim.data.source import open_source
+from simmim.data.open import open_source
 from simmim.distributed import World
+from simmim.errors import ConfigError
 from simmim.method.build import find_method
-from simmim.optim import build_optimizer
-from simmim.pretrain import build_model, check_backends
-from simmim.schedule import Schedule, resolve_schedule
-from simmim.step import seed_step
-from simmim.sync_batch_norm import convert
+from simmim.model.weights_file import save_weights
+from simmim.pretrain import build_model
+from simmim.training.build import check_backends
+from simmim.training.optim import build_optimizer
+from simmim.training.schedule import Schedule, resolve_schedule
+from simmim.training.step import seed_step
+from simmim.training.sync_batch_norm import convert
 
 try:
     from lightning import LightningDataModule, LightningModule
@@ -57,7 +59,7 @@ class MethodDataModule(LightningDataModule):
         schedule: the run's rates and number of steps, for `MethodModule` and `max_steps`.
 
     Raises:
-        simmim.data.source.DataError: there are no images.
+        simmim.errors.DataError: there are no images.
     """
 
     def __init__(self, config: Config) -> None:

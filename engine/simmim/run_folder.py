@@ -1,122 +1,114 @@
-"""The folder of a run: claimed by one process, described for whoever finds it later."""
+"""What lies where in the folder of a run."""
 
-import fcntl
-import json
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-from simmim import distributed, environment, files
-from simmim.checkpoint import Loaded
-from simmim.config import Config, ConfigError, RunConfig, from_dict, leaves, to_toml
-from simmim.distributed import World
+# The weights of a model, in any folder that holds one.
+WEIGHTS_FILE = "model.safetensors"
 
-RUN_FILE = "run.json"
-CONFIG_FILE = "config.toml"
-LOCK_FILE = ".lock"
-
-# Step numbers and optimiser state mean something only under these.
-FIXED_KEYS = ("seed", "train.batch_size", "optim.name", "data.image_size", "data.channels")
+# Of a checkpoint: its plain values, and the list of its files that makes it valid.
+STATE_FILE = "state.json"
 
 
-@contextmanager
-def run_folder(config: RunConfig, world: World) -> Iterator[Path]:
-    """The run folder, made if needed and locked against a second run.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a training run, and the places in it.
 
-    Raises:
-        ConfigError: the folder holds something else, cannot be made, or is in use.
+    Attributes:
+        root: the folder.
     """
-    folder = Path(os.path.expanduser(config.output))
-    lock: IO[str] | None = None
-    problem: object = None
-    if world.is_main:
-        try:
-            lock = _claim(folder)
-        except ConfigError as error:
-            problem = str(error)
-    problem = distributed.broadcast_object(problem, world)
-    if problem:
-        raise ConfigError(str(problem))
-    try:
-        yield folder
-    finally:
-        if lock is not None:
-            lock.close()
 
+    root: Path
 
-def _claim(folder: Path) -> IO[str]:
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"output={folder}: is a file; choose another folder")
-        ours = any((folder / name).exists() for name in (LOCK_FILE, RUN_FILE))
-        if folder.is_dir() and any(folder.iterdir()) and not ours:
-            raise ConfigError(
-                f"output={folder}: not empty, and holds no simmim run; choose another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
-        # a record lock belongs to this process alone: data workers that outlive a killed run for a
-        # moment do not hold it
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"output={folder}: another process is training in this folder") from None
-    except OSError as error:
-        raise ConfigError(f"output={folder}: cannot be written: {error.strerror}") from None
-    return lock
+    def __str__(self) -> str:
+        return str(self.root)
 
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that trains in the folder."""
+        return self.root / ".lock"
 
-def record_start(folder: Path, config: RunConfig, world: World, step: int) -> None:
-    """Write the resolved configuration, and add this start to the list in run.json."""
-    files.write_text(folder / CONFIG_FILE, to_toml(config))
-    path = folder / RUN_FILE
-    try:
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
-        starts = []
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    start = {"time": started, "step": step, **environment.describe(world.device, world.size)}
-    files.write_text(path, json.dumps({"starts": [*starts, start]}, indent=1) + "\n")
+    @property
+    def starts(self) -> Path:
+        """What every start ran on: versions, devices, git commit (JSON)."""
+        return self.root / "run.json"
 
+    @property
+    def config(self) -> Path:
+        """The resolved configuration (TOML)."""
+        return self.root / "config.toml"
 
-def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]) -> list[str]:
-    """What differs between a checkpoint's configuration and data and those of this start.
+    @property
+    def log(self) -> Path:
+        """Lines of the log, each with its time."""
+        return self.root / "log.txt"
 
-    Raises:
-        ConfigError: something differs on which the order of samples or the saved state depends.
-    """
-    found = []
-    method = loaded.state["config"].get("method", {}).get("name", "simmim")
-    if isinstance(config, Config) and method != config.method.name:
-        raise ConfigError(
-            f"method.name was {method} in {loaded.folder} and is {config.method.name} now; a run "
-            "cannot change it midway: restore it, or choose another --output"
-        )
-    try:
-        before = leaves(from_dict(loaded.state["config"], type(config)))
-    except (TypeError, KeyError):
-        found.append("the checkpoint's configuration is of another version; not compared")
-        before = {}
-    for key, value in leaves(config).items():
-        if key not in before or before[key] == value or key == "output":
-            continue
-        if key in FIXED_KEYS or key.startswith(("model.", "method.")):
-            raise ConfigError(
-                f"{key} was {before[key]} in {loaded.folder} and is {value} now; a run cannot "
-                "change it midway: restore it, or choose another --output"
-            )
-        found.append(f"changed since the checkpoint: {key} {before[key]} → {value}")
-    was = loaded.state["data"]
-    if was != fingerprint and before.get("data.path") != config.data.path:
-        raise ConfigError(
-            f"data.path={config.data.path}: not the images of the run in {config.output} "
-            f"({before.get('data.path')}): choose another --output"
-        )
-    if was != fingerprint:
-        found.append(
-            f"the data changed since the checkpoint ({was['images']} → {fingerprint['images']} "
-            "images, or other names): the order of samples is not that of the first run"
-        )
-    return found
+    @property
+    def metrics(self) -> Path:
+        """A row for every step (JSON lines)."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def validations(self) -> Path:
+        """A row for every validation of pre-training (JSON lines)."""
+        return self.root / "validations.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """A row for every evaluation of fine-tuning (JSON lines)."""
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """The files of rows that each belong to a step."""
+        return (self.metrics, self.validations, self.evaluations)
+
+    @property
+    def tensorboard(self) -> Path:
+        """Events of TensorBoard."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints, a folder each."""
+        return self.root / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The weights of a run that is complete."""
+        return self.root / WEIGHTS_FILE
+
+    @property
+    def best_weights(self) -> Path:
+        """Of fine-tuning: the weights of the best evaluation."""
+        return self.root / "best.safetensors"
+
+    @property
+    def best_report(self) -> Path:
+        """Of fine-tuning: the best evaluation's accuracy by class and confusion matrix."""
+        return self.root / "best"
+
+    @property
+    def handover(self) -> Path:
+        """Of fine-tuning: what became of every pre-trained weight."""
+        return self.root / "handover.txt"
+
+    @property
+    def pictures(self) -> Path:
+        """Pictures of training images."""
+        return self.root / "pictures"
+
+    @property
+    def validation_pictures(self) -> Path:
+        """Pictures of held-out images."""
+        return self.root / "validation"
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a run began here, which may not have come to its first step."""
+        return self.lock.exists() or self.starts.exists()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether a run began its steps here."""
+        return self.lock.exists() and self.starts.exists()

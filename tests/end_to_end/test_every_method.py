@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from forked_command import Started, finish
 from simmim import cli
-from simmim.convert.export import layouts_for
-from simmim.load import load_model, read_model
 from simmim.method.build import methods
+from simmim.weights.export import layouts_for
+from simmim.weights.load import load_model, read_model
 from small_run import CASES, Case, add_narrow_presets
 
 START = """

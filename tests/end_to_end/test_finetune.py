@@ -20,8 +20,8 @@ import forked_command
 from forked_command import ROOT, Started, finish
 from simmim import cli
 from simmim.downstream import finetune as finetuning
-from simmim.load import load_model
-from simmim.method.classifier import Classifier
+from simmim.model.classifier import Classifier
+from simmim.weights.load import load_model
 
 ENVIRONMENT = os.environ | forked_command.ENVIRONMENT
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (210, 50, 40)}

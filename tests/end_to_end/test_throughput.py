@@ -12,7 +12,8 @@ from peer import Mismatch, Pair, Unavailable
 from peers import PEERS
 from rows import EngineRow, Images, PeerRow, engine_loss, wake
 from simmim.backbone.build import PRESETS
-from simmim.config import DataConfig, ModelConfig, TrainConfig, config_class
+from simmim.config.sections import DataConfig, ModelConfig, TrainConfig
+from simmim.config.values import config_class
 from simmim.method.build import method_class
 
 CPU = torch.device("cpu")

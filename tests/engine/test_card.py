@@ -18,24 +18,25 @@ import simmim
 from simmim import cli
 from simmim.backbone.build import build_encoder, find_preset, spec_from_dict
 from simmim.backbone.vit import ViTSpec
-from simmim.checkpoint import save_weights
 from simmim.command_line import load
-from simmim.config import MaskConfig, config_class
-from simmim.data.source import open_source
+from simmim.config.sections import MaskConfig
+from simmim.config.values import config_class
+from simmim.data.open import open_source
 from simmim.downstream import finetune_config
-from simmim.downstream.card import RunFacts, write_card
-from simmim.downstream.evaluate import BEST_FILE
 from simmim.downstream.finetune import finetune
-from simmim.downstream.hub import export, from_pretrained, save_pretrained
 from simmim.downstream.predict import predict
-from simmim.downstream.run_facts import read_facts
-from simmim.load import load_model, trained_mask
 from simmim.method.build import find_method
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
 from simmim.method.simsiam import SimSiamConfig
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.model.weights_file import save_weights, trained_mask
 from simmim.pretrain import pretrain
+from simmim.run_folder import RunFolder
+from simmim.sharing.card import RunFacts, write_card
+from simmim.sharing.hub import export, from_pretrained, save_pretrained
+from simmim.sharing.run_facts import read_facts
+from simmim.weights.load import load_model
 
 SPEC = ViTSpec(image_size=(32, 32), patch_size=16, embed_dim=16, depth=1, num_heads=2)
 
@@ -67,7 +68,7 @@ def finetuned(secret: Path, pretrained: Path) -> Path:
     run = secret / "runs" / "tuned"
     flags = ["--data.workers=0", "--device=cpu", "--data.holdout=4", "--evaluate.every_epochs=1"]
     where = [f"--data.path={secret / 'animals'}", f"--output={run}", f"--pretrained={pretrained}"]
-    assert finetune(finetune_config.load(["finetune_smoke", *flags, *where])) == 0
+    assert finetune(finetune_config.load_finetuning(["finetune_smoke", *flags, *where])) == 0
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) > 1
     rows[0]["top1"], rows[-1]["top1"] = 0.75, 0.5
@@ -198,7 +199,7 @@ def test_a_finetuned_model(
         assert secret.name.encode() not in path.read_bytes()
     model = load_model(tmp_path / "out")
     assert isinstance(model, Classifier)
-    kept = load_model(finetuned / BEST_FILE).state_dict()
+    kept = load_model(RunFolder(finetuned).best_weights).state_dict()
     assert all(torch.equal(kept[k], v) for k, v in model.state_dict().items())
     assert not (tmp_path / "out" / "reconstruction.png").exists()
     assert "reconstruction.png" not in text

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim import checkpoint, load_model
-from simmim.checkpoint import CheckpointError
-from simmim.step import TrainState, train_step
+from simmim import load_model
+from simmim.training import checkpoint
+from simmim.training.checkpoint import CheckpointError
+from simmim.training.step import TrainState, train_step
 from small_run import make_batch, make_state, weights
 
 

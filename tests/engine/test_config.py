@@ -7,20 +7,14 @@ import pytest
 
 from simmim.backbone.build import spec_from_dict, spec_to_dict
 from simmim.command_line import find_recipe, load, recipe_folders
-from simmim.config import (
-    Config,
-    ConfigError,
-    from_dict,
-    leaf_types,
-    leaves,
-    micro_batch,
-    resolve_spec,
-    to_toml,
-)
+from simmim.config.check import micro_batch
+from simmim.config.sections import Config
+from simmim.config.spec import resolve_spec
+from simmim.config.values import from_dict, leaf_types, leaves, to_toml
 from simmim.downstream.finetune import classifier_spec
-from simmim.downstream.finetune_config import FinetuneConfig
-from simmim.downstream.finetune_config import load as load_finetuning
-from simmim.schedule import resolve_schedule
+from simmim.downstream.finetune_config import FinetuneConfig, load_finetuning
+from simmim.errors import ConfigError
+from simmim.training.schedule import resolve_schedule
 
 RECIPES = sorted(p.stem for p in recipe_folders()[0].glob("*.toml"))
 

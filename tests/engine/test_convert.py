@@ -17,15 +17,15 @@ from simmim.backbone.build import Spec, build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec, log_offsets
 from simmim.backbone.vit import ViTSpec
-from simmim.convert import hf, official
-from simmim.convert import proof as proving
-from simmim.convert.export import Export, to_layout, write
-from simmim.convert.layouts import LAYOUTS
-from simmim.convert.proof import prove
-from simmim.load import Weights, load_model, read_model
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.weights import hf, official
+from simmim.weights import proof as proving
+from simmim.weights.export import Export, to_layout, write
+from simmim.weights.layouts import LAYOUTS
+from simmim.weights.load import Weights, load_model, read_model
+from simmim.weights.proof import prove
 
 SWIN = SwinSpec(
     image_size=(32, 32), embed_dim=8, depths=(1, 2, 1), num_heads=(1, 2, 2), window_size=2
@@ -377,7 +377,7 @@ def test_plain_vits_of_timm_are_read_as_encoders(tmp_path: Path) -> None:
         model.load_state_dict(state)
         image = torch.randn(2, 3, 32, 32)
         theirs = model.forward_features(image)[:, 1:].transpose(1, 2).reshape(2, 12, 4, 4)
-        from simmim.load import load_encoder
+        from simmim.weights.load import load_encoder
 
         save_file(state, tmp_path / "vit.safetensors")
         mine = load_encoder(state, num_heads=2).encode(image)

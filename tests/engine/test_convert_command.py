@@ -17,11 +17,11 @@ from numerics import load_golden, with_prefix
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.checkpoint import save_weights
 from simmim.commands import convert as command
-from simmim.convert import proof
-from simmim.load import load_model, read_model
 from simmim.method.simmim import SimMIM
+from simmim.model.weights_file import save_weights
+from simmim.weights import proof
+from simmim.weights.load import load_model, read_model
 
 SWIN = SwinSpec(
     image_size=(32, 32), embed_dim=8, depths=(1, 2, 1), num_heads=(1, 2, 2), window_size=2
@@ -356,8 +356,8 @@ def test_a_full_disk_leaves_nothing(
     def full_torch(*_: object, **__: object) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
 
-    monkeypatch.setattr("simmim.weights_file.save_file", full)
-    monkeypatch.setattr("simmim.convert.export.torch.save", full_torch)
+    monkeypatch.setattr("simmim.model.weights_file.save_file", full)
+    monkeypatch.setattr("simmim.weights.export.torch.save", full_torch)
     name = {"hf": "out", "simmim": "out.safetensors", "official": "out.pth"}[layout]
     code, _, err = run(checkpoint, tmp_path / name, "--to", layout, "--no-proof")
     assert code == 1

@@ -25,17 +25,17 @@ from simmim.backbone.convnext import ConvNeXtSpec
 from simmim.backbone.resnet import PRESETS as RESNETS
 from simmim.backbone.resnet import ResNetSpec
 from simmim.backbone.timm_backbone import TimmSpec
-from simmim.checkpoint import save_weights
-from simmim.convert.export import to_layout, write
-from simmim.convert.proof import prove
 from simmim.distributed import World
 from simmim.downstream.features import feature_shapes, layer_features
-from simmim.load import Weights, load_encoder, read_model
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
-from simmim.optim import finetune_groups, parameter_groups
-from simmim.running_statistics import keep, settle
-from simmim.sync_batch_norm import CpuSyncBatchNorm, convert
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.model.weights_file import save_weights
+from simmim.training.optim import finetune_groups, parameter_groups
+from simmim.training.running_statistics import keep, settle
+from simmim.training.sync_batch_norm import CpuSyncBatchNorm, convert
+from simmim.weights.export import to_layout, write
+from simmim.weights.load import Weights, load_encoder, read_model
+from simmim.weights.proof import prove
 
 RESNET = ResNetSpec(
     image_size=(64, 96), depths=(1, 2, 1, 1), bottleneck=False, width=8, zero_init_residual=False

@@ -20,22 +20,27 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import dali
 from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.cropped import CroppedView
-from simmim.data.dali import DaliPipeline, choose_backend, estimate_bytes, largest_sub_batch
+from simmim.data.dali import backend, memory
+from simmim.data.dali import pipeline as dali
+from simmim.data.dali.backend import choose_backend
+from simmim.data.dali.memory import estimate_bytes, largest_sub_batch
+from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.loader import Loader
+from simmim.data.open import open_source
 from simmim.data.order import MicroBatches, SampleOrder
 from simmim.data.producer import Filled
-from simmim.data.source import DataError, Source, open_source
+from simmim.data.source import Source
+from simmim.data.views import CroppedView
 from simmim.distributed import World
+from simmim.errors import DataError
 
 AUGMENTATION = Augmentation((48, 64), (0.4, 1.0), (3 / 4, 4 / 3), 0.5, 3)
 CPU = torch.device("cpu")
 SEED = 5
 
-needs_dali = pytest.mark.skipif(bool(dali.missing_reason()), reason=dali.missing_reason())
+needs_dali = pytest.mark.skipif(bool(backend.missing_reason()), reason=backend.missing_reason())
 
 
 def pipeline(source: Source, **options: object) -> DaliPipeline:
@@ -384,7 +389,7 @@ def test_a_small_budget_cuts_batches_and_changes_nothing(
 def test_an_image_too_large_for_the_budget_is_decoded_here(tmp_path: Path) -> None:
     (tmp_path / "large.jpg").write_bytes(encoded(picture(1200, 1300), "JPEG"))
     source = open_source(str(tmp_path))
-    least = estimate_bytes(dali.MIN_PIXELS, AUGMENTATION, micro_batch=8, threads=2)
+    least = estimate_bytes(memory.MIN_PIXELS, AUGMENTATION, micro_batch=8, threads=2)
     tested = pipeline(source, memory_bytes=least)
     assert tested.largest_pixels < 1200 * 1300
     (filled,) = tested.batches(every(source))
@@ -397,7 +402,7 @@ def test_too_little_memory_is_refused_with_the_least_that_works() -> None:
     with pytest.raises(DataError, match=r"data\.dali_memory_mib=16 .* (\d+) is the least") as found:
         largest_sub_batch(2**24, AUGMENTATION, micro_batch=64, threads=4)
     least = int(str(found.value).split(":")[1].split()[0]) * 2**20
-    assert largest_sub_batch(least, AUGMENTATION, micro_batch=64, threads=4) >= dali.MIN_PIXELS
+    assert largest_sub_batch(least, AUGMENTATION, micro_batch=64, threads=4) >= memory.MIN_PIXELS
     with pytest.raises(DataError):
         largest_sub_batch(least - 2**20, AUGMENTATION, micro_batch=64, threads=4)
 
@@ -411,10 +416,10 @@ def test_the_estimate_fills_the_budget_and_stays_within(memory_bytes: int) -> No
 
 def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    dali._import_dali.cache_clear()
+    backend._import_dali.cache_clear()
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     try:
-        assert dali.missing_reason()
+        assert backend.missing_reason()
         name, reason = choose_backend("auto", cuda)
         assert name == "cpu"
         assert "NVIDIA DALI is missing (" in reason
@@ -430,7 +435,7 @@ def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert name == "cpu"
         assert "not 12" in reason
     finally:
-        dali._import_dali.cache_clear()
+        backend._import_dali.cache_clear()
 
 
 @needs_dali

@@ -15,15 +15,18 @@ import torch
 from PIL import Image, ImageOps
 
 from simmim.data.augment import Augmentation, augment, centre_view, crop_box, sample_key
-from simmim.data.cropped import CroppedView
+from simmim.data.batch import Batch
 from simmim.data.decode import UnreadableImage, decode, read_header
-from simmim.data.loader import Batch, Loader
+from simmim.data.loader import Loader
+from simmim.data.open import open_source
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.pack import Options, pack
 from simmim.data.shards import ShardSource
-from simmim.data.source import DataError, PackedStrings, Source, open_source
+from simmim.data.source import PackedStrings, Source
+from simmim.data.views import CroppedView
 from simmim.distributed import World
-from simmim.interrupts import StopWaiting
+from simmim.errors import DataError
+from simmim.packing.pack import Options, pack
+from simmim.training.interrupts import StopWaiting
 from simmim_kernels import native
 
 AUGMENTATION = Augmentation((32, 48), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.config import Config, DataConfig, TrainConfig
-from simmim.data import dali
+from simmim.config.sections import Config, DataConfig, TrainConfig
 from simmim.data.build import make_loader
-from simmim.data.source import open_source
+from simmim.data.dali import backend
+from simmim.data.open import open_source
 from simmim.distributed import World
 
 pytestmark = [
@@ -40,7 +40,7 @@ def test_batches_arrive_unharmed(photos: Path) -> None:
         assert torch.equal(host, device)
 
 
-@pytest.mark.skipif(bool(dali.missing_reason()), reason="no DALI")
+@pytest.mark.skipif(bool(backend.missing_reason()), reason="no DALI")
 def test_dali_decodes_the_same_crops(photos: Path) -> None:
     for host, device in zip(loaded(photos, "cpu", "cpu"), loaded(photos, "cuda", "dali")):
         difference = (host.float() - device.float()).abs().mean((1, 2, 3))

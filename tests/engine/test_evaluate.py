@@ -17,20 +17,16 @@ from torch import Tensor
 from simmim import cli
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
-from simmim.checkpoint import save_weights
 from simmim.data.labels import Labels, labels_of
-from simmim.data.source import DataError, Source, open_source
+from simmim.data.open import open_source
+from simmim.data.source import Source
 from simmim.distributed import World
-from simmim.downstream import finetune
-from simmim.downstream.evaluate import (
-    BEST_FILE,
-    evaluate,
-    evaluation_view,
-    load_classifier,
-    match_to_model,
-)
-from simmim.method.classifier import Classifier
+from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
+from simmim.errors import DataError
 from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.model.weights_file import save_weights
+from simmim.run_folder import RunFolder
 
 SPEC = ViTSpec(image_size=(32, 32), patch_size=8, embed_dim=16, depth=2, num_heads=2, drop_path=0.9)
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -314,12 +310,11 @@ def test_a_label_file(
 
 
 def test_the_best_weights_of_a_run(tmp_path: Path) -> None:
-    assert BEST_FILE == finetune.BEST_FILE
     save_weights(make_classifier(), tmp_path / "model.safetensors")
     best = make_classifier()
     with torch.no_grad():
         best.head.weight.fill_(0.25)
-    save_weights(best, tmp_path / BEST_FILE)
+    save_weights(best, RunFolder(tmp_path).best_weights)
     assert load_classifier(tmp_path).head.weight.unique().tolist() == [0.25]
     assert load_classifier(tmp_path / "model.safetensors").head.weight.unique().numel() > 1
     assert not load_classifier(tmp_path).training

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simmim import checkpoint
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import features as command
 from simmim.data.labels import labels_of
-from simmim.data.source import DataError, PackedStrings, open_source
+from simmim.data.open import open_source
+from simmim.data.source import PackedStrings
 from simmim.downstream import feature_files
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.feature_files import write_features
@@ -34,10 +34,11 @@ from simmim.downstream.features import (
     load_for_features,
     pick_layers,
 )
-from simmim.errors import RunError
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
+from simmim.errors import DataError, RunError
 from simmim.method.simmim import SimMIM
+from simmim.model import weights_file
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
 
 SWIN = SwinSpec(
     image_size=(32, 64), embed_dim=8, depths=(1, 2), num_heads=(1, 2), window_size=4, drop_path=0.5
@@ -391,7 +392,7 @@ def test_names_that_are_no_utf8_stand_as_escapes(folder: Path) -> None:
 
 def saved(model: ImageModel, folder: Path) -> str:
     path = folder / "model.safetensors"
-    checkpoint.save_weights(model, path)
+    weights_file.save_weights(model, path)
     return str(path)
 
 

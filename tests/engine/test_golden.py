@@ -18,10 +18,10 @@ from numerics import (
 from simmim import SimMIM, load_model
 from simmim.backbone.build import PRESETS, build_encoder, spec_to_dict
 from simmim.backbone.layers import drop_path_rates
-from simmim.config import OptimConfig
-from simmim.masking import sample_mask
-from simmim.optim import build_optimizer, parameter_groups
-from simmim.schedule import Schedule
+from simmim.config.sections import OptimConfig
+from simmim.model.masking import sample_mask
+from simmim.training.optim import build_optimizer, parameter_groups
+from simmim.training.schedule import Schedule
 from simmim_kernels import native
 
 KINDS = ("pretrain-swin", "pretrain-swinv2", "pretrain-vit")

@@ -18,9 +18,9 @@ from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.downstream.handover import finetune_spec, hand_over, resize_positions
 from simmim.downstream.position_tables import remap_table, source_positions, spline_matrix
-from simmim.load import Weights, read_model
-from simmim.method.classifier import Classifier
 from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.weights.load import Weights, read_model
 
 # Fixtures of equal sizes, cut down: what is copied as it is stands in them once.
 CUT = {f["name"]: f for f in json.loads((GOLDEN / "handover-index.json").read_text())["fixtures"]}
@@ -240,7 +240,7 @@ def test_a_key_that_fits_nowhere_is_an_error() -> None:
 
 
 def test_reads_from_a_file(tmp_path: Path) -> None:
-    from simmim.checkpoint import save_weights
+    from simmim.model.weights_file import save_weights
 
     before = SimMIM(build_encoder(SWIN))
     fill(before)

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from simmim.data.augment import Augmentation
-from simmim.data.cropped import CroppedView
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
 from simmim.data.loader import Loader
+from simmim.data.open import open_source
 from simmim.data.producer import SourceViews
-from simmim.data.source import MAX_FILE_BYTES, open_source, read_file
+from simmim.data.source import MAX_FILE_BYTES, read_file
+from simmim.data.views import CroppedView
 from simmim.distributed import World
 
 

@@ -14,11 +14,11 @@ import torch
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.downstream.hub import FILES, from_pretrained, push_to_hub, save_pretrained
 from simmim.errors import RunError
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
 from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.sharing.hub import FILES, from_pretrained, push_to_hub, save_pretrained
 
 SWIN = SwinSpec(
     image_size=(32, 32), patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from simmim.data.augment import Augmentation, augment, sample_key
 from simmim.hugging_face import MaskCollator
-from simmim.masking import sample_mask
+from simmim.model.masking import sample_mask
 
 SMALL = {"image_size": 64, "patch_size": 4, "mask_unit": 16}
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from simmim import checkpoint
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import knn as command
 from simmim.downstream.knn import find_nearest, score_neighbours, vote
 from simmim.method.simmim import SimMIM
+from simmim.model import weights_file
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def data(tmp_path: Path) -> Path:
             pixels = np.array(colour) + draw.integers(-30, 31, (20, 24, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
     spec = ViTSpec(image_size=(16, 16), patch_size=8, embed_dim=8, depth=2, num_heads=2)
-    checkpoint.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
+    weights_file.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
     return tmp_path
 
 

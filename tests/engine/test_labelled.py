@@ -15,18 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import labelled
+from simmim.data import finetune_views as labelled
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.labelled import (
-    EvaluationView,
-    Mixing,
-    Pixels,
-    Recipe,
-    TrainingView,
-    draws_from,
-)
+from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
+from simmim.data.mixing import Mixing, draws_from
+from simmim.data.open import open_source
 from simmim.data.producer import Producer, SourceViews
-from simmim.data.source import open_source
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.errors import RunError
 

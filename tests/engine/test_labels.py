@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simmim.data.labels import Labels, holdout, labels_of, match_classes, subset
-from simmim.data.source import DataError, PackedStrings, open_source
+from simmim.data.labels import Labels, labels_of, match_classes
+from simmim.data.open import open_source
+from simmim.data.source import PackedStrings
+from simmim.data.splits import holdout, subset
+from simmim.errors import DataError
 
 NAMES = ["cat/1.jpg", "cat/2.jpg", "dog/3.jpg", "dog/sub/4.JPEG"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simmim.lamb import Lamb
+from simmim.training.lamb import Lamb
 
 
 @pytest.fixture(autouse=True)

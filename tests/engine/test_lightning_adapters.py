@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from simmim.command_line import load, recipe_names
-from simmim.config import Config, ConfigError
+from simmim.config.sections import Config
 from simmim.data.build import make_loader
-from simmim.data.source import open_source
+from simmim.data.open import open_source
 from simmim.distributed import World
+from simmim.errors import ConfigError
 from simmim.method.build import find_method
 from simmim.pretrain import build_state
-from simmim.step import train_step
+from simmim.training.step import train_step
 
 STEPS = 7
 IMAGES = 20  # with batches of 8, an epoch of Lightning is two steps, and one of the data 2.5

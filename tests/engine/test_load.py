@@ -17,8 +17,9 @@ from torch import Tensor
 import simmim
 from numerics import load_golden, with_prefix
 from simmim import load_model
-from simmim.convert.official import BUFFERS
-from simmim.load import build_model, load_encoder, read_model, read_weights, weights_metadata
+from simmim.model.weights_file import read_weights, weights_metadata
+from simmim.weights.load import load_encoder, model_of, read_model
+from simmim.weights.official import BUFFERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -197,7 +198,7 @@ def test_vit_without_tables_needs_its_heads() -> None:
 
 
 def test_metadata_rebuilds_what_shapes_cannot_tell(tmp_path: Path, official: dict) -> None:
-    from simmim.checkpoint import save_weights
+    from simmim.model.weights_file import save_weights
 
     model = load_model(official, image_size=(64, 128), qk_scale=0.3, norm_target=47)
     save_weights(model, tmp_path / "model.safetensors")
@@ -230,8 +231,8 @@ def test_encoders_without_a_decoder(official: dict[str, Tensor], tmp_path: Path)
 
 def test_classifiers_keep_their_classes(tmp_path: Path) -> None:
     from simmim.backbone.build import PRESETS, build_encoder
-    from simmim.checkpoint import save_weights
-    from simmim.method.classifier import Classifier
+    from simmim.model.classifier import Classifier
+    from simmim.model.weights_file import save_weights
 
     spec = replace(PRESETS["vit_tiny"], depth=1, image_size=(32, 32), final_norm=False)
     model = Classifier(build_encoder(spec), ["ape", "bee"], margin=0.9).eval()
@@ -244,7 +245,7 @@ def test_classifiers_keep_their_classes(tmp_path: Path) -> None:
     weights = read_model(tmp_path)
     assert weights.kind == "classifier"
     with pytest.raises(ValueError, match="3 class names for a head of 2 classes"):
-        build_model(replace(weights, metadata={"classes": ["a", "b", "c"]}))
+        model_of(replace(weights, metadata={"classes": ["a", "b", "c"]}))
 
 
 def test_values_that_are_no_weights(official: dict[str, Tensor]) -> None:
@@ -260,7 +261,7 @@ def test_values_that_are_no_weights(official: dict[str, Tensor]) -> None:
 
 def test_another_size_keeps_what_the_metadata_tells(tmp_path: Path) -> None:
     from simmim.backbone.build import PRESETS, build_encoder
-    from simmim.checkpoint import save_weights
+    from simmim.model.weights_file import save_weights
 
     spec = replace(PRESETS["vit_base_plain"], depth=1, embed_dim=12, num_heads=2, norm_eps=1e-3)
     spec = replace(spec, image_size=(32, 32), absolute_position=False)

@@ -11,7 +11,7 @@ from simmim.backbone.attention import relative_position_bias_with_cls
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
-from simmim.masking import sample_mask
+from simmim.model.masking import sample_mask
 from simmim_kernels.window_attention.reference import relative_position_bias, shift_mask
 
 SWIN = SwinSpec(image_size=(32, 64), embed_dim=8, depths=(2, 2), num_heads=(2, 4), window_size=4)

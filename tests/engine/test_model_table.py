@@ -9,11 +9,11 @@ import torch
 from simmim import cli
 from simmim.backbone.build import PRESETS, build_encoder, find_preset
 from simmim.backbone.swin import SwinSpec
-from simmim.config import ConfigError
-from simmim.convert.export import layouts_for, to_layout
-from simmim.convert.layouts import LAYOUTS
-from simmim.load import Weights
-from simmim.model_table import count_macs, model_table
+from simmim.commands.model_table import count_macs, model_table
+from simmim.errors import ConfigError
+from simmim.weights.export import layouts_for, to_layout
+from simmim.weights.layouts import LAYOUTS
+from simmim.weights.load import Weights
 
 
 def swin_macs(spec: SwinSpec) -> int:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from simmim.backbone.build import PRESETS, Spec, build_encoder, spec_from_dict
-from simmim.method.classifier import Classifier
-from simmim.optim import finetune_groups
-from simmim.schedule import Schedule
+from simmim.model.classifier import Classifier
+from simmim.training.optim import finetune_groups
+from simmim.training.schedule import Schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [

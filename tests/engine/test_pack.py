@@ -25,15 +25,17 @@ from PIL import Image
 
 from simmim.cli import main
 from simmim.commands import pack as pack_command
-from simmim.data import pack as packing
-from simmim.data import parquet
 from simmim.data.decode import UnreadableImage, decode
+from simmim.data.folder import FolderSource
 from simmim.data.labels import Labels, labels_of
-from simmim.data.pack import Options, encode, pack
-from simmim.data.packed import verify
+from simmim.data.open import open_source
 from simmim.data.shards import ShardSource, scan_tar
-from simmim.data.source import DataError, FolderSource, Source, open_source
-from simmim.errors import RunError
+from simmim.data.source import Source
+from simmim.errors import DataError, RunError
+from simmim.packing import pack as packing
+from simmim.packing import parquet
+from simmim.packing.pack import Options, encode, pack
+from simmim.packing.verify import verify
 
 FORK = multiprocessing.get_context("fork")
 

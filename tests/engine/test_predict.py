@@ -15,11 +15,11 @@ from PIL import Image
 from simmim import cli
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
-from simmim.checkpoint import save_weights
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.predict import Prediction, predict
-from simmim.method.classifier import Classifier
 from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.model.weights_file import save_weights
 
 SPEC = ViTSpec(image_size=(32, 48), patch_size=16, embed_dim=16, depth=1, num_heads=2)
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")

@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
+from simmim.data.unreadable import MOST_NAMED, UnreadableImages
 from simmim.distributed import World
-from simmim.loop import NAMED_UNREADABLE, WAIT_WARNING_INTERVAL, Loop
+from simmim.training.loop import WAIT_WARNING_INTERVAL, Loop
 from small_run import CPU
 
 
@@ -25,8 +26,8 @@ def loop(**attributes: Any) -> Any:
     """As much of the loop as its warnings read."""
     state = SimpleNamespace(step=0)
     loader = SimpleNamespace(remedy=lambda: "do this", problems=[], source=None)
-    settings = {"first_step": 0, "next_wait_warning": 0, "unreadable": set()}
-    own = {"state": state, "loader": loader, "log": Log(), "world": World(0, 1, CPU)}
+    settings = {"first_step": 0, "next_wait_warning": 0}
+    own = {"state": state, "loader": loader, "log": Log()}
     return SimpleNamespace(**(own | settings | attributes))
 
 
@@ -46,11 +47,13 @@ def test_waiting_for_data_is_said_once_with_a_remedy() -> None:
 
 def test_many_unreadable_images_do_not_flood_the_terminal() -> None:
     names = [f"{number}.jpg" for number in range(100)]
-    run = loop(loader=SimpleNamespace(source=SimpleNamespace(names=names), problems=[]))
+    source: Any = SimpleNamespace(names=names)
+    collector = UnreadableImages(source, World(0, 1, CPU))
+    run = loop(run=SimpleNamespace(unreadable=collector))
     for _ in range(2):
-        run.loader.problems = [(sample, "cut off") for sample in range(NAMED_UNREADABLE + 5)]
+        run.loader.problems = [(sample, "cut off") for sample in range(MOST_NAMED + 5)]
         Loop._note_unreadable(run)
     assert run.log.lines[:2] == ["unreadable: 0.jpg: cut off", "unreadable: 1.jpg: cut off"]
-    assert len(run.log.lines) == NAMED_UNREADABLE + 5 + 1  # every image once, and the count
+    assert len(run.log.lines) == MOST_NAMED + 5 + 1  # every image once, and the count
     assert run.log.shown[-1] == "unreadable: 5 more, all in log.txt"
-    assert len(run.log.shown) == NAMED_UNREADABLE + 1
+    assert len(run.log.shown) == MOST_NAMED + 1

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simmim import checkpoint
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import probe as command
-from simmim.data.labels import Labels, holdout
+from simmim.data.labels import Labels
+from simmim.data.splits import holdout
 from simmim.downstream import probe
 from simmim.downstream.probe import (
     Examples,
@@ -30,6 +30,7 @@ from simmim.downstream.probe import (
     train_linear,
 )
 from simmim.method.simmim import SimMIM
+from simmim.model import weights_file
 from simmim_kernels.splitmix import fold, permutation
 
 NAMES = ("a", "b", "c")
@@ -218,7 +219,7 @@ def data(tmp_path: Path) -> Path:
     spec = SwinSpec(
         image_size=(16, 16), embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=2
     )
-    checkpoint.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
+    weights_file.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
     return tmp_path
 
 
@@ -359,7 +360,7 @@ def test_a_vit_on_seven_channels(tmp_path: Path, capsys: pytest.CaptureFixture[s
             values = level + draw.integers(-30, 31, (16, 16, 7))
             np.save(folder / f"{number}.npy", values.astype(np.uint8))
     spec = ViTSpec(image_size=(16, 16), patch_size=8, channels=7, embed_dim=8, depth=2, num_heads=2)
-    checkpoint.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
+    weights_file.save_weights(SimMIM(build_encoder(spec)), tmp_path / "model.safetensors")
     (tmp_path / "data" / "train" / "dark" / "0.npy").write_bytes(b"broken")
     assert call(tmp_path, "--holdout=4", "--layers=1,output") == 0
     captured = capsys.readouterr()

@@ -12,12 +12,12 @@ from PIL import Image
 from simmim import SimMIM
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
-from simmim.reconstruct import (
+from simmim.pictures.grid import save_picture
+from simmim.pictures.reconstruction import (
     HIDDEN_GREY,
     draw_grid,
     reconstruct_files,
     reconstruction_panels,
-    save_picture,
 )
 
 SPEC = ViTSpec(image_size=(32, 48), patch_size=8, embed_dim=16, depth=1, num_heads=2)

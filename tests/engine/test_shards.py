@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simmim.data.pack import Options, pack
+from simmim.data.open import open_source
 from simmim.data.shard_index import read_index, shown
 from simmim.data.shards import ShardSource, scan_tar, tar_index
-from simmim.data.source import DataError, open_source
+from simmim.errors import DataError
+from simmim.packing.pack import Options, pack
 
 
 @pytest.fixture(autouse=True)

@@ -19,15 +19,16 @@ from forked_command import finish
 from numerics import GOLDEN, assert_close_to, load_golden_json, with_prefix
 from simmim.backbone.build import Encoder, build_encoder
 from simmim.command_line import load
-from simmim.config import ConfigError, resolve_spec
-from simmim.data.loader import Batch
-from simmim.load import load_encoder
+from simmim.config.spec import resolve_spec
+from simmim.data.batch import Batch
+from simmim.errors import ConfigError
 from simmim.method.build import find_method
 from simmim.method.simsiam import SimSiam, SimSiamMethod, negative_cosine
-from simmim.optim import build_optimizer
+from simmim.pictures.neighbours import ViewPictures
 from simmim.pretrain import build_model
-from simmim.schedule import Schedule, resolve_schedule
-from simmim.view_pictures import ViewPictures
+from simmim.training.optim import build_optimizer
+from simmim.training.schedule import Schedule, resolve_schedule
+from simmim.weights.load import load_encoder
 
 FIXTURES: dict[str, dict[str, Any]] = {
     f["name"]: f for f in json.loads((GOLDEN / "simsiam-index.json").read_text())["fixtures"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim.data.loader import Batch
+from simmim.data.batch import Batch
 from simmim.method import simsiam
 from simmim.method.build import find_method
-from simmim.optim import build_optimizer
-from simmim.precision import GROWTH_INTERVAL, LossScale
-from simmim.step import Metrics, TrainState, train_step
+from simmim.training.optim import build_optimizer
+from simmim.training.precision import GROWTH_INTERVAL, LossScale
+from simmim.training.step import Metrics, TrainState, train_step
 from small_run import CASES, CPU, Case, add_narrow_presets, make_batch, make_state, weights
 
 Make = Callable[..., TrainState]

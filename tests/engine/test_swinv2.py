@@ -17,9 +17,9 @@ from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_t
 from simmim.backbone.layers import Backends
 from simmim.backbone.swinv2 import SwinV2Spec, WindowAttention, log_offsets
 from simmim.command_line import load
-from simmim.config import resolve_spec
-from simmim.method.classifier import Classifier
-from simmim.optim import parameter_groups
+from simmim.config.spec import resolve_spec
+from simmim.model.classifier import Classifier
+from simmim.training.optim import parameter_groups
 from simmim_kernels.window_attention import reference
 
 SPEC = SwinV2Spec(

@@ -16,14 +16,14 @@ from numerics import GOLDEN, assert_close_to, with_prefix
 from simmim import command_line
 from simmim.backbone.swin import Swin, SwinSpec
 from simmim.backbone.vit import ViT, ViTSpec, sine_cosine_positions
-from simmim.checkpoint import save_weights
-from simmim.config import ConfigError
-from simmim.data.loader import Batch
-from simmim.load import load_model
-from simmim.masking import sample_mask
+from simmim.data.batch import Batch
+from simmim.errors import ConfigError
 from simmim.method.build import find_method
 from simmim.method.tokens import TokenMethod, TokenSimMIM, num_hidden_tokens
+from simmim.model.masking import sample_mask
+from simmim.model.weights_file import save_weights
 from simmim.pretrain import build_model
+from simmim.weights.load import load_model
 from simmim_kernels import native
 
 FIXTURES: dict[str, dict[str, Any]] = {

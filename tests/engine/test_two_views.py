@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from simmim.data import dali
 from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.dali import DaliPipeline
-from simmim.data.dali_two_views import DaliTwoViews
+from simmim.data.dali import backend
+from simmim.data.dali.pipeline import DaliPipeline
+from simmim.data.dali.two_views import DaliTwoViews
 from simmim.data.decode import decode
 from simmim.data.distortion import (
     BRIGHTNESS,
@@ -28,9 +28,9 @@ from simmim.data.distortion import (
     draw,
     uniforms,
 )
+from simmim.data.open import open_source
 from simmim.data.producer import Filled
-from simmim.data.source import open_source
-from simmim.data.two_views import TwoViews
+from simmim.data.views import TwoViews
 from simmim_kernels.splitmix import fold, signed, uniform
 
 AUGMENTATION = Augmentation((48, 64), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, 3)
@@ -281,7 +281,7 @@ def test_dali_makes_each_crop_a_sample() -> None:
     assert pipeline.closed
 
 
-@pytest.mark.skipif(bool(dali.missing_reason()), reason=dali.missing_reason())
+@pytest.mark.skipif(bool(backend.missing_reason()), reason=backend.missing_reason())
 def test_dali_makes_the_crops_of_the_cpu_path(tmp_path: Path) -> None:
     pixels = pictures(1, (120, 160))[0]
     file = io.BytesIO()

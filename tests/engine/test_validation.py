@@ -19,17 +19,16 @@ from torch import Tensor
 
 from simmim import cli, validation
 from simmim.command_line import load
-from simmim.config import ConfigError
 from simmim.data.augment import centre_view
 from simmim.data.decode import decode
-from simmim.data.source import DataError, open_source
+from simmim.data.open import open_source
 from simmim.distributed import World
+from simmim.errors import ConfigError, DataError
 from simmim.image_quality import signal_to_noise, similarity_map, structural_similarity
 from simmim.method.build import find_method
 from simmim.method.method import Method
 from simmim.pretrain import build_model
-from simmim.validation import Measured, Validation, reconstructed, validate
-from simmim.validation_config import ValidateConfig
+from simmim.validation import Measured, Validation, validate
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -172,7 +171,7 @@ def test_numbers_are_those_of_each_image(recipe: str, images: Path) -> None:
         mask = method.draw_mask(torch.tensor([sample]), torch.tensor([0]))
         with torch.no_grad():
             losses.append(float(model(image, mask)))
-            made = reconstructed(model, image, mask)
+            made = model.completed(image, mask)
         original = image.double() / 255
         hidden = model.token_mask(mask)
         scale = 64 // hidden.shape[1]
@@ -191,7 +190,7 @@ def test_numbers_are_those_of_each_image(recipe: str, images: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_pictures_and_reconstructions_show_the_same(recipe: str, images: Path) -> None:
     """To half a step of 8 bits."""
-    from simmim.reconstruct import reconstruction_panels
+    from simmim.pictures.reconstruction import reconstruction_panels
 
     method, model = prepare(images, *RECIPES[recipe])
     pixels = centre_view(decode((images / "val" / "00.png").read_bytes(), 3), (64, 64))
@@ -199,7 +198,7 @@ def test_pictures_and_reconstructions_show_the_same(recipe: str, images: Path) -
     mask = method.draw_mask(torch.tensor([0]), torch.tensor([0]))
     panel = reconstruction_panels(model, image, mask)[0, 2]
     with torch.no_grad():
-        made = reconstructed(model.eval(), image, mask)[0].permute(1, 2, 0).numpy()
+        made = model.eval().completed(image, mask)[0].permute(1, 2, 0).numpy()
     assert np.abs(panel / 255.0 - made).max() <= 0.51 / 255
 
 
@@ -226,7 +225,7 @@ def test_images_of_which_none_can_be_read(images: Path, tmp_path: Path) -> None:
 def test_images_too_small_for_ssim(images: Path) -> None:
     method, _ = prepare(images, "tokens_smoke", "--data.image_size=4", "--model.patch_size=2")
     with pytest.raises(ConfigError, match="at least 6 px"):
-        Validation(method, ValidateConfig(path=str(images / "val")), ALONE)
+        Validation(method, ALONE)
 
 
 def command(recipe: str, images: Path, output: Path, *more: str) -> list[str]:

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.source import DataError
 from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.errors import DataError
 
 SAMPLES = 40
 
@@ -238,9 +238,9 @@ def resident_bytes() -> int:
 def test_memory_does_not_grow_over_10000_batches(photos: Path) -> None:
     """The trend over the last 8,000 batches of real photos: below 100 bytes a batch."""
     from simmim.data.augment import Augmentation
-    from simmim.data.cropped import CroppedView
+    from simmim.data.open import open_source
     from simmim.data.producer import SourceViews
-    from simmim.data.source import open_source
+    from simmim.data.views import CroppedView
 
     augmentation = Augmentation((64, 64), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
     views = SourceViews(open_source(str(photos)), CroppedView(augmentation, 0))

@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from simmim import precision
 from simmim.data.labels import Labels, labels_of
-from simmim.data.source import DataError, Source, open_source
+from simmim.data.open import open_source
+from simmim.data.source import Source
 from simmim.distributed import World
-from simmim.errors import RunError
+from simmim.errors import DataError, RunError
+from simmim.training import precision
 
 
 def add_data(parser: argparse.ArgumentParser, *, labelled: bool) -> None:

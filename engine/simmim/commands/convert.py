@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from simmim.commands.arguments import one_line_errors
-from simmim.convert.export import Export, strange_files, to_layout, write
-from simmim.convert.layouts import LAYOUTS
-from simmim.convert.proof import prove, prove_source
-from simmim.load import Weights, read_model
+from simmim.weights.export import Export, strange_files, to_layout, write
+from simmim.weights.layouts import LAYOUTS
+from simmim.weights.load import Weights, read_model
+from simmim.weights.proof import prove, prove_source
 
 EPILOGUE = """\
 IN is a weights file (safetensors, or torch.save's with plain tensors), a run or checkpoint folder,

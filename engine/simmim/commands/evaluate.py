@@ -19,9 +19,9 @@ from simmim.commands.arguments import (
 )
 from simmim.commands.predict import shown
 from simmim.data.labels import Labels
-from simmim.data.source import DataError
 from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
 from simmim.downstream.metrics import ClassificationMetrics, report_files, write_report
+from simmim.errors import DataError
 
 # Classes in the printed table: the worst of more.
 SHOWN_CLASSES = 20

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from simmim.commands.arguments import one_line_errors
-from simmim.downstream.card import NO_LICENSE
-from simmim.downstream.hub import FILES, export
+from simmim.sharing.card import NO_LICENSE
+from simmim.sharing.hub import FILES, export
 
 DESCRIPTION = "Weights, config.json and a model card with a picture, ready to share."
 

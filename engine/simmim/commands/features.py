@@ -12,10 +12,11 @@ from simmim.commands.arguments import (
 )
 from simmim.commands.labelled_features import add_view, image_size, note
 from simmim.data.labels import labels_of
-from simmim.data.source import DataError, open_source
+from simmim.data.open import open_source
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.feature_files import DTYPES, feature_files, write_features
 from simmim.downstream.features import POOLS, load_for_features, pick_layers
+from simmim.errors import DataError
 
 DESCRIPTION = "Features of every image of a source, to a file. Nothing is masked or augmented."
 

@@ -10,12 +10,12 @@ import torch
 
 from simmim.commands.arguments import add_compute, add_data, positive, progress
 from simmim.commands.predict import shown
-from simmim.data.labelled_sets import LabelledImages, open_labelled_sets
 from simmim.data.labels import Labels
-from simmim.data.source import DataError
+from simmim.data.splits import LabelledImages, open_labelled_sets
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.features import bytes_of, extract_features, feature_shapes
-from simmim.method.images import ImageModel
+from simmim.errors import DataError
+from simmim.model.image_model import ImageModel
 
 GIB = 2**30
 

@@ -5,8 +5,8 @@ import json
 
 from simmim.backbone.build import PRESETS
 from simmim.commands.arguments import one_line_errors
+from simmim.commands.model_table import Entry, model_table
 from simmim.method.build import methods
-from simmim.model_table import Entry, model_table
 
 EPILOGUE = """\
 MACs are the multiply-accumulates of one image's forward pass through the encoder, at the size that

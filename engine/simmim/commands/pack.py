@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.labels import Labels, labels_of
-from simmim.data.pack import SKIPPED_FILE, Options, Summary, pack
-from simmim.data.packed import pack_statistics, statistics, verify
-from simmim.data.parquet import ParquetSource, parquet_files
-from simmim.data.source import DataError, Source, open_source
-from simmim.errors import RunError
-from simmim.log import duration
+from simmim.data.open import open_source
+from simmim.data.source import Source
+from simmim.errors import DataError, RunError
+from simmim.packing.pack import SKIPPED_FILE, Options, Summary, pack
+from simmim.packing.parquet import ParquetSource, parquet_files
+from simmim.packing.statistics import pack_statistics, statistics
+from simmim.packing.verify import verify
+from simmim.training.log import duration
 
 # Lines of `--verify` that are printed; the rest is counted.
 MAX_PROBLEMS = 20

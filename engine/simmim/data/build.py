@@ -1,15 +1,17 @@
 """The loader that a configuration asks for."""
 
-from simmim.config import Config, micro_batch
+from simmim.config.check import micro_batch
+from simmim.config.sections import Config
 from simmim.data.augment import Augmentation
-from simmim.data.cropped import CroppedView
-from simmim.data.dali import DaliPipeline, choose_backend
-from simmim.data.dali_two_views import DaliTwoViews
+from simmim.data.dali.backend import choose_backend
+from simmim.data.dali.pipeline import DaliPipeline
+from simmim.data.dali.two_views import DaliTwoViews
 from simmim.data.loader import Loader, default_workers
-from simmim.data.producer import Producer, View
-from simmim.data.source import DataError, Source
-from simmim.data.two_views import VIEWS, TwoViews
+from simmim.data.producer import Producer
+from simmim.data.source import Source
+from simmim.data.views import VIEWS, CroppedView, TwoViews, View
 from simmim.distributed import World
+from simmim.errors import DataError
 
 
 def make_loader(config: Config, source: Source, world: World, view: View | None = None) -> Loader:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simmim.data.source import DataError
+from simmim.errors import DataError
 
 # What a column or a key may be called, the preferred first; case does not matter.
 NAME_COLUMNS = (

@@ -14,11 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.label_file import LabelTable, read_classes, read_labels
-from simmim.data.source import DataError, Source
-from simmim_kernels.splitmix import fold, permutation
-
-# Keeps the splits' draws apart from other uses of the same seed.
-STREAM = 0x73706C74  # "splt"
+from simmim.data.source import Source
+from simmim.errors import DataError
 
 # Folders of this kind are parts of a dataset; one that has no others is no set of class folders.
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "eval"})
@@ -127,73 +124,6 @@ def match_classes(labels: Labels, classes: Sequence[str], *, subset: bool = Fals
         )
     renumbered = np.array([number_of[name] for name in own] + [-1], dtype=np.int64)
     return Labels(renumbered[labels.values], wanted)
-
-
-def subset(labels: Labels, fraction: float, seed: int) -> NDArray[np.int64]:
-    """A share of every class, at least one image each: the 1 % and 10 % of semi-supervised runs.
-
-    A pure function; the subset of a smaller fraction is part of that of a larger one.
-
-    Returns:
-        int64 [n], ascending sample numbers; images without a label are never among them.
-
-    Raises:
-        ValueError: `fraction` is not in (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction}: choose a share above 0 and up to 1")
-    chosen = [
-        _shuffled(members, seed)[: max(1, round(fraction * len(members)))]
-        for members in _members(labels)
-    ]
-    return np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
-
-
-def holdout(labels: Labels, count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split labelled images by class: `count` held out, in proportion, the rest kept.
-
-    A pure function; every class keeps at least one image.
-
-    Returns:
-        (kept, held out): int64, ascending sample numbers; images without a label are in neither.
-
-    Raises:
-        ValueError: fewer than `count` images can be spared.
-    """
-    members = _members(labels)
-    sizes = np.array([len(m) for m in members], dtype=np.int64)
-    spare = int((sizes - 1).sum())
-    if not 0 <= count <= spare:
-        raise ValueError(
-            f"count={count}: of {int(sizes.sum())} labelled images in {len(sizes)} classes, "
-            f"0 to {spare} can be held out"
-        )
-    quota = count * sizes / max(1, sizes.sum())
-    held = np.floor(quota).astype(np.int64)
-    ties = permutation(fold(STREAM, seed), len(sizes))
-    while (left := count - int(held.sum())) > 0:
-        order = np.lexsort((ties, held - quota))  # the largest remainder first
-        held[order[held[order] < sizes[order] - 1][:left]] += 1
-    shuffled = [_shuffled(m, seed) for m in members]
-    none = np.empty(0, dtype=np.int64)
-    return (
-        np.sort(np.concatenate([none, *(s[n:] for s, n in zip(shuffled, held))])),
-        np.sort(np.concatenate([none, *(s[:n] for s, n in zip(shuffled, held))])),
-    )
-
-
-def _members(labels: Labels) -> list[NDArray[np.int64]]:
-    # the samples of every class that has any, ascending
-    order = np.argsort(labels.values, kind="stable").astype(np.int64)
-    values = labels.values[order]
-    starts = np.flatnonzero(np.diff(values, prepend=-2))
-    groups = np.split(order, starts[1:]) if len(order) else []
-    return [group for group in groups if labels.values[group[0]] >= 0]
-
-
-def _shuffled(members: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    # keyed by its first image: a class's draw does not depend on the other classes
-    return members[permutation(fold(STREAM, seed, int(members[0])), len(members))]
 
 
 def _numbered(count: int) -> tuple[str, ...]:

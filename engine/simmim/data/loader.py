@@ -5,37 +5,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from simmim.data.batch import Batch
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled, Producer, SourceViews, View
-from simmim.data.source import DataError, Source
+from simmim.data.producer import Filled, Producer, SourceViews
+from simmim.data.source import Source
+from simmim.data.views import View
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
+from simmim.errors import DataError
 
 # So many unreadable images in a row mean that the disk is gone, not that a file is broken.
 MAX_UNREADABLE_IN_A_ROW = 1000
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one backward pass, on the device.
-
-    Attributes:
-        image: [B, *shape] as the view makes it, such as uint8 [B, H, W, C]; zeros in empty slots.
-        ids: int64 [B]; -1 in empty slots (unreadable images).
-        epochs: int64 [B].
-        num_valid: slots that hold an image; known on the host.
-    """
-
-    image: Tensor
-    ids: Tensor
-    epochs: Tensor
-    num_valid: int
 
 
 def default_workers(world: World) -> int:

@@ -6,9 +6,11 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from simmim.data.loader import Batch, default_workers
-from simmim.data.producer import Producer, SourceViews, View
+from simmim.data.batch import Batch
+from simmim.data.loader import default_workers
+from simmim.data.producer import Producer, SourceViews
 from simmim.data.source import Source
+from simmim.data.views import View
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
 

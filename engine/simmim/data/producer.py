@@ -9,21 +9,7 @@ from torch import Tensor
 
 from simmim.data.decode import UnreadableImage
 from simmim.data.source import Source, is_machine_fault
-
-
-class View(Protocol):
-    """Makes the array of an encoded image, a pure function of (data, epoch, sample).
-
-    Attributes:
-        shape: of the array.
-        dtype: NumPy's name of its type.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def fill(self, out: NDArray[Any], data: bytes, epoch: int, sample: int) -> None:
-        """Write the view of sample `sample` in epoch `epoch`; raises UnreadableImage."""
+from simmim.data.views import View
 
 
 class Views(Protocol):

@@ -3,11 +3,8 @@
 All of them may come from outside: whatever an index says is checked before it is used.
 """
 
-import hashlib
-import io
 import json
 import operator
-import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.labels import MAX_CLASSES
-from simmim.data.source import DataError
+from simmim.errors import DataError
 
 DATASET_FILE = "dataset.json"
 DATASET_FORMAT, SHARD_FORMAT, VERSION = "simmim-pack", "simmim-shard", 1
@@ -220,71 +217,3 @@ def read_index(shard: Path, *, whole: bool = True) -> ShardIndex:
         raise DataError(f"{path}: damaged: source_bytes or skipped")
     columns = {name: value.get(name) for name in ShardIndex.__dataclass_fields__}
     return ShardIndex(**columns | {"skipped": [(name, reason) for name, reason in skipped]})
-
-
-def write_member(file: io.BufferedWriter, name: str, data: bytes) -> int:
-    """Append a member to a tar file; returns the offset of its data.
-
-    Date and owner are zero: the same images make the same bytes.
-    """
-    header = tarfile.TarInfo(name)
-    header.size, header.mode = len(data), 0o644
-    file.write(header.tobuf(tarfile.USTAR_FORMAT))
-    offset = file.tell()
-    file.write(data)
-    file.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-    return offset
-
-
-def dali_index(index: ShardIndex) -> str:
-    """The shard's index in the format of DALI's wds2idx, version 1.2."""
-    lines = [f"v1.2 {len(index.name)}"]
-    for row, (name, offset, size) in enumerate(zip(index.name, index.offset, index.size)):
-        key, _, extension = name.partition(".")
-        line = f"{extension} {offset} {size} {name}"
-        label = -1 if index.label is None else index.label[row]
-        if label >= 0:
-            line += f" cls {label_offset(offset, size)} {len(str(label))} {key}.cls"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
-
-
-def label_offset(offset: int, size: int) -> int:
-    """Where the data of the member behind an image begins."""
-    return offset + size + -size % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
-
-
-def check_members(shard: Path, index: ShardIndex) -> list[str]:
-    """What a tar file's members are otherwise than its index says, a line each."""
-    problems = []
-    found: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.size < 0:
-                    raise tarfile.ReadError(f"a member of {member.size} bytes")
-                if member.name in found or not member.isreg():
-                    problems.append(f"{shown(member.name)}: there twice, or no file")
-                found[member.name] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        problems.append(f"not a whole tar file: {error}")
-    with shard.open("rb") as file:
-        for row, name in enumerate(index.name):
-            offset, size = index.offset[row], index.size[row]
-            place = found.pop(name, None)
-            if place != (offset, size):
-                problems.append(f"{name}: " + ("missing" if place is None else f"is at {place}"))
-            digest = hashlib.sha256(os.pread(file.fileno(), size, offset)).hexdigest()
-            if digest != index.sha256[row]:
-                problems.append(f"{name}: damaged, its bytes have another sha256")
-            label = -1 if index.label is None else index.label[row]
-            if label >= 0:
-                text = str(label).encode()
-                place = found.pop(f"{name.partition('.')[0]}.cls", None)
-                offset = label_offset(offset, size)
-                if (
-                    place != (offset, len(text))
-                    or os.pread(file.fileno(), len(text), offset) != text
-                ):
-                    problems.append(f"{name}: its label is not {label}")
-    return problems + [f"{shown(name)}: not in the index" for name in found]

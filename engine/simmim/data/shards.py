@@ -28,7 +28,8 @@ from simmim.data.shard_index import (
     shard_name,
     shown,
 )
-from simmim.data.source import MAX_FILE_BYTES, DataError, PackedStrings, is_array, is_image
+from simmim.data.source import MAX_FILE_BYTES, PackedStrings, is_array, is_image
+from simmim.errors import DataError
 
 # Descriptors that one process keeps open; machines commonly allow 1024 in all.
 MAX_OPEN_SHARDS = 64

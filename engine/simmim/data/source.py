@@ -5,13 +5,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
-from simmim.errors import RunError
 
 EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .jp2 .avif".split()
@@ -28,10 +24,6 @@ MAX_FILE_BYTES = 2**30
 
 # The machine is out of descriptors or memory: no reason to call an image broken.
 MACHINE_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-class DataError(RunError):
-    """Data that cannot be trained on; one line that names the folder or file."""
 
 
 class Source(Protocol):
@@ -115,88 +107,3 @@ def read_file(path: str) -> bytes:
     if (len(data), after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise OSError("it changed while it was read")
     return data
-
-
-class FolderSource:
-    """Every image file below a folder, in the order of their relative paths.
-
-    A folder without images but with .npy files is one of arrays.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root, self._prefix = root, os.path.join(root, "")
-        found: list[str] = []
-        arrays: list[str] = []
-        seen: set[tuple[int, int]] = set()  # links may lead in circles
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                subfolders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            if {".lock", "run.json"} <= set(files):  # a run's own pictures are no photos
-                subfolders.clear()
-                continue
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            relative = os.path.relpath(folder, root)
-            prefix = "" if relative == "." else relative + "/"
-            found += [prefix + name for name in files if is_image(name)]
-            arrays += [prefix + name for name in files if is_array(name)]
-        self.names = PackedStrings(sorted(found or arrays))
-
-    def read(self, index: int) -> bytes:
-        return read_file(f"{self._prefix}{self.names[index]}")
-
-
-class SelectedSource:
-    """Some images of another source, numbered from 0 in the given order.
-
-    Args:
-        source: the other one.
-        samples: numbers of its images.
-    """
-
-    def __init__(self, source: Source, samples: NDArray[np.int64]) -> None:
-        self.source, self.samples = source, samples
-        self.names = PackedStrings([source.names[sample] for sample in samples.tolist()])
-
-    def read(self, index: int) -> bytes:
-        return self.source.read(int(self.samples[index]))
-
-
-def open_source(path: str) -> Source:
-    """The images that `data.path` means.
-
-    Args:
-        path: a folder of images in any layout, a folder of .tar shards, one .tar file, or a folder
-            that `simmim pack` made.
-
-    Raises:
-        DataError: nothing there, or no image in it; names the path.
-    """
-    # shards need what is defined above
-    from simmim.data.shard_index import is_pack
-    from simmim.data.shards import ShardSource
-
-    root = Path(os.path.expanduser(path))
-    if not root.exists():
-        raise DataError(f"data.path={path}: no such file or folder")
-    source: Source
-    if root.is_file() and root.suffix != PARQUET_EXTENSION:
-        source = ShardSource([root])
-    elif is_pack(root):
-        source = ShardSource.of_pack(root)
-    else:
-        source = FolderSource(root)
-        if not len(source.names):
-            shards = sorted(p for p in root.rglob("*.tar") if p.is_file())
-            source = ShardSource(shards)
-    if not len(source.names):
-        if root.suffix == PARQUET_EXTENSION or next(root.rglob(f"*{PARQUET_EXTENSION}"), None):
-            raise DataError(
-                f"data.path={path}: parquet has no random access; `simmim pack {path} FOLDER` "
-                "makes a folder that has, once and for all"
-            )
-        some = " ".join(sorted(EXTENSIONS)[:12])
-        raise DataError(f"data.path={path}: no image and no .tar shard of images in it ({some} …)")
-    return source

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from simmim.data.producer import Filled, Views
-from simmim.data.source import DataError
+from simmim.errors import DataError
 
 # Samples that a process takes at a time, at most.
 LARGEST_CHUNK = 16

@@ -6,25 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from simmim import precision as compute
 from simmim.data.decode import MAX_PIXELS
-from simmim.data.labelled import EvaluationView, Pixels
+from simmim.data.finetune_views import EvaluationView, Pixels
 from simmim.data.labels import Labels, match_classes
 from simmim.data.one_pass import one_pass
-from simmim.data.source import DataError, Source
-from simmim.distributed import World, gather_objects
+from simmim.data.source import Source
+from simmim.data.unreadable import UnreadableImages
+from simmim.distributed import World
 from simmim.downstream.metrics import ClassificationMetrics, label_tensor
-from simmim.load import load_model
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
-
-# Unreadable images that a message names; the rest is counted.
-NAMED_UNREADABLE = 5
-
-# Of a fine-tuning run: the weights of its best evaluation.
-BEST_FILE = "best.safetensors"
+from simmim.errors import DataError
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.model.weights_file import best_weights
+from simmim.training import precision as compute
+from simmim.weights.load import load_model
 
 
 def evaluation_view(
@@ -97,7 +93,7 @@ def evaluate(
         raise DataError("none of the images has a label: there is nothing to evaluate")
     metrics = ClassificationMetrics(len(model.classes), world.device)
     numbers = label_tensor(matched, world.device)
-    unreadable: list[tuple[int, str]] = []
+    unreadable = UnreadableImages(source, world)
     batches = one_pass(
         source,
         view or evaluation_view(model),
@@ -107,7 +103,7 @@ def evaluate(
         samples=labelled,
         timeout_s=timeout_s,
         report=report,
-        note_problem=lambda sample, reason: unreadable.append((sample, reason)),
+        note_problem=unreadable.note,
     )
     training = model.training
     model.eval()
@@ -123,28 +119,14 @@ def evaluate(
     finally:
         model.train(training)
     metrics.merge(world)
-    found = sorted(pair for pairs in gather_objects(unreadable, world) for pair in pairs)
-    if len(found) == len(labelled):
-        sample, reason = found[0]
+    problems = unreadable.agree()
+    if len(problems) == len(labelled):
         raise DataError(
             f"none of the {len(labelled)} labelled images could be read "
-            f"({source.names[sample]}: {reason})"
+            f"({unreadable.describe(problems[0])})"
         )
-    if world.is_main:
-        _name_unreadable(source, labelled, found, report)
+    unreadable.report(problems, report, "unreadable, not counted", len(labelled))
     return metrics
-
-
-def _name_unreadable(
-    source: Source,
-    labelled: NDArray[np.int64],
-    found: list[tuple[int, str]],
-    report: Callable[[str], None],
-) -> None:
-    for sample, reason in found[:NAMED_UNREADABLE]:
-        report(f"unreadable, not counted: {source.names[sample]}: {reason}")
-    if len(found) > NAMED_UNREADABLE:
-        report(f"unreadable, not counted: {len(found)} of {len(labelled)} images in all")
 
 
 def match_to_model(labels: Labels, model: Classifier) -> Labels:
@@ -183,10 +165,3 @@ def load_classifier(path: str | Path) -> Classifier:
         f"{path}: a pre-trained model without a class head; `simmim finetune` makes a classifier "
         "of it"
     )
-
-
-def best_weights(path: str | Path) -> Path:
-    """The best weights of a fine-tuning run's folder; any other path as it is."""
-    path = Path(path).expanduser()
-    best = path / BEST_FILE
-    return best if best.is_file() else path

@@ -26,7 +26,7 @@ from simmim.downstream.features import (
 )
 from simmim.errors import RunError
 from simmim.files import write_atomic
-from simmim.method.images import ImageModel
+from simmim.model.image_model import ImageModel
 
 SUFFIXES = (".safetensors", ".npy", ".parquet")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

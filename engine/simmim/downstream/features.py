@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.convnet import ConvNet
-from simmim.data.labelled import EvaluationView
+from simmim.data.finetune_views import EvaluationView
 from simmim.data.one_pass import one_pass
-from simmim.data.source import DataError, Source
+from simmim.data.source import Source
 from simmim.distributed import World
-from simmim.downstream.evaluate import best_weights, evaluation_view
-from simmim.errors import RunError
-from simmim.load import build_model, encoder_of, read_model
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
-from simmim.precision import autocast
+from simmim.downstream.evaluate import evaluation_view
+from simmim.errors import DataError, RunError
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.model.weights_file import best_weights
+from simmim.training.precision import autocast
+from simmim.weights.load import encoder_of, model_of, read_model
 
 OUTPUT = "output"
 
@@ -105,7 +106,7 @@ def load_for_features(
         ValueError: see `load_model`; a missing decoder or head is no reason.
     """
     weights = read_model(best_weights(path), image_size)
-    return build_model(weights) if weights.kind == "classifier" else encoder_of(weights)
+    return model_of(weights) if weights.kind == "classifier" else encoder_of(weights)
 
 
 def blocks_of(encoder: Encoder) -> list[nn.Module]:
@@ -322,7 +323,7 @@ def extract_features(
 
     Args:
         model: runs where it lies.
-        source: images, such as `simmim.data.source.open_source` gives.
+        source: images, such as `simmim.data.open.open_source` gives.
         dtype: of what is kept.
         options: see `FeatureOptions`.
 

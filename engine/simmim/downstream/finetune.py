@@ -7,36 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim import checkpoint, distributed, files
+from simmim import distributed, files
 from simmim.backbone.build import Spec, build_encoder
-from simmim.checkpoint import CheckpointError
-from simmim.config import ConfigError, make_spec, micro_batch
-from simmim.data.labelled import EvaluationView, Mixing, Recipe, TrainingView
-from simmim.data.labelled_sets import LabelledImages, open_labelled_sets
-from simmim.data.loader import Batch, Loader
-from simmim.data.source import DataError
+from simmim.config.check import micro_batch
+from simmim.config.spec import make_spec
+from simmim.data.batch import Batch
+from simmim.data.finetune_views import EvaluationView, Recipe, TrainingView
+from simmim.data.loader import Loader
+from simmim.data.mixing import Mixing
+from simmim.data.splits import LabelledImages, open_labelled_sets
 from simmim.distributed import World
-from simmim.downstream.evaluate import BEST_FILE, evaluate, evaluation_view
+from simmim.downstream.evaluate import evaluate, evaluation_view
 from simmim.downstream.finetune_config import FinetuneConfig
 from simmim.downstream.handover import finetune_spec, hand_over
 from simmim.downstream.metrics import ClassificationMetrics, write_report
-from simmim.interrupts import Interrupts
-from simmim.load import Weights, read_model
-from simmim.log import EVALUATIONS_FILE, RunLog
-from simmim.loop import Loop, train, write_weights
-from simmim.method.classifier import Classifier
-from simmim.observer import Observer
-from simmim.optim import build_optimizer, finetune_groups
-from simmim.pretrain import check_backends
-from simmim.run_folder import run_folder
-from simmim.schedule import resolve_schedule
-from simmim.step import TrainState
-from simmim_kernels.splitmix import fold, signed
-
-HANDOVER_FILE = "handover.txt"
-
-# Of the best evaluation: per-class accuracy and confusion matrix.
-REPORT_FOLDER = "best"
+from simmim.errors import ConfigError, DataError
+from simmim.model.classifier import Classifier
+from simmim.run_folder import RunFolder
+from simmim.training import checkpoint
+from simmim.training.build import build_state, check_backends, prepare_model, seed_initialisation
+from simmim.training.claim import claimed_folder
+from simmim.training.interrupts import Interrupts
+from simmim.training.log import RunLog
+from simmim.training.loop import train, write_weights
+from simmim.training.observer import PeriodicObserver
+from simmim.training.optim import finetune_groups
+from simmim.training.run import Run
+from simmim.training.step import TrainState
+from simmim.weights.load import Weights, read_model
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -51,14 +49,14 @@ def finetune(config: FinetuneConfig) -> int:
         RunStopped: too many steps in a row had non-finite gradients.
     """
     world = distributed.init(config.device)
-    with Interrupts() as interrupts, run_folder(config, world) as folder:
+    with Interrupts() as interrupts, claimed_folder(config, world) as folder:
         code = _run(config, world, folder, interrupts)
     # not after an error: leaving the group waits for processes that may wait for this one
     distributed.finish(world)
     return code
 
 
-def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interrupts) -> int:
+def _run(config: FinetuneConfig, world: World, folder: RunFolder, interrupts: Interrupts) -> int:
     try:
         images, val = _open_data(config)
         weights = _starting_weights(config, folder)
@@ -66,27 +64,23 @@ def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interru
         view, mixing = _training_view(config, model), _mixing(config, len(model.classes))
     except (DataError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    schedule = resolve_schedule(config, len(images.source.names))
-    groups = finetune_groups(
+    state = build_state(
         model,
-        config.optim.weight_decay,
-        config.optim.layer_decay,
-        decay_position_tables=config.optim.decay_position_tables,
-    )
-    optimizer = build_optimizer(model, config.optim, groups)
-    wrapped = distributed.wrap(
-        model,
+        config,
+        len(images.source.names),
         world,
-        sync_batch_norm=config.train.sync_batch_norm,
-        compile=config.train.compile,
-    )
-    loss_of = ClassificationLoss(images.labels.values, mixing, world.device)
-    state = TrainState(
-        model, wrapped, optimizer, config, schedule, world, loss_of, config.train.ema_decay
+        parameter_groups=lambda model: finetune_groups(
+            model,
+            config.optim.weight_decay,
+            config.optim.layer_decay,
+            decay_position_tables=config.optim.decay_position_tables,
+        ),
+        loss_of=ClassificationLoss(images.labels.values, mixing, world.device),
+        ema_decay=config.train.ema_decay,
     )
     log = RunLog(
         folder,
-        schedule.total_steps,
+        state.schedule.total_steps,
         is_main=world.is_main,
         tensorboard=config.log.tensorboard,
     )
@@ -94,7 +88,7 @@ def _run(config: FinetuneConfig, world: World, folder: Path, interrupts: Interru
     def begin(loader: Loader) -> Evaluations:
         if world.is_main:
             _note_start(folder, log, notes, view.note, images, val)
-        return Evaluations(config, model, images, val, world)
+        return Evaluations(config, model, val, world)
 
     with closing(log):
         return train(
@@ -123,10 +117,10 @@ def _open_data(config: FinetuneConfig) -> tuple[LabelledImages, LabelledImages]:
     )
 
 
-def _starting_weights(config: FinetuneConfig, folder: Path) -> Weights | None:
+def _starting_weights(config: FinetuneConfig, folder: RunFolder) -> Weights | None:
     # a run that goes on needs the pre-trained weights no more: its checkpoint tells all
-    if checkpoint.steps(folder / "checkpoints"):
-        return read_model(folder)
+    if checkpoint.steps(folder.checkpoints):
+        return read_model(folder.root)
     return read_model(config.pretrained) if config.pretrained else None
 
 
@@ -150,7 +144,7 @@ def build_classifier(
     """
     spec = classifier_spec(config, None if weights is None else weights.spec)
     check_backends(config.kernels, spec, device)
-    torch.manual_seed(signed(fold(config.seed)))
+    seed_initialisation(config)
     told = {} if weights is None else weights.metadata
     model = Classifier(
         build_encoder(spec),
@@ -160,11 +154,7 @@ def build_classifier(
         margin=config.augment.margin,
     )
     lines = ["trained from scratch"] if weights is None else hand_over(weights, model).lines()
-    model.encoder.activation_checkpointing = config.train.activation_checkpointing
-    model.use_backend(config.kernels.backend, config.kernels.attention)
-    if config.channels_last_on(device.type):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.to(device), lines
+    return prepare_model(model, config, device), lines
 
 
 def classifier_spec(config: FinetuneConfig, pretrained: Spec | None) -> Spec:
@@ -238,7 +228,7 @@ class ClassificationLoss:
         self.labels, self.mixing = torch.from_numpy(labels).to(device), mixing
 
     def __call__(self, state: TrainState, batch: Batch, number: int) -> Tensor:
-        """The mean over the images of a float32 micro-batch; see `simmim.step.TrainState`."""
+        """The mean over the images of a float32 micro-batch; see `TrainState`."""
         label = torch.where(batch.ids >= 0, self.labels[batch.ids.clamp(min=0)], -1)
         image, target = self.mixing(batch.image, label, state.step, state.world.rank, number)
         if state.config.channels_last_on(state.world.device.type):
@@ -257,127 +247,85 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * log_probability).sum() / target.sum().clamp(min=1.0)
 
 
-class Evaluations(Observer):
-    """Classifies the validation images as the run goes on; see `simmim.loop.Observer`.
+class Evaluations(PeriodicObserver):
+    """Classifies the validation images as the run goes on.
 
     Every evaluation is a row of evaluations.jsonl. The weights of the best (top-1, the earlier one
     of equals) are kept, with its accuracy by class and confusion matrix.
 
     Args:
-        config: the run.
+        config: of the run.
         model: that trains.
-        images: training images.
         val: validation images.
         world: this process.
     """
 
     def __init__(
-        self,
-        config: FinetuneConfig,
-        model: Classifier,
-        images: LabelledImages,
-        val: LabelledImages,
-        world: World,
+        self, config: FinetuneConfig, model: Classifier, val: LabelledImages, world: World
     ) -> None:
-        self.config, self.world, self.val, self.busy = config, world, val, False
-        self.view = _view(config, model)
-        self.num_images = len(images.source.names)
-        self.rows: list[dict[str, Any]] = []
+        super().__init__(config.evaluate.every_epochs, world)
+        self.config, self.val, self.view = config, val, _view(config, model)
+        self.notes: list[str] = []
 
-    def begin(self, loop: Loop) -> None:
-        """Read what was evaluated before; evaluate what a stop left out."""
-        self.rows = loop.log.recorded(EVALUATIONS_FILE)
-        step = loop.state.step
-        evaluated = any(row["step"] == step for row in self.rows)
-        evaluated = bool(distributed.broadcast_object(evaluated, self.world))
-        if step > 0 and not evaluated and self._is_due(step, last=step == loop.total):
-            self._evaluate(loop)
+    def records(self, run: Run) -> Path:
+        """See `PeriodicObserver`."""
+        return run.folder.evaluations
 
-    def observe(self, loop: Loop, *, last: bool, stopping: bool) -> None:
-        """Evaluate where it is due; a run that is asked to stop does so when it goes on."""
-        if not stopping and self._is_due(loop.state.step, last):
-            self._evaluate(loop)
-            loop.restart_clock()
-
-    def _is_due(self, step: int, last: bool) -> bool:
-        per_evaluation = self.num_images * self.config.evaluate.every_epochs
-        batch = self.config.train.batch_size
-        return last or int(step * batch / per_evaluation) > int((step - 1) * batch / per_evaluation)
-
-    def _evaluate(self, loop: Loop) -> None:
-        state, config = loop.state, self.config
-        model = state.averaged or state.model
+    def measure(self, run: Run) -> ClassificationMetrics:
+        """Classify the validation images; see `evaluate`."""
+        config, model = self.config, run.model
         assert isinstance(model, Classifier)
-        self.busy = self.world.size == 1
-        try:
-            metrics = evaluate(
-                model,
-                self.val.source,
-                self.val.labels,
-                self.world,
-                view=self.view,
-                batch_size=config.evaluate.batch_size or micro_batch(config, self.world.size),
-                workers=config.data.workers,
-                precision=config.train.precision,
-                timeout_s=config.data.timeout_s,
-                report=loop.log.warn,
-            )
-        finally:
-            self.busy = False
-        row = {
-            "step": state.step,
-            "epoch": state.step * config.train.batch_size / self.num_images,
-            **metrics.summary(),
-        }
-        problem: object = None
-        if self.world.is_main:
-            problem = self._record(loop, row, metrics)
-        problem = distributed.broadcast_object(problem, self.world)
-        if problem:
-            raise CheckpointError(str(problem))
+        return evaluate(
+            model,
+            self.val.source,
+            self.val.labels,
+            self.world,
+            view=self.view,
+            batch_size=config.evaluate.batch_size or micro_batch(config, self.world.size),
+            workers=config.data.workers,
+            precision=config.train.precision,
+            timeout_s=config.data.timeout_s,
+            report=run.log.warn,
+        )
 
-    def _record(
-        self, loop: Loop, row: dict[str, Any], metrics: ClassificationMetrics
-    ) -> str | None:
-        """Log an evaluation; keep the weights and the report where it is the best so far."""
-        better = row["top1"] > max((r["top1"] for r in self.rows), default=-1.0)
-        notes: list[str] = []
-        try:
-            if better:
-                write_weights(loop.state, loop.folder / BEST_FILE)
-                classes = self.val.labels.classes
-                notes = write_report(loop.folder / REPORT_FOLDER, metrics, classes)
-            loop.log.record(EVALUATIONS_FILE, row)
-        except CheckpointError as error:
-            return str(error)
-        except OSError as error:
-            return f"{error.filename or loop.folder}: {error.strerror}"
-        first = not self.rows
-        self.rows.append(row)
-        best = max(self.rows, key=lambda r: r["top1"])
-        loop.log.info(
+    def row(self, measurement: ClassificationMetrics) -> dict[str, Any]:
+        """See `PeriodicObserver`."""
+        return measurement.summary()
+
+    def keep(self, run: Run, measurement: ClassificationMetrics, row: dict[str, Any]) -> None:
+        """Keep the weights and the report where the row is the best so far."""
+        if row["top1"] > max((r["top1"] for r in self.rows), default=-1.0):
+            write_weights(run.state, run.folder.best_weights)
+            classes = self.val.labels.classes
+            self.notes = write_report(run.folder.best_report, measurement, classes)
+
+    def tell(self, run: Run, measurement: ClassificationMetrics, row: dict[str, Any]) -> None:
+        """Say how good the row is; of the first report, also what it leaves out."""
+        best = self._best()
+        run.log.info(
             f"step {row['step']}: top-1 {row['top1']:.2%}, top-5 {row['top5']:.2%}, loss "
             f"{row['loss']:.4f} on {row['images']:,} images; best {best['top1']:.2%} at step "
             f"{best['step']}"
         )
-        for note in notes if first else []:
-            loop.log.info(note)
-        return None
+        for note in self.notes if len(self.rows) == 1 else ():
+            run.log.info(note)
 
-    def finish(self, loop: Loop) -> None:
+    def _best(self) -> dict[str, Any]:
+        return max(self.rows, key=lambda row: float(row["top1"]))
+
+    def finish(self, run: Run) -> None:
         """Say what the best is, and where."""
         if not self.world.is_main or not self.rows:
             return
-        best = max(self.rows, key=lambda r: r["top1"])
-        loop.log.info(
+        best = self._best()
+        run.log.info(
             f"best top-1 {best['top1']:.2%} (top-5 {best['top5']:.2%}) at step {best['step']}: "
-            f"weights in {loop.folder / BEST_FILE}, accuracy by class in "
-            f"{loop.folder / REPORT_FOLDER}"
+            f"weights in {run.folder.best_weights}, accuracy by class in {run.folder.best_report}"
         )
 
 
 def _note_start(
-    folder: Path,
+    folder: RunFolder,
     log: RunLog,
     handover: list[str],
     note: str,
@@ -389,8 +337,8 @@ def _note_start(
         f"{len(images.source.names):,} training images of {len(classes)} classes ({images.name}); "
         f"{len(val.source.names):,} to validate on ({val.name})"
     )
-    if not (folder / HANDOVER_FILE).exists():
-        files.write_text(folder / HANDOVER_FILE, "\n".join(handover) + "\n")
-        log.info(f"{handover[0]}; {HANDOVER_FILE} has every key")
+    if not folder.handover.exists():
+        files.write_text(folder.handover, "\n".join(handover) + "\n")
+        log.info(f"{handover[0]}; {folder.handover.name} has every key")
     if note:
         log.info(note)

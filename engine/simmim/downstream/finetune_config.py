@@ -7,19 +7,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from simmim import command_line
-from simmim.config import (
-    ConfigError,
+from simmim.config.check import check_crop, check_ranges, check_training, micro_batch
+from simmim.config.sections import (
     ImagesConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    check_crop,
-    check_ranges,
-    check_run,
-    micro_batch,
 )
+from simmim.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +132,17 @@ class FinetuneConfig(RunConfig):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-def load(arguments: Sequence[str], program: str = "simmim finetune") -> FinetuneConfig:
+def load_finetuning(arguments: Sequence[str], program: str = "simmim finetune") -> FinetuneConfig:
     """The configuration that a command line asks for, checked; see `command_line.load_as`."""
-    return command_line.load_as(FinetuneConfig, check, arguments, program, "Fine-tune a classifier")
+    return command_line.load_as(
+        FinetuneConfig, check_finetuning, arguments, program, "Fine-tune a classifier"
+    )
 
 
-def check(config: FinetuneConfig) -> None:
+def check_finetuning(config: FinetuneConfig) -> None:
     """Raise ConfigError for anything that cannot run, before any data is read."""
     data, augment = config.data, config.augment
-    check_run(config)
+    check_training(config)
     check_ranges(
         [
             ("data.holdout", data.holdout, 0, math.inf),

@@ -20,9 +20,9 @@ from simmim.backbone.build import Spec
 from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
 from simmim.downstream.position_tables import remap_table
-from simmim.load import Weights
-from simmim.method.classifier import Classifier
-from simmim.method.images import ImageModel
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.weights.load import Weights
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"encoder.rel_pos_bias.{TABLE}"
@@ -114,7 +114,7 @@ def hand_over(weights: Weights, model: ImageModel) -> Handover:
     """Put weights into a freshly built model.
 
     Args:
-        weights: of `simmim.load.read_model`.
+        weights: of `simmim.weights.load.read_model`.
         model: changed in place, unless this raises.
 
     Returns:

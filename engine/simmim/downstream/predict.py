@@ -16,11 +16,13 @@ from torch import Tensor
 
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.one_pass import one_pass
-from simmim.data.source import DataError, PackedStrings, Source, open_source, read_file
+from simmim.data.open import open_source
+from simmim.data.source import PackedStrings, Source, read_file
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluation_view, load_classifier
-from simmim.method.classifier import Classifier
-from simmim.precision import autocast
+from simmim.errors import DataError
+from simmim.model.classifier import Classifier
+from simmim.training.precision import autocast
 
 # What `predict` takes for an image, or for several.
 Images = str | Path | Image.Image | NDArray[Any] | Tensor
@@ -64,7 +66,7 @@ def predict(
         top_k: answers per image; no more than there are classes.
         batch_size: images that the model sees at a time.
         workers: decoding processes; 0 decodes here; -1 chooses.
-        precision: compute type, a key of `simmim.precision.DTYPES`.
+        precision: compute type, a key of `simmim.training.precision.DTYPES`.
         value_range: of images that are not of 8 bits: see `simmim.data.decode.decode`.
 
     Returns:

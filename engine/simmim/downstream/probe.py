@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simmim.data.labels import Labels, holdout
+from simmim.data.labels import Labels
+from simmim.data.splits import holdout
 from simmim_kernels.splitmix import fold, permutation
 
 # Half a decade apart; of an SGD step, not scaled by its images.

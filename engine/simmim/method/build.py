@@ -5,9 +5,10 @@ import pkgutil
 from functools import cache
 from importlib import import_module
 
-from simmim import config as configuration
 from simmim import method
-from simmim.config import Config, ConfigError
+from simmim.config.check import check_pretraining
+from simmim.config.sections import Config
+from simmim.errors import ConfigError
 from simmim.method.method import Method
 
 
@@ -47,7 +48,7 @@ def find_method(config: Config) -> Method:
     return method_class(config.method.name)(config)
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Raise ConfigError for anything that cannot run, before any data is read."""
-    configuration.check(config)
+    check_pretraining(config)
     find_method(config).check()

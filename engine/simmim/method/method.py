@@ -3,22 +3,22 @@
 B batch.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder, Spec
-from simmim.config import Config, MethodConfig, resolve_spec
+from simmim.config.sections import Config, MethodConfig
+from simmim.config.spec import resolve_spec
 from simmim.data.augment import Augmentation
-from simmim.data.cropped import CroppedView
-from simmim.data.loader import Batch, Loader
-from simmim.data.producer import View
-from simmim.distributed import World
-from simmim.method.images import ImageModel
-from simmim.observer import Observer
-from simmim.optim import parameter_groups
+from simmim.data.batch import Batch
+from simmim.data.source import Source
+from simmim.data.views import CroppedView, View
+from simmim.model.image_model import ImageModel
+from simmim.pictures.reconstruction import FixedSamples
+from simmim.training.observer import Draw
+from simmim.training.optim import parameter_groups
 
 
 class Method:
@@ -117,6 +117,26 @@ class Method:
         """What is wrong with `measures` and what helps, in a line; "" where nothing is."""
         return ""
 
-    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
-        """What a run does between its steps: pictures, validation."""
-        return ()
+    def picture(self, source: Source) -> Draw | None:
+        """What draws the model as it is, always of the same images of `source`; None draws none."""
+        return None
+
+
+class MaskingMethod(Method):
+    """A method that hides part of an image; its model is a `MaskedImageModel`.
+
+    It is validated, and its pictures show reconstructions.
+    """
+
+    def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
+        """The masks of samples, bool [B, gh, gw], True hides; from (seed, epoch, sample).
+
+        Args:
+            ids: int64 [B], of the samples; nothing of a negative one is hidden.
+            epochs: int64 [B].
+        """
+        raise NotImplementedError
+
+    def picture(self, source: Source) -> Draw:
+        """Reconstructions of the same images under the same masks."""
+        return FixedSamples(source, self.config, self.draw_mask, self.config.log.pictures).draw

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.backbone.build import Encoder
-from simmim.config import check_mask
-from simmim.data.loader import Batch, Loader
-from simmim.distributed import World
-from simmim.masking import sample_mask
-from simmim.method.images import MaskedImageModel
-from simmim.method.method import Method
-from simmim.observer import Observer
-from simmim.validation import pictures_and_validation
+from simmim.config.check import check_mask
+from simmim.data.batch import Batch
+from simmim.method.method import MaskingMethod
+from simmim.model.image_model import MaskedImageModel
+from simmim.model.masking import sample_mask
 from simmim_kernels import linear_masked_l1_loss
 
 
@@ -39,6 +36,7 @@ class SimMIM(MaskedImageModel):
     """
 
     kind = "simmim"
+    settings_are_flat = True
 
     def __init__(
         self,
@@ -93,7 +91,7 @@ class SimMIM(MaskedImageModel):
         )
 
 
-class SimMIMMethod(Method):
+class SimMIMMethod(MaskingMethod):
     """SimMIM: [mask] says what is hidden, `model.norm_target` what is regressed."""
 
     name = "simmim"
@@ -141,7 +139,3 @@ class SimMIMMethod(Method):
             image, ids, epochs = image[kept], ids[kept], epochs[kept]
         loss: Tensor = model(self.arrange(image), self.draw_mask(ids, epochs))
         return loss
-
-    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
-        """Reconstructions of the same images under the same masks, and validation."""
-        return pictures_and_validation(self, loader, world)

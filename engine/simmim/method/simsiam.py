@@ -16,17 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
-from simmim.config import Config, ConfigError, MethodConfig, check_ranges, micro_batch
+from simmim.config.check import check_ranges, micro_batch
+from simmim.config.sections import Config, MethodConfig
 from simmim.data.augment import Augmentation
+from simmim.data.batch import Batch
 from simmim.data.distortion import Distortion, distort, draw
-from simmim.data.loader import Batch, Loader
-from simmim.data.two_views import VIEWS, TwoViews
-from simmim.distributed import World
-from simmim.method.images import ImageModel
+from simmim.data.source import Source
+from simmim.data.views import VIEWS, TwoViews
+from simmim.errors import ConfigError
 from simmim.method.method import Method
-from simmim.observer import Observer
-from simmim.pictures import Pictures
-from simmim.view_pictures import ViewPictures
+from simmim.model.image_model import ImageModel
+from simmim.pictures.neighbours import ViewPictures
+from simmim.training.observer import Draw
 
 # Share of the healthy deviation of features below which a run counts as collapsing.
 COLLAPSED_SHARE = 0.3
@@ -297,9 +298,6 @@ class SimSiamMethod(Method):
             "a projector and predictor as published ([method] left at its defaults)"
         )
 
-    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
-        """Pictures of the views of the same images, and of which images are near to each."""
-        if not world.is_main or self.config.log.picture_every_steps < 0:
-            return ()
-        pictures = ViewPictures(loader.source, self.config, self.view(), self.distorted)
-        return (Pictures(self.config, world, pictures.draw),)
+    def picture(self, source: Source) -> Draw:
+        """The views of the same images, and which images are near to each."""
+        return ViewPictures(source, self.config, self.view(), self.distorted).draw

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.layers import init_linear
-from simmim.config import ConfigError, MethodConfig, check_mask_ratio, check_ranges
-from simmim.data.loader import Batch, Loader
-from simmim.distributed import World
-from simmim.masking import sample_mask
-from simmim.method.images import MaskedImageModel
-from simmim.method.method import Method
-from simmim.observer import Observer
-from simmim.validation import pictures_and_validation
+from simmim.config.check import check_mask_ratio, check_ranges
+from simmim.config.sections import MethodConfig
+from simmim.data.batch import Batch
+from simmim.errors import ConfigError
+from simmim.method.method import MaskingMethod
+from simmim.model.image_model import MaskedImageModel
+from simmim.model.masking import sample_mask
 from simmim_kernels import linear_masked_l1_loss
 
 Head = Literal["linear", "mlp"]
@@ -256,7 +255,7 @@ class TokensConfig(MethodConfig):
     """Hidden tokens of L: up, L - int(L * (1 - ratio)), as lightly; down, int(L * ratio)."""
 
 
-class TokenMethod(Method):
+class TokenMethod(MaskingMethod):
     """Token-wise SimMIM: `mask.ratio` of single tokens is hidden, whatever `mask.unit` says."""
 
     name = "tokens"
@@ -340,7 +339,3 @@ class TokenMethod(Method):
         mask = self.draw_mask(batch.ids, batch.epochs)
         loss: Tensor = model(self.arrange(batch.image), mask, self.num_hidden)
         return loss
-
-    def observers(self, loader: Loader, world: World) -> Sequence[Observer]:
-        """Reconstructions of the same images under the same masks, and validation."""
-        return pictures_and_validation(self, loader, world)

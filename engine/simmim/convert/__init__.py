@@ -1,1 +1,0 @@
-"""Checkpoint layouts, one file each: how to know it, and what its shapes tell."""

@@ -1,0 +1,1 @@
+"""Makes packed folders: images stored small in shards, with an index."""

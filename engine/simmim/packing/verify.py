@@ -1,0 +1,104 @@
+"""What can be asked of packed images: whether they are sound, and their mean and deviation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simmim.data.decode import UnreadableImage, decode
+from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name, shown
+from simmim.data.source import ARRAY_EXTENSION
+from simmim.errors import DataError
+from simmim.packing.members import check_members, dali_index
+from simmim.packing.tasks import Tally, Tasks
+
+
+def verify(
+    folder: Path, *, workers: int = 1, tick: Callable[[int], None] = lambda done: None
+) -> tuple[int, list[str]]:
+    """Check a packed folder against its indices, and decode every image.
+
+    Args:
+        folder: a packed folder.
+        workers: processes.
+        tick: called now and then with the number of images checked.
+
+    Returns:
+        The number of images that the indices name, and a line for each damaged or missing piece.
+
+    Raises:
+        DataError: no packed folder, or its dataset.json is damaged.
+        RunError: a process died.
+    """
+    dataset = read_dataset(folder)
+    if dataset["images"] is None:
+        raise DataError(
+            f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
+        )
+    value_range, channels = _value_range(dataset), _channels(dataset)
+    tasks = Tasks(
+        lambda number, tally: _verify_shard(folder, number, value_range, channels, tally),
+        workers,
+        f"{folder}/{{:06d}}.tar",
+    )
+    found = dict(tasks.results(range(dataset["shards"]), lambda tally: tick(tally.total()[0])))
+    problems = [line for number in sorted(found) for line in found[number][1]]
+    images = sum(count for count, _ in found.values())
+    if not problems and images != dataset["images"]:
+        problems = [f"{DATASET_FILE}: says {dataset['images']} images, the indices {images}"]
+    return images, problems
+
+
+def _value_range(dataset: dict[str, Any]) -> tuple[float, float] | None:
+    try:
+        low, high = dataset["options"]["value_range"]
+        return float(low), float(high)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _channels(dataset: dict[str, Any]) -> int | None:
+    channels = dataset["options"].get("channels")
+    return channels if type(channels) is int and channels > 0 else None
+
+
+def _verify_shard(
+    folder: Path,
+    number: int,
+    value_range: tuple[float, float] | None,
+    channels: int | None,
+    tally: Tally,
+) -> tuple[int, list[str]]:
+    shard = folder / f"{shard_name(number)}.tar"
+    try:
+        index = read_index(shard)
+    except DataError as error:
+        return 0, [shown(str(error).removeprefix(f"{folder}/"))]
+    if not index.name:
+        return 0, []
+    problems = check_members(shard, index)
+    try:
+        if shard.with_suffix(".idx").read_text() != dali_index(index):
+            problems.append("its .idx is damaged")
+    except (OSError, ValueError):
+        problems.append("its .idx is missing or damaged")
+    with shard.open("rb") as file:
+        for row, name in enumerate(index.name):
+            file.seek(index.offset[row])
+            told = index.height[row], index.width[row], index.channels[row]
+            try:
+                # larger than told is damaged: there is no need to decode it
+                data = file.read(index.size[row])
+                # of arrays only the index tells which axis is channels
+                pixels = decode(
+                    data,
+                    told[2] if name.endswith(ARRAY_EXTENSION) else channels,
+                    max_pixels=told[0] * told[1],
+                    value_range=value_range,
+                )
+            except UnreadableImage as error:
+                problems.append(f"{name}: unreadable: {error}")
+            else:
+                if pixels.shape != told:
+                    problems.append(f"{name}: is {list(pixels.shape)}, not {list(told)}")
+            tally.add(done=1)
+    return len(index.name), [shown(f"{shard.name}: {problem}") for problem in problems]

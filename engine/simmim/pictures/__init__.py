@@ -1,0 +1,1 @@
+"""Pictures of what a model makes of images; nothing of a run."""

@@ -1,0 +1,1 @@
+"""Folders to share: the Hub, model cards, and what they tell of a run."""

@@ -1,0 +1,1 @@
+"""A training run: its loop, its step, what it saves and logs; the same for every method."""

@@ -1,0 +1,307 @@
+"""Builds the model that a checkpoint of any layout belongs to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simmim.backbone.build import Spec, build_encoder, spec_from_dict
+from simmim.backbone.convnet import ConvNetSpec
+from simmim.backbone.vit import ViTSpec
+from simmim.method.build import methods
+from simmim.method.simmim import SimMIM
+from simmim.model.classifier import Classifier
+from simmim.model.image_model import ImageModel
+from simmim.model.weights_file import find_weights, read_weights, unwrap
+from simmim.weights import convnet_layouts, layouts, official
+
+# Of the architecture, what shapes do not tell.
+_UNSHAPED = ("num_heads", "qk_scale", "norm_eps", "window_size", "pretrained_window_sizes")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds, under our names, before a model is built from it.
+
+    Attributes:
+        source: where it comes from, for messages.
+        layout: whose names it has: "simmim", "official", "timm", "hf" or "mmpretrain".
+        kind: of the model: a method's name, "classifier" with a class head, else "encoder".
+        state: name → tensor; `encoder.…`, `decoder.…`, `fc_norm.…`, `head.…`.
+        spec: the encoder's architecture.
+        metadata: mean, std, mask, classes and the like, as far as the file tells.
+    """
+
+    source: str
+    layout: str
+    kind: str
+    state: dict[str, Tensor]
+    spec: Spec
+    metadata: dict[str, Any]
+
+
+def read_model(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+    *,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
+    window_size: int | None = None,
+    layout: str | None = None,
+) -> Weights:
+    """A checkpoint's weights under our names, and its architecture.
+
+    Args:
+        path_or_state_dict: as for `load_model`.
+        image_size: as for `load_model`.
+        num_heads: as for `load_model`.
+        qk_scale: as for `load_model`.
+        window_size: as for `load_model`.
+        layout: whose names it has, one of `simmim.weights.layouts.LAYOUTS`; None tells by the
+            names.
+
+    Returns:
+        Weights whose names and shapes are those of the architecture.
+
+    Raises:
+        ValueError: the file is unreadable, unsafe, of an unknown layout, incomplete, holds values
+            that are not finite, or does not fit `image_size`; names it.
+    """
+    metadata: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if isinstance(path_or_state_dict, Mapping):
+        source, state = "state dict", unwrap(path_or_state_dict)
+    else:
+        source = str(path_or_state_dict)
+        state, metadata = read_weights(path_or_state_dict)
+        config = layouts.read_config(find_weights(Path(path_or_state_dict)))
+    size = None if image_size is None else image_size_pair(image_size)
+    try:
+        _check_values(state)
+        told = metadata.get("encoder", {})
+        found = layouts.to_ours(state, config, layout, is_ours=bool(told))
+        if told:
+            spec = spec_from_dict(told)
+        if not told or size not in (None, spec.image_size):
+            hints = {key: told[key] for key in _UNSHAPED if told.get(key) is not None}
+            hints |= found.hints
+            given = {"num_heads": num_heads, "qk_scale": qk_scale, "window_size": window_size}
+            hints |= {key: value for key, value in given.items() if value is not None}
+            if window_size is not None:
+                hints.pop("windows", None)
+            told_size = hints.pop("image_size", None)
+            if size is None and told_size is not None:
+                size = image_size_pair(told_size)
+            if told and isinstance(spec, ConvNetSpec) and size is not None:
+                spec = replace(spec, image_size=size)  # on which no shape depends
+            elif told and found.layout == "simmim" and not official.matches(found.state):
+                spec = replace(spec, image_size=size or spec.image_size)
+            elif convnet_layouts.is_ours(found.state):
+                spec = convnet_layouts.infer_spec(found.state, size)
+            else:
+                spec = official.infer_spec(found.state, size, **hints)
+        kind = metadata.get("kind")
+        if kind not in methods():  # who else wrote the file, or a kind that names tell
+            kind = official.kind_of(found.state)
+        name = "simmim" if metadata and official.matches(state) else found.layout
+        weights = Weights(source, name, kind, found.state, spec, found.metadata | metadata)
+        _check_fits(weights)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # damaged or hostile files contradict themselves in nearly any way
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise ValueError(f"{source}: incomplete or inconsistent ({reason})") from None
+    return weights
+
+
+def load_model(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+    *,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
+    window_size: int | None = None,
+    norm_target: int | None = None,
+) -> ImageModel:
+    """The model of a checkpoint, in evaluation mode on the CPU.
+
+    Layouts are told by their names: ours, microsoft/SimMIM, timm (Swin, BEiT), Hugging Face (Swin,
+    ViT, BEiT; a folder with config.json) and mmpretrain. The architecture comes from the file
+    itself: from its metadata or configuration, else from names and shapes.
+
+    Args:
+        path_or_state_dict: a weights file, a checkpoint folder, run folder, or folder of
+            `save_pretrained`; or a state dict.
+        image_size: side, or (height, width), in pixels; None takes what the checkpoint tells (the
+            square on which the last stage is one window, where it tells nothing).
+        num_heads: heads of a ViT that has no position table; shapes cannot tell.
+        qk_scale: factor of q·k; shapes cannot tell; None is 1/√(head width).
+        window_size: of a SwinV2 in tokens, where neither buffers nor a configuration tell.
+        norm_target: window of the target normalisation, which only the loss uses.
+
+    Returns:
+        A `SimMIM` (`encode`, `reconstruct`, and the loss when called), a `Classifier` (`encode`,
+        and logits when called) where there is a class head, or the model of another method.
+
+    Raises:
+        ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
+            finite, has neither decoder nor head, or does not fit `image_size`; names it.
+    """
+    weights = read_model(
+        path_or_state_dict,
+        image_size,
+        num_heads=num_heads,
+        qk_scale=qk_scale,
+        window_size=window_size,
+    )
+    return model_of(weights, norm_target)
+
+
+def load_encoder(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
+    *,
+    num_heads: int | None = None,
+    qk_scale: float | None = None,
+    window_size: int | None = None,
+) -> ImageModel:
+    """The encoder alone of any checkpoint that `read_model` reads, in evaluation mode on the CPU.
+
+    Raises:
+        ValueError: see `load_model`; a missing decoder or head is no reason.
+    """
+    return encoder_of(
+        read_model(
+            path_or_state_dict,
+            image_size,
+            num_heads=num_heads,
+            qk_scale=qk_scale,
+            window_size=window_size,
+        )
+    )
+
+
+def encoder_of(weights: Weights) -> ImageModel:
+    """The encoder alone of weights that were read, in evaluation mode; see `load_encoder`."""
+    return _filled(replace(weights, kind="encoder"), None)
+
+
+def model_of(weights: Weights, norm_target: int | None = None) -> ImageModel:
+    """The model of weights that were read, in evaluation mode; see `load_model`."""
+    if weights.kind == "encoder":
+        raise ValueError(
+            f"{weights.source}: an encoder without decoder or class head; "
+            "simmim.weights.load.load_encoder reads it, `simmim finetune` starts from it"
+        )
+    return _filled(weights, norm_target)
+
+
+def _filled(weights: Weights, norm_target: int | None) -> ImageModel:
+    try:
+        model = _fresh(weights, norm_target)
+        _load_state(model, _parts(weights))
+    except ValueError as error:
+        raise ValueError(f"{weights.source}: {error}") from None
+    return model.eval()
+
+
+def _fresh(weights: Weights, norm_target: int | None) -> ImageModel:
+    """The model that the weights belong to, freshly initialised."""
+    told, encoder = weights.metadata, build_encoder(weights.spec)
+    statistics = {"mean": told.get("mean"), "std": told.get("std")}
+    if weights.kind == "simmim":
+        norm_target = norm_target or told.get("norm_target")
+        return SimMIM(encoder, norm_target=norm_target, **statistics)
+    if weights.kind == "classifier":
+        classes = _class_names(told.get("classes"), len(weights.state["head.weight"]))
+        return Classifier(encoder, classes, **statistics, margin=told.get("margin"))
+    if f"{official.PREFIX}mask_token" not in weights.state:
+        encoder.mask_token = None
+    if weights.kind == "encoder":
+        return ImageModel(encoder, **statistics)
+    settings = {str(name): value for name, value in dict(told.get("settings", {})).items()}
+    return methods()[weights.kind].Model(encoder, **statistics, **settings)
+
+
+def _parts(weights: Weights) -> dict[str, Tensor]:
+    """The weights that a model of this kind has."""
+    if weights.kind != "encoder":
+        return weights.state
+    return {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}
+
+
+def _check_fits(weights: Weights) -> None:
+    """Compare names and shapes with the model's, before memory is taken for it.
+
+    Raises:
+        ValueError: some are missing, unknown or of another shape.
+    """
+    spec = weights.spec
+    depth = spec.depth if isinstance(spec, ViTSpec) else sum(getattr(spec, "depths", ()))
+    if depth > len(weights.state):
+        raise ValueError(f"{depth} blocks are told of, more than there are weights")
+    with torch.device("meta"):
+        _check_names(_fresh(weights, None), _parts(weights))
+
+
+def _class_names(names: Any, count: int) -> list[str]:
+    if names is None:
+        return [str(number) for number in range(count)]
+    if len(names) != count:
+        raise ValueError(f"{len(names)} class names for a head of {count} classes")
+    return [str(name) for name in names]
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if name.endswith(convnet_layouts.COUNTERS):
+            convnet_layouts.check_counter(name, tensor)
+            continue
+        if name.endswith(official.BUFFERS) or tensor.is_meta:
+            continue
+        if not tensor.is_floating_point():
+            if name.startswith(official.PREFIX) or name.endswith((".weight", ".bias")):
+                raise ValueError(f"{name} holds {tensor.dtype} values, weights are floating point")
+        elif not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} holds values that are not finite: the run that made it broke down; take "
+                "an earlier checkpoint"
+            )
+
+
+def image_size_pair(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from a side or a pair.
+
+    Raises:
+        ValueError: anything else.
+    """
+    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ValueError(f"image_size is a side or (height, width) in pixels, not {image_size}")
+    return pair
+
+
+def _load_state(model: ImageModel, state: dict[str, Tensor]) -> None:
+    _check_names(model, state)
+    model.load_state_dict(state)
+
+
+def _check_names(model: ImageModel, state: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    for what, names in (
+        ("missing", sorted(own.keys() - state.keys())),
+        ("unknown", sorted(state.keys() - own.keys())),
+        ("of another shape", sorted(wrong)),
+    ):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise ValueError(f"weights {what}: {', '.join(names[:4])}{more}")
