@@ -35,7 +35,7 @@ FIXTURES: dict[str, dict[str, Any]] = {
 }
 MODELS = ["simsiam-features", "simsiam-tinyconv"]
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,7 +12,7 @@ from simmim.model.classifier import Classifier
 from simmim.training.optim import finetune_groups
 from simmim.training.schedule import Schedule
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = [
     case
     for cases in json.loads((GOLDEN / "param-groups.json").read_text()).values()

@@ -21,7 +21,7 @@ from simmim.model.weights_file import read_weights, weights_metadata
 from simmim.weights.load import load_encoder, model_of, read_model
 from simmim.weights.official import BUFFERS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
