@@ -3,9 +3,9 @@
     with emulate("sm_90", seed=3) as counters:
         triton_kernel.forward(tensor, ...)   # kernel[grid](...) is compiled, then emulated
 
-Each launch goes through Triton's own launch path (`simmim_kernels.ahead_of_time`), and the PTX that
-comes out reads and writes the tensors' own memory. Label of what this proves: "emulated", by our
-own reading of the PTX ISA, not by hardware.
+Each launch goes through Triton's own launch path (`simmim_kernels.report.ahead_of_time`), and the
+PTX that comes out reads and writes the tensors' own memory. Label of what this proves: "emulated",
+by our own reading of the PTX ISA, not by hardware.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gpu_sim.ptx_emulator import Counters, Program, run
-from simmim_kernels.ahead_of_time import Launch, capture
+from simmim_kernels.report.ahead_of_time import Launch, capture
 
 
 @cache
