@@ -19,6 +19,24 @@ from gpu_sim.ptx_emulator import Counters, Program, run
 from simmim_kernels.report.ahead_of_time import Launch, capture
 
 
+def execute(launch: Launch, program: Program, seed: int | None) -> Counters:
+    """Runs a program with the grid, the arguments and the tensors of a launch.
+
+    Args:
+        program: what the launch compiled to, or a mutation of that.
+        seed: of the random warp scheduler; None runs the warps in order.
+    """
+    memories = {t.untyped_storage().data_ptr(): _memory(t) for t in launch.tensors}
+    return run(
+        program,
+        launch.grid,
+        launch.arguments,
+        [memory for memory in memories.values() if memory.size],
+        shared_bytes=launch.shared_bytes,
+        seed=seed,
+    )
+
+
 @cache
 def _program(ptx: str) -> Program:
     return Program.parse(ptx)
@@ -43,21 +61,11 @@ def emulate(
     """
     done: list[tuple[Launch, Counters]] = []
 
-    def execute(launch: Launch) -> None:
+    def emulate_launch(launch: Launch) -> None:
         ptx = launch.compiled.asm["ptx"]
         if mutate is not None:
             ptx = mutate(launch, ptx)
-        memories = {t.untyped_storage().data_ptr(): _memory(t) for t in launch.tensors}
-        buffers = [m for m in memories.values() if m.size]
-        counters = run(
-            _program(ptx),
-            launch.grid,
-            launch.arguments,
-            buffers,
-            shared_bytes=launch.shared_bytes,
-            seed=seed,
-        )
-        done.append((launch, counters))
+        done.append((launch, execute(launch, _program(ptx), seed)))
 
-    with capture(target, on_launch=execute):
+    with capture(target, on_launch=emulate_launch):
         yield done
