@@ -3,6 +3,9 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,114 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "engine").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+Floors = Sequence[tuple[str, tuple[str, ...]]]
+"""Floors, bottom first: a name, and the modules that stand there, each with all that is below it.
+A `*` is any one name. Where several match a module, the longest decides, then the one without `*`.
+"""
+
+# An op's folder spans several floors: its files have the same names in every folder.
+FLOORS_OF_KERNELS: Floors = (
+    (
+        "what this machine has, and random numbers",
+        ("simmim_kernels.native", "simmim_kernels.splitmix", "simmim_kernels.triton_backend"),
+    ),
+    (
+        "how an op finds its backend and its dtypes",
+        ("simmim_kernels.dispatch", "simmim_kernels.dtypes"),
+    ),
+    ("definitions of the ops in plain PyTorch", ("simmim_kernels.*.reference",)),
+    (
+        "what the kernels of several ops share",
+        ("simmim_kernels.*.signs", "simmim_kernels.*.triton_rows"),
+    ),
+    (
+        "kernels, one file for each backend",
+        (
+            "simmim_kernels.*.native_kernel",
+            "simmim_kernels.*.triton_kernel",
+            "simmim_kernels.*.xformers_kernel",
+        ),
+    ),
+    ("public functions of the ops", ("simmim_kernels.*",)),
+    ("the package", ("simmim_kernels",)),
+    ("what the kernels compile to, which no user of the ops needs", ("simmim_kernels.report",)),
+)
+
+
+def import_statements(source: str, module: str) -> Iterator[tuple[str, str]]:
+    """(module, name in it or "") of all that a source text imports, in functions and under
+    TYPE_CHECKING too.
+    """
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, f"{module}: relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for module, name in import_statements(path.read_text(encoding="utf-8"), str(path)):
+        names |= {module, f"{module}.{name}"} if name else {module}
+    return names
+
+
+def sources_of(root: str) -> dict[str, str]:
+    """Source text of every module under a source root, by the module's name."""
+    sources = {}
+    for path in sorted((ROOT / root).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / root).with_suffix("").parts)
+        sources[name.removesuffix(".__init__")] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """The modules among `sources` that each of them imports."""
+    graph: dict[str, set[str]] = {module: set() for module in sources}
+    for importer, source in sources.items():
+        for module, name in import_statements(source, importer):
+            submodule = f"{module}.{name}"
+            graph[importer].add(submodule if submodule in sources else module)
+        graph[importer] &= sources.keys() - {importer}
+    return graph
+
+
+def floor_of(floors: Floors, module: str) -> int:
+    """Index of the floor where a module stands."""
+    names = module.split(".")
+    matching = [
+        (pattern.count("."), -pattern.count("*"), index)
+        for index, (_, patterns) in enumerate(floors)
+        for pattern in patterns
+        if all(map(fnmatchcase, names, pattern.split("."))) and len(names) > pattern.count(".")
+    ]
+    assert matching, f"{module} stands on no floor: say in tests/test_layout.py where it belongs"
+    return max(matching)[-1]
+
+
+def arrows_upwards(floors: Floors, sources: Mapping[str, str]) -> list[str]:
+    """Imports of a higher floor by a lower one.
+
+    Args:
+        floors: bottom first.
+        sources: the source text of each module by its name; others' imports are not looked at.
+    """
+    return [
+        f"{importer} ({floors[below][0]}) imports {module} ({floors[above][0]})"
+        for importer, modules in import_graph(sources).items()
+        for module in sorted(modules)
+        if (below := floor_of(floors, importer)) < (above := floor_of(floors, module))
+    ]
+
+
+def import_circle(sources: Mapping[str, str]) -> list[str]:
+    """A chain of modules each of which imports the next, back to the first; empty without one."""
+    try:
+        TopologicalSorter(import_graph(sources)).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
 
 
 def under(folder: str) -> list[Path]:
@@ -42,6 +143,54 @@ def test_kernels_know_nothing_of_the_engine() -> None:
     for path in under("kernels"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert roots <= allowed | standard, f"{path}: {roots - allowed - standard}"
+
+
+def test_kernels_import_lower_floors_only() -> None:
+    sources = sources_of("kernels")
+    assert arrows_upwards(FLOORS_OF_KERNELS, sources) == []
+    assert import_circle(sources) == []
+    inhabited = {floor_of(FLOORS_OF_KERNELS, module) for module in sources}
+    assert inhabited == set(range(len(FLOORS_OF_KERNELS)))
+
+
+@pytest.mark.parametrize(
+    ("module", "planted", "above"),
+    [
+        ("simmim_kernels.dispatch", "from simmim_kernels import merge_patches", "merge_patches"),
+        (
+            "simmim_kernels.merge_patches.reference",
+            "def late():\n    from simmim_kernels.merge_patches.triton_kernel import forward",
+            "merge_patches.triton_kernel",
+        ),
+        (
+            "simmim_kernels.merge_patches.triton_kernel",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import simmim_kernels",
+            "",
+        ),
+        (
+            "simmim_kernels.merge_patches",
+            "from simmim_kernels.report import cases",
+            "report.cases",
+        ),
+    ],
+)
+def test_an_import_of_a_higher_floor_is_noticed(module: str, planted: str, above: str) -> None:
+    sources = sources_of("kernels")
+    sources[module] += f"\n{planted}\n"
+    (arrow,) = arrows_upwards(FLOORS_OF_KERNELS, sources)
+    assert arrow.startswith(f"{module} (")
+    assert f" imports simmim_kernels{above and '.'}{above} (" in arrow
+
+
+def test_a_circle_on_one_floor_is_noticed() -> None:
+    sources = {"a.b": "from a import c", "a.c": "def f():\n    from a.b import f", "a.d": ""}
+    assert arrows_upwards([("only", ("a",))], sources) == []
+    assert set(import_circle(sources)) == {"a.b", "a.c"}
+
+
+def test_a_module_without_a_floor_is_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"a\.c stands on no floor"):
+        arrows_upwards([("only", ("a.b",))], {"a.b.d": "import a.c", "a.c": ""})
 
 
 def test_data_flows_one_way() -> None:

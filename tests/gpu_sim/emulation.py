@@ -3,9 +3,9 @@
     with emulate("sm_90", seed=3) as counters:
         triton_kernel.forward(tensor, ...)   # kernel[grid](...) is compiled, then emulated
 
-Each launch goes through Triton's own launch path (`simmim_kernels.ahead_of_time`), and the PTX that
-comes out reads and writes the tensors' own memory. Label of what this proves: "emulated", by our
-own reading of the PTX ISA, not by hardware.
+Each launch goes through Triton's own launch path (`simmim_kernels.report.ahead_of_time`), and the
+PTX that comes out reads and writes the tensors' own memory. Label of what this proves: "emulated",
+by our own reading of the PTX ISA, not by hardware.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,25 @@ import numpy as np
 import torch
 
 from gpu_sim.ptx_emulator import Counters, Program, run
-from simmim_kernels.ahead_of_time import Launch, capture
+from simmim_kernels.report.ahead_of_time import Launch, capture
+
+
+def execute(launch: Launch, program: Program, seed: int | None) -> Counters:
+    """Runs a program with the grid, the arguments and the tensors of a launch.
+
+    Args:
+        program: what the launch compiled to, or a mutation of that.
+        seed: of the random warp scheduler; None runs the warps in order.
+    """
+    memories = {t.untyped_storage().data_ptr(): _memory(t) for t in launch.tensors}
+    return run(
+        program,
+        launch.grid,
+        launch.arguments,
+        [memory for memory in memories.values() if memory.size],
+        shared_bytes=launch.shared_bytes,
+        seed=seed,
+    )
 
 
 @cache
@@ -43,21 +61,11 @@ def emulate(
     """
     done: list[tuple[Launch, Counters]] = []
 
-    def execute(launch: Launch) -> None:
+    def emulate_launch(launch: Launch) -> None:
         ptx = launch.compiled.asm["ptx"]
         if mutate is not None:
             ptx = mutate(launch, ptx)
-        memories = {t.untyped_storage().data_ptr(): _memory(t) for t in launch.tensors}
-        buffers = [m for m in memories.values() if m.size]
-        counters = run(
-            _program(ptx),
-            launch.grid,
-            launch.arguments,
-            buffers,
-            shared_bytes=launch.shared_bytes,
-            seed=seed,
-        )
-        done.append((launch, counters))
+        done.append((launch, execute(launch, _program(ptx), seed)))
 
-    with capture(target, on_launch=execute):
+    with capture(target, on_launch=emulate_launch):
         yield done

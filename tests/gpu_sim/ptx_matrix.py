@@ -152,16 +152,27 @@ def _transposed_halves(words: Array, count: int) -> Array:
     return np.ascontiguousarray(halves).view(np.uint32).reshape(count, 32)
 
 
+def _row_locator(
+    statement: Statement, operand: Operand, count: int
+) -> Callable[[Warp, Mask], Array]:
+    """Finds the words in shared memory of every row of `count` matrices: [8 * count, 4]."""
+    address_of_lanes = address_reader(statement, operand)
+
+    def locate(warp: Warp, mask: Mask) -> Array:
+        require_whole_warp(statement, warp, mask)
+        addresses = address_of_lanes(warp)[: 8 * count]
+        return warp.cta.shared.index(addresses, 4, 4, statement, warp)
+
+    return locate
+
+
 @opcode("ldmatrix")
 def _decode_load_matrix(statement: Statement) -> Execute:
     count, transposed, registers = _matrix_count(statement, statement.operands[0])
-    locate = address_reader(statement, statement.operands[1])
+    locate = _row_locator(statement, statement.operands[1], count)
 
     def execute(warp: Warp, mask: Mask) -> None:
-        require_whole_warp(statement, warp, mask)
-        shared = warp.cta.shared
-        index = shared.index(locate(warp)[: 8 * count], 4, 4, statement, warp)
-        words = shared.words[4][index]
+        words = warp.cta.shared.words[4][locate(warp, mask)]
         warp.file(32)[registers] = (
             _transposed_halves(words, count) if transposed else words.reshape(count, 32)
         )
@@ -172,16 +183,14 @@ def _decode_load_matrix(statement: Statement) -> Execute:
 @opcode("stmatrix")
 def _decode_store_matrix(statement: Statement) -> Execute:
     count, transposed, registers = _matrix_count(statement, statement.operands[1])
-    locate = address_reader(statement, statement.operands[0])
+    locate = _row_locator(statement, statement.operands[0], count)
 
     def execute(warp: Warp, mask: Mask) -> None:
-        require_whole_warp(statement, warp, mask)
-        shared = warp.cta.shared
-        index = shared.index(locate(warp)[: 8 * count], 4, 4, statement, warp)
+        rows = locate(warp, mask)
         words = warp.file(32)[registers]
         if transposed:
             words = _transposed_halves(words, count)
-        shared.words[4][index] = words.reshape(8 * count, 4)
+        warp.cta.shared.words[4][rows] = words.reshape(8 * count, 4)
 
     return execute
 

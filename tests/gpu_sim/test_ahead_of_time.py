@@ -21,20 +21,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from gpu_sim.interpreter import interpret
-from simmim_kernels.ahead_of_time import TARGETS, Launch, capture
-from simmim_kernels.machine_code import read_amdgcn, read_sass
-from simmim_kernels.report import (
-    CARDS,
-    amd_resources,
-    as_json,
-    case_figures,
-    compile_case,
-    differences,
-    kernel_figures,
-    main,
-    occupancy,
-)
-from simmim_kernels.report_cases import Case
+from simmim_kernels.report.ahead_of_time import TARGETS, Launch, capture
+from simmim_kernels.report.cards import CARDS, occupancy
+from simmim_kernels.report.cases import Case
+from simmim_kernels.report.command import main
+from simmim_kernels.report.figures import amd_resources, case_figures, compile_case, kernel_figures
+from simmim_kernels.report.golden import differences
+from simmim_kernels.report.machine_code import read_amdgcn, read_sass
+from simmim_kernels.report.printing import as_json
 
 BFLOAT16 = torch.bfloat16
 

@@ -10,7 +10,6 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gpu_sim.emulation import emulate
-from simmim_kernels.ahead_of_time import Launch
 from simmim_kernels.linear_masked_l1_loss import reference as linear_reference
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import reference as loss_reference
@@ -19,6 +18,7 @@ from simmim_kernels.merge_patches import reference as merge_reference
 from simmim_kernels.merge_patches import triton_kernel as merge
 from simmim_kernels.random_patch_mask import reference as mask_reference
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
+from simmim_kernels.report.ahead_of_time import Launch
 from simmim_kernels.substitute_mask_tokens import reference as substitute_reference
 from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
 from simmim_kernels.transformer_block import reference as block_reference

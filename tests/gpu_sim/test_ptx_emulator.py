@@ -8,8 +8,8 @@ import itertools
 import math
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -20,10 +20,15 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_sim.ptx_emulator import Counters, Program, run
+pytest.importorskip("triton")
 
-triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
+import triton
+import triton.language as tl
+
+from gpu_sim.emulation import execute
+from gpu_sim.ptx_emulator import Counters, Program, run
+from pairwise import pairwise
+from simmim_kernels.report.ahead_of_time import Launch, capture
 
 Array = np.ndarray
 SEEDS = range(8)
@@ -1318,69 +1323,12 @@ def test_matrix_loads_and_stores(count: int, transposed: bool) -> None:
 # --- kernels that Triton compiled
 
 
-class OfflineDriver:
-    """Enough of a Triton driver to compile for a GPU that is not there."""
-
-    def __init__(self, capability: int) -> None:
-        self._target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return int(self._target.arch)  # Triton caches compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-@contextmanager
-def offline(capability: int) -> Iterator[None]:
-    """Triton's active driver is global: whatever it was comes back afterwards."""
-    config = triton.runtime.driver
-    before = config._active
-    config._active = OfflineDriver(capability)
-    try:
-        yield
-    finally:
-        config._active = before
-
-
-Compiled = tuple[str, int, list[bool]]
-
-
 def compile_kernel(
-    kernel: Any, arguments: Sequence[Any], capability: int, **options: Any
-) -> Compiled:
-    """The PTX, the shared memory, and which arguments are parameters of the PTX."""
-    with offline(capability):
-        compiled = kernel.warmup(*arguments, grid=(1,), **options)
-    kinds = compiled.src.signature
-    is_parameter = [kinds[n] != "constexpr" for n, _ in zip(kernel.arg_names, arguments)]
-    return compiled.asm["ptx"], compiled.metadata.shared, is_parameter
-
-
-def launch(
-    program: Program,
-    compiled: Compiled,
-    grid: tuple[int, ...],
-    arguments: Sequence[Any],
-    seed: int | None,
-) -> Counters:
-    _, shared_bytes, is_parameter = compiled
-    given = [a for a, used in zip(arguments, is_parameter) if used]
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    return run(
-        program,
-        grid,
-        [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given],
-        [t.reshape(-1).view(torch.uint8).numpy() for t in tensors],
-        shared_bytes=shared_bytes,
-        seed=seed,
-    )
+    kernel: Any, arguments: Sequence[Any], capability: int, programs: int = 1, **options: Any
+) -> Launch:
+    with capture(f"sm_{capability}") as launches:
+        kernel[(programs,)](*arguments, **options)
+    return launches[0]
 
 
 @triton.jit
@@ -1427,76 +1375,88 @@ def matmul_kernel(
     tl.store(p_c + i_row[:, None] * N + i_column[None, :], b_c)
 
 
-# A case: the kernel's name, how it was compiled, and a function that runs it and tells the error.
-Case = tuple[Compiled, Callable[[Program, int | None], float]]
+@dataclass(frozen=True)
+class CompiledCase:
+    """A compiled kernel on tensors of its own.
+
+    `error` runs a program (the kernel's own, or a mutation) under a seed of the scheduler, and
+    returns the largest error of its results.
+    """
+
+    launch: Launch
+    error: Callable[[Program, int | None], float]
+
+    @property
+    def ptx(self) -> str:
+        return self.launch.compiled.asm["ptx"]
 
 
 @cache
-def add_case(capability: int, num_warps: int, dtype: torch.dtype) -> Case:
+def add_case(capability: int, num_warps: int, dtype: torch.dtype) -> CompiledCase:
     torch.manual_seed(0)
     x, y = (torch.randn(250).to(dtype) for _ in range(2))
     arguments = [x, y, torch.empty_like(x), 250]
-    compiled = compile_kernel(add_kernel, arguments, capability, num_warps=num_warps, BLOCK=128)
+    launch = compile_kernel(add_kernel, arguments, capability, 2, num_warps=num_warps, BLOCK=128)
 
     def error(program: Program, seed: int | None) -> float:
         arguments[2].fill_(torch.nan)
-        counters = launch(program, compiled, (2,), arguments, seed)
+        counters = execute(launch, program, seed)
         assert counters.global_load_bytes == 2 * 250 * x.element_size()
         return float((arguments[2] - (x + y)).abs().max())
 
-    return compiled, error
+    return CompiledCase(launch, error)
 
 
 @cache
-def sum_case(capability: int, num_warps: int, dtype: torch.dtype) -> Case:
+def sum_case(capability: int, num_warps: int, dtype: torch.dtype) -> CompiledCase:
     torch.manual_seed(0)
     x = torch.randn(8, 128).to(dtype)
     arguments = [x, torch.empty(8), torch.empty(1)]
-    compiled = compile_kernel(
+    launch = compile_kernel(
         sum_kernel, arguments, capability, num_warps=num_warps, ROWS=8, COLUMNS=128
     )
 
     def error(program: Program, seed: int | None) -> float:
         arguments[1].fill_(torch.nan)
         arguments[2].zero_()
-        launch(program, compiled, (1,), arguments, seed)
+        execute(launch, program, seed)
         rows = (arguments[1] - x.float().sum(1)).abs().max()
         return float(torch.maximum(rows, (arguments[2] - x.float().sum()).abs()))
 
-    return compiled, error
+    return CompiledCase(launch, error)
 
 
 @cache
-def sort_case(capability: int, num_warps: int, descending: bool) -> Case:
+def sort_case(capability: int, num_warps: int, descending: bool) -> CompiledCase:
     torch.manual_seed(0)
     x = torch.randint(-(2**63), 2**63 - 1, (128,))
     x[:4] = torch.tensor([-(2**63), 2**63 - 1, 0, 0])
     arguments = [x, torch.empty_like(x)]
-    compiled = compile_kernel(
+    launch = compile_kernel(
         sort_kernel, arguments, capability, num_warps=num_warps, N=128, descending=descending
     )
 
     def error(program: Program, seed: int | None) -> float:
         arguments[1].fill_(-1)
-        launch(program, compiled, (1,), arguments, seed)
+        execute(launch, program, seed)
         return float((arguments[1] != x.sort(descending=descending)[0]).sum())
 
-    return compiled, error
+    return CompiledCase(launch, error)
 
 
 @cache
-def cumsum_case(capability: int, num_warps: int, dtype: torch.dtype) -> Case:
+def cumsum_case(capability: int, num_warps: int, dtype: torch.dtype) -> CompiledCase:
     torch.manual_seed(0)
     x = torch.randint(-1000, 1000, (512,)).to(dtype)
     arguments = [x, torch.empty_like(x)]
-    compiled = compile_kernel(cumsum_kernel, arguments, capability, num_warps=num_warps, N=512)
+    launch = compile_kernel(cumsum_kernel, arguments, capability, num_warps=num_warps, N=512)
 
     def error(program: Program, seed: int | None) -> float:
         arguments[1].fill_(-1)
-        launch(program, compiled, (1,), arguments, seed)
+        execute(launch, program, seed)
         return float((arguments[1] - x.cumsum(0)).abs().max())
 
-    return compiled, error
+    return CompiledCase(launch, error)
 
 
 @cache
@@ -1510,7 +1470,7 @@ def matmul_case(
     block: int = 32,
     a_by_columns: bool = False,
     b_by_columns: bool = False,
-) -> Case:
+) -> CompiledCase:
     """A product over four blocks in K, pipelined in three stages; the error beyond rounding."""
     torch.manual_seed(0)
     K = 4 * block
@@ -1526,7 +1486,7 @@ def matmul_case(
         *a.stride(),
         *b.stride(),
     ]
-    compiled = compile_kernel(
+    launch = compile_kernel(
         matmul_kernel,
         arguments,
         capability,
@@ -1547,67 +1507,73 @@ def matmul_case(
 
     def error(program: Program, seed: int | None) -> float:
         c.fill_(torch.nan)
-        launch(program, compiled, (1,), arguments, seed)
+        execute(launch, program, seed)
         return float((c - exact).abs().max()) / math.sqrt(K)
 
-    return compiled, error
+    return CompiledCase(launch, error)
 
 
 def assert_right(
-    case: Case, tolerance: float, seeds: Sequence[int | None] = (*SEEDS, None)
+    case: CompiledCase, tolerance: float, seeds: Sequence[int | None] = (*SEEDS, None)
 ) -> None:
-    compiled, error = case
-    program = Program.parse(compiled[0])
+    program = Program.parse(case.ptx)
     for seed in seeds if program.num_threads > 32 else (0,):
-        assert error(program, seed) <= tolerance, f"seed {seed}"
+        assert case.error(program, seed) <= tolerance, f"seed {seed}"
 
 
-TARGETS = pytest.mark.parametrize(
-    ("capability", "num_warps"), [(c, w) for c in (80, 90) for w in (1, 2, 4)]
+CAPABILITIES, NUM_WARPS = [80, 90], [1, 2, 4]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "dtype"), pairwise(CAPABILITIES, NUM_WARPS, DTYPES), ids=str
 )
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-@TARGETS
-@DTYPES
 def test_vector_add(capability: int, num_warps: int, dtype: torch.dtype) -> None:
     assert_right(add_case(capability, num_warps, dtype), 0)
 
 
-@TARGETS
-@DTYPES
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "dtype"), pairwise(CAPABILITIES, NUM_WARPS, DTYPES), ids=str
+)
 def test_block_reduction(capability: int, num_warps: int, dtype: torch.dtype) -> None:
     assert_right(sum_case(capability, num_warps, dtype), 1e-4)
 
 
-@TARGETS
-@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "descending"), pairwise(CAPABILITIES, NUM_WARPS, [False, True])
+)
 def test_sort(capability: int, num_warps: int, descending: bool) -> None:
     assert_right(
         sort_case(capability, num_warps, descending), 0, (0, None) if descending else SEEDS
     )
 
 
-@TARGETS
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "dtype"),
+    pairwise(CAPABILITIES, NUM_WARPS, [torch.int64, torch.float32]),
+    ids=str,
+)
 def test_cumulative_sum(capability: int, num_warps: int, dtype: torch.dtype) -> None:
     assert_right(cumsum_case(capability, num_warps, dtype), 0)
 
 
-@TARGETS
-@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+@pytest.mark.parametrize(
+    ("capability", "num_warps", "kind"),
+    pairwise(CAPABILITIES, NUM_WARPS, ["bf16", "f16", "tf32"]),
+)
 def test_matmul(capability: int, num_warps: int, kind: str) -> None:
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}[kind]
     case = matmul_case(capability, num_warps, dtype)
-    assert f"mma.sync.aligned.m16n8k{8 if kind == 'tf32' else 16}" in case[0][0]
-    assert "cp.async.wait_group" in case[0][0]
+    assert f"mma.sync.aligned.m16n8k{8 if kind == 'tf32' else 16}" in case.ptx
+    assert "cp.async.wait_group" in case.ptx
     assert_right(case, 1e-6)
 
 
-@TARGETS
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("num_warps", NUM_WARPS)
 def test_matmul_in_ieee_precision(capability: int, num_warps: int) -> None:
     case = matmul_case(capability, num_warps, torch.float32, "ieee", M=16, N=16, block=16)
-    assert "mma" not in case[0][0]
+    assert "mma" not in case.ptx
     assert_right(case, 1e-6)
 
 
@@ -1637,7 +1603,7 @@ def test_wgmma(
     case = matmul_case(
         90, 4, dtype, M=64, N=N, block=block, a_by_columns=a_by_columns, b_by_columns=b_by_columns
     )
-    ptx = case[0][0]
+    ptx = case.ptx
     assert "wgmma.mma_async" in ptx
     swizzles = {int(d) >> 62 & 3 for d in re.findall(r"-?\b\d{19}\b", ptx)}
     assert {128: 1, 64: 2, 32: 3}[swizzle_bytes] in swizzles
@@ -1647,14 +1613,15 @@ def test_wgmma(
 # --- does it fail on wrong code?
 
 
-def is_caught(case: Case, mutated: str, tolerance: float, seeds: Sequence[int] = SEEDS) -> bool:
+def is_caught(
+    case: CompiledCase, mutated: str, tolerance: float, seeds: Sequence[int] = SEEDS
+) -> bool:
     """Whether some seed gives a wrong result or an error."""
-    compiled, error = case
-    assert mutated != compiled[0], "the mutation changed nothing"
+    assert mutated != case.ptx, "the mutation changed nothing"
     program = Program.parse(mutated)
     for seed in seeds:
         try:
-            if not error(program, seed) <= tolerance:
+            if not case.error(program, seed) <= tolerance:
                 return True
         except (MemoryError, RuntimeError):
             return True
@@ -1671,7 +1638,7 @@ COPY_WAIT = r"\n\s*cp\.async\.wait_group[^\n]*"
 MATRIX_WAIT = r"\n\s*wgmma\.wait_group[^\n]*"
 BF16 = torch.bfloat16
 
-MUTATED_CASES: dict[str, Callable[[], Case]] = {
+MUTATED_CASES: dict[str, Callable[[], CompiledCase]] = {
     "sum": lambda: sum_case(80, 4, torch.float32),
     "cumsum": lambda: cumsum_case(80, 4, torch.float32),
     "sort": lambda: sort_case(80, 2, False),
@@ -1694,21 +1661,21 @@ BARRIERS = [
 @pytest.mark.parametrize(("name", "occurrence"), BARRIERS)
 def test_dropped_barrier_is_caught(name: str, occurrence: int) -> None:
     case = MUTATED_CASES[name]()
-    assert is_caught(case, without(BARRIER, case[0][0], occurrence), 1e-4)
+    assert is_caught(case, without(BARRIER, case.ptx, occurrence), 1e-4)
 
 
 def test_dropped_load_mask_is_caught() -> None:
-    compiled, error = add_case(80, 4, torch.float32)
-    mutated = re.sub(r"@%p\d+ (?=ld\.global)", "", compiled[0])
+    case = add_case(80, 4, torch.float32)
+    mutated = re.sub(r"@%p\d+ (?=ld\.global)", "", case.ptx)
     with pytest.raises(MemoryError, match=r"out-of-bounds.*ld\.global.*CTA \(1, 0, 0\)"):
-        error(Program.parse(mutated), 0)
+        case.error(Program.parse(mutated), 0)
 
 
 def test_dropped_store_mask_is_caught() -> None:
-    compiled, error = add_case(90, 1, torch.float32)
-    mutated = re.sub(r"@%p\d+ (?=st\.global)", "", compiled[0])
+    case = add_case(90, 1, torch.float32)
+    mutated = re.sub(r"@%p\d+ (?=st\.global)", "", case.ptx)
     with pytest.raises(MemoryError, match=r"out-of-bounds.*st\.global"):
-        error(Program.parse(mutated), 0)
+        case.error(Program.parse(mutated), 0)
 
 
 SWAPS = {
@@ -1721,7 +1688,7 @@ SWAPS = {
 @pytest.mark.parametrize("operand", SWAPS)
 def test_swapped_mma_registers_are_caught(operand: str) -> None:
     case = MUTATED_CASES["matmul"]()
-    mutated = re.sub(SWAPS[operand], r"\1\4\3\2", case[0][0], count=1)
+    mutated = re.sub(SWAPS[operand], r"\1\4\3\2", case.ptx, count=1)
     assert is_caught(case, mutated, 1e-4, (0,))
 
 
@@ -1729,12 +1696,12 @@ def test_swapped_mma_registers_are_caught(operand: str) -> None:
 def test_dropped_transpose_is_caught(occurrence: int) -> None:
     case = MUTATED_CASES["matmul"]()
     pattern = r"(?<=ldmatrix\.sync\.aligned\.m8n8\.x4)\.trans"
-    assert is_caught(case, without(pattern, case[0][0], occurrence), 1e-4, (0,))
+    assert is_caught(case, without(pattern, case.ptx, occurrence), 1e-4, (0,))
 
 
 def test_shifted_matrix_load_is_caught() -> None:
     case = MUTATED_CASES["matmul"]()
-    mutated = re.sub(r"(ldmatrix[^\n]*\[%r\d+)\]", r"\1+16]", case[0][0], count=1)
+    mutated = re.sub(r"(ldmatrix[^\n]*\[%r\d+)\]", r"\1+16]", case.ptx, count=1)
     assert is_caught(case, mutated, 1e-4, (0,))
 
 
@@ -1743,35 +1710,35 @@ def test_shifted_matrix_load_is_caught() -> None:
 def test_dropped_copy_wait_is_caught(name: str, occurrences: str) -> None:
     # Triton waits twice for the same group in the loop: there one wait alone is redundant.
     case = MUTATED_CASES[name]()
-    mutated = re.sub(COPY_WAIT, "", case[0][0], count=1 if occurrences == "first" else 0)
+    mutated = re.sub(COPY_WAIT, "", case.ptx, count=1 if occurrences == "first" else 0)
     assert is_caught(case, mutated, 1e-4, (0,))
 
 
 @pytest.mark.parametrize("name", ["matmul", "wgmma"])
 def test_dropped_copy_commit_is_caught(name: str) -> None:
     case = MUTATED_CASES[name]()
-    assert is_caught(case, without(r"cp\.async\.commit_group;", case[0][0], 2), 1e-4, (0,))
+    assert is_caught(case, without(r"cp\.async\.commit_group;", case.ptx, 2), 1e-4, (0,))
 
 
 @pytest.mark.parametrize("occurrence", [0, 1])
 def test_dropped_wgmma_wait_is_caught(occurrence: int) -> None:
     case = MUTATED_CASES["wgmma"]()
-    assert is_caught(case, without(MATRIX_WAIT, case[0][0], occurrence), 1e-4, (0,))
+    assert is_caught(case, without(MATRIX_WAIT, case.ptx, occurrence), 1e-4, (0,))
 
 
 def test_wgmma_without_transpose_is_caught() -> None:
     case = MUTATED_CASES["wgmma"]()
-    mutated = re.sub(r"(wgmma\.mma_async[^\n]*), 1;", r"\1, 0;", case[0][0], count=1)
+    mutated = re.sub(r"(wgmma\.mma_async[^\n]*), 1;", r"\1, 0;", case.ptx, count=1)
     assert is_caught(case, mutated, 1e-4, (0,))
 
 
 @pytest.mark.parametrize("name", ["sum", "sort"])
 def test_wrong_shuffle_lane_is_caught(name: str) -> None:
     case = MUTATED_CASES[name]()
-    mutated = re.sub(r"(shfl\.sync\.bfly\.b32[^\n]*, )1, 31", r"\g<1>2, 31", case[0][0], count=1)
+    mutated = re.sub(r"(shfl\.sync\.bfly\.b32[^\n]*, )1, 31", r"\g<1>2, 31", case.ptx, count=1)
     assert is_caught(case, mutated, 1e-4, (0,))
 
 
 def test_store_that_never_happens_is_caught() -> None:
     case = MUTATED_CASES["cumsum"]()
-    assert is_caught(case, without(r"\n[^\n]*st\.shared[^\n]*", case[0][0], 0), 1e-4, (0,))
+    assert is_caught(case, without(r"\n[^\n]*st\.shared[^\n]*", case.ptx, 0), 1e-4, (0,))

@@ -18,20 +18,21 @@ from simmim_kernels import (
     masked_l1_loss_from_tokens,
     merge_patches,
     random_patch_mask,
-    report,
     substitute_mask_tokens,
 )
 from simmim_kernels.masked_l1_loss.triton_kernel import GROUPS_PER_PROGRAM
 from simmim_kernels.post_norm_block import post_norm_mlp
-from simmim_kernels.report_cases import (
-    Attention,
-    Block,
-    Merge,
+from simmim_kernels.report.ahead_of_time import TARGETS
+from simmim_kernels.report.cases import attention_case as case_of_attention
+from simmim_kernels.report.cases import (
     block_cases,
+    cases,
     merge_case,
     post_norm_case,
 )
-from simmim_kernels.report_cases import attention_case as case_of_attention
+from simmim_kernels.report.command import main
+from simmim_kernels.report.golden import largest_bytes_ratio
+from simmim_kernels.report.models import Attention, Block, Merge
 from simmim_kernels.substitute_mask_tokens.triton_kernel import ROWS_PER_PROGRAM
 from simmim_kernels.transformer_block import residual_attention, residual_mlp, triton_rows
 from simmim_kernels.window_attention import window_attention
@@ -48,9 +49,9 @@ def check_against_golden(
     models: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
-    targets: Sequence[str] = tuple(report.TARGETS),
+    targets: Sequence[str] = tuple(TARGETS),
 ) -> None:
-    chosen = [case for case in report.cases() if case.model in models]
+    chosen = [case for case in cases() if case.model in models]
     golden = dict(FIGURES)
     golden["cases"] = [
         c for c in FIGURES["cases"] if c["case"].split("/")[1] in models and c["target"] in targets
@@ -58,7 +59,7 @@ def check_against_golden(
     assert len(golden["cases"]) == len(chosen) * len(targets)
     (tmp_path / "golden.json").write_text(json.dumps(golden))
     arguments = ["--check", str(tmp_path / "golden.json"), "--target", *targets]
-    status = report.main(arguments, known=chosen)
+    status = main(arguments, known=chosen)
     assert status == 0, capsys.readouterr().err
 
 
@@ -74,7 +75,7 @@ def test_swin_base_compiles_to_the_golden_figures(
 def test_everything_compiles_to_the_golden_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    check_against_golden(sorted({case.model for case in report.cases()}), tmp_path, capsys)
+    check_against_golden(sorted({case.model for case in cases()}), tmp_path, capsys)
 
 
 def test_golden_figures_are_good() -> None:
@@ -84,7 +85,7 @@ def test_golden_figures_are_good() -> None:
     wide |= {"_merge_patches", "_merge_patches_backward"}
     seen = set()
     for case in FIGURES["cases"]:
-        assert case["bytes_ratio"] <= report.largest_bytes_ratio(case["case"]), case["case"]
+        assert case["bytes_ratio"] <= largest_bytes_ratio(case["case"]), case["case"]
         for launch in case["launches"]:
             where = (case["case"], case["target"], launch["kernel"])
             assert launch["spill_bytes"] == 0, where

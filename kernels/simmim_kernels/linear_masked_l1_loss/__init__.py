@@ -15,8 +15,9 @@ from simmim_kernels.dispatch import (
 )
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.linear_masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss import check_target, signs_shape
+from simmim_kernels.masked_l1_loss import check_target
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 
 __all__ = ["BACKENDS", "linear_masked_l1_loss"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from simmim_kernels import native
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
-from simmim_kernels.masked_l1_loss import signs_shape
 from simmim_kernels.masked_l1_loss.native_kernel import gradient_per_pixel, image_arguments
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 
 # Predictions that exist at one time: enough rows to keep the matrix product efficient.
 ROWS_AT_ONCE = 512

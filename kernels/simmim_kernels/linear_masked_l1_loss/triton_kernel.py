@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
-from simmim_kernels.masked_l1_loss import signs_shape
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 from simmim_kernels.masked_l1_loss.triton_kernel import finish, plain_target, sign_words, signs_of
 
 

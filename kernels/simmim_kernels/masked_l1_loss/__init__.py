@@ -14,6 +14,7 @@ from simmim_kernels.dispatch import (
     no_second_order,
 )
 from simmim_kernels.masked_l1_loss import reference
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 
 __all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
 
@@ -251,16 +252,6 @@ def _backward_kernel(
 ) -> Tensor:
     grad: Tensor = implementation("masked_l1_loss", backend).backward(step, signs, shape, dtype)
     return grad
-
-
-def signs_shape(prediction_shape: Sequence[int], channels: int, stride: int) -> list[int]:
-    """Shape of the sign words of a prediction: one row per run of pixels, 16 pixels a word.
-
-    The runs are an image's rows (stride 0), or the rows of a cell: [B, h, w, C·stride, words].
-    """
-    if stride == 0:
-        return [*prediction_shape[:-1], -(-prediction_shape[-1] // 16)]
-    return [*prediction_shape[:-1], channels * stride, -(-stride // 16)]
 
 
 def _forward_fake(

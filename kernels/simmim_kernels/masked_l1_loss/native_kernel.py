@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.masked_l1_loss import signs_shape
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 
 
 def forward(

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_kernels.masked_l1_loss import reference, signs_shape
+from simmim_kernels.masked_l1_loss import reference
+from simmim_kernels.masked_l1_loss.signs import signs_shape
 
 # Groups of a tile: 2048 pixels, 16 bytes of a uint8 image for each of 128 threads.
 GROUPS_PER_PROGRAM = 128

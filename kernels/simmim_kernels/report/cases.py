@@ -7,134 +7,56 @@ from dataclasses import dataclass
 
 import torch
 
-
-@dataclass(frozen=True)
-class Model:
-    """Shapes of a model whose ops are reported.
-
-    Attributes:
-        name: of the model, its image size and window.
-        batch: images per step on one GPU.
-        tokens: tokens of an image where they are masked.
-        width: channels of these tokens.
-        head_width: channels of the encoder's output, which the prediction head reads.
-        cells: side of the square grid of the encoder's output.
-        stride: pixels of the image along one cell.
-    """
-
-    name: str
-    batch: int
-    tokens: int
-    width: int
-    head_width: int
-    cells: int
-    stride: int
-
-
-MODELS = (
-    Model("swin_base_192_w6", 64, tokens=2304, width=128, head_width=1024, cells=6, stride=32),
-    Model("swin_large_192_w12", 64, tokens=2304, width=192, head_width=1536, cells=6, stride=32),
-    Model("vit_base_224", 64, tokens=196, width=768, head_width=768, cells=14, stride=16),
+from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
+from simmim_kernels.masked_l1_loss import triton_kernel as loss
+from simmim_kernels.merge_patches import triton_kernel as merge_kernel
+from simmim_kernels.post_norm_block import triton_rows as post_norm_rows
+from simmim_kernels.random_patch_mask import triton_kernel as random_mask
+from simmim_kernels.report.models import (
+    ATTENTIONS,
+    BLOCKS,
+    MERGES,
+    MODELS,
+    POST_NORM_BLOCKS,
+    Attention,
+    Block,
+    Merge,
+    Model,
 )
+from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
+from simmim_kernels.transformer_block import triton_rows as rows
+from simmim_kernels.window_attention import triton_kernel as attention_kernel
 
 
 @dataclass(frozen=True)
-class Block:
-    """A transformer block of a model, of which the passes between matrix products are reported.
+class Case:
+    """An op on tensors of one shape.
 
     Attributes:
-        model: its name, and the stage if it is not the first.
-        batch: images per step on one GPU.
-        tokens: tokens of an image.
-        width: channels.
-        hidden: channels inside the MLP.
-        scaled: with LayerScale and stochastic depth.
+        op: name of the op's folder.
+        model: whose shapes these are.
+        dtype: of the activations, without "torch.".
+        make: calls the op's launch functions, forward and backward, on CPU tensors of the real
+            shapes, made by `torch.empty`.
+        bytes_needed: the fewest bytes that any implementation moves: each input read once and each
+            output written once, without what need not be read or may stay in registers.
+        bytes_moved: what ours moves; a formula that the op's tests compare with the interpreter's
+            byte counts. None models it: every launch moves each tensor that it is given once.
     """
 
+    op: str
     model: str
-    batch: int
-    tokens: int
-    width: int
-    hidden: int
-    scaled: bool = False
+    dtype: str
+    make: Callable[[], object]
+    bytes_needed: int
+    bytes_moved: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.model}/{self.dtype}"
 
 
-BLOCKS = (
-    Block("swin_base_192_w6", 64, 2304, 128, 512),
-    Block("swin_base_192_w6_stage_3", 64, 144, 512, 2048),
-    Block("swin_large_192_w12", 64, 2304, 192, 768),
-    Block("vit_base_224", 64, 197, 768, 3072, scaled=True),
-)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention of one block of a model.
-
-    Attributes:
-        model: its name, and the stage if it is not the first.
-        batch: images per step on one GPU.
-        side: rows and columns of tokens.
-        num_heads: heads, each 32 or 64 wide.
-        head_width: channels of a head.
-        window: rows and columns of a window.
-        shift: of the windows.
-        biased: with a learned bias of positions.
-        cosine: by cosines of q and k.
-    """
-
-    model: str
-    batch: int
-    side: tuple[int, int]
-    num_heads: int
-    head_width: int
-    window: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
-    biased: bool = True
-    cosine: bool = False
-
-
-ATTENTIONS = (
-    Attention("swin_base_192_w6", 64, (48, 48), 4, 32, (6, 6), (3, 3)),
-    Attention("swin_base_192_w6_stage_3", 64, (12, 12), 16, 32, (6, 6)),
-    Attention("swin_large_192_w12", 64, (48, 48), 6, 32, (12, 12), (6, 6)),
-    Attention("swin_large_192_w12_stage_3", 64, (12, 12), 24, 32, (12, 12)),
-    Attention("vit_base_224", 64, (1, 197), 12, 64, (1, 197), biased=False),
-    Attention("swinv2_base_192_w12", 64, (48, 48), 4, 32, (12, 12), (6, 6), cosine=True),
-    Attention("swinv2_base_192_w6", 64, (48, 48), 4, 32, (6, 6), (3, 3), cosine=True),
-)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """The merging between two stages of a model, without its matrix products.
-
-    Attributes:
-        model: its name, and the stage before the merging if it is not the first.
-        batch: images per step on one GPU.
-        side: tokens along one side of the stage's square grid.
-        width: channels of these tokens.
-    """
-
-    model: str
-    batch: int
-    side: int
-    width: int
-
-
-POST_NORM_BLOCKS = (
-    Block("swinv2_base_192_w12", 64, 2304, 128, 512, scaled=True),
-    Block("swinv2_base_192_w12_stage_3", 64, 144, 512, 2048, scaled=True),
-)
-
-MERGES = (
-    Merge("swin_base_192_w6", 64, 48, 128),
-    Merge("swin_base_192_w6_stage_3", 64, 12, 512),
-    Merge("swin_large_192_w12", 64, 48, 192),
-)
-
-
-def cases() -> "list[Case]":
+def cases() -> list[Case]:
     """Every op with Triton kernels on the tensors of every model, forward and backward."""
     found = [case for model in MODELS for case in _cases_of(model)]
     found += [case for block in BLOCKS for case in block_cases(block)]
@@ -143,12 +65,7 @@ def cases() -> "list[Case]":
     return found + [attention_case(attention) for attention in ATTENTIONS]
 
 
-def _cases_of(model: Model) -> "list[Case]":
-    from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
-    from simmim_kernels.masked_l1_loss import triton_kernel as loss
-    from simmim_kernels.random_patch_mask import triton_kernel as random_mask
-    from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
-
+def _cases_of(model: Model) -> list[Case]:
     bf16, byte = torch.bfloat16, torch.uint8
     B, side, S = model.batch, model.cells * model.stride, model.stride
     units = side // 32
@@ -237,14 +154,12 @@ def _cases_of(model: Model) -> "list[Case]":
     return found
 
 
-def block_cases(block: Block) -> "list[Case]":
+def block_cases(block: Block) -> list[Case]:
     """The row passes of both branches of a block.
 
     Matrix products and attention are not among them, and neither is their traffic: the fewest bytes
     possible are those of one read of what they leave and one write of what they are given.
     """
-    from simmim_kernels.transformer_block import triton_rows as rows
-
     T, C, M = block.batch * block.tokens, block.width, block.hidden
     bf16 = torch.bfloat16
     tokens, wide, vector = torch.empty(T, C, dtype=bf16), torch.empty(T, M, dtype=bf16), (C,)
@@ -303,39 +218,36 @@ def block_cases(block: Block) -> "list[Case]":
     ]
 
 
-def post_norm_case(block: Block) -> "Case":
+def post_norm_case(block: Block) -> Case:
     """The row passes of the MLP's branch; as of a block, without the products' own traffic."""
-    from simmim_kernels.post_norm_block import triton_rows as rows
-    from simmim_kernels.transformer_block import triton_rows as shared
-
     T, C, M = block.batch * block.tokens, block.width, block.hidden
 
     def make() -> None:
         tokens, wide = (torch.empty(T, width, dtype=torch.bfloat16) for width in (C, M))
         vector, bias = torch.empty(C), torch.empty(M)
         branch_scale = torch.empty(block.batch) if block.scaled else None
-        shared.gelu(wide, bias)
-        _, mean, rstd = rows.add_normalised(
+        rows.gelu(wide, bias)
+        _, mean, rstd = post_norm_rows.add_normalised(
             tokens, tokens, vector, vector, vector, branch_scale, 1e-5
         )
-        rows.add_normalised_backward(tokens, tokens, mean, rstd, vector, vector, branch_scale, True)
-        shared.gelu_backward(torch.empty_like(wide), wide, bias, None, True)
+        post_norm_rows.add_normalised_backward(
+            tokens, tokens, mean, rstd, vector, vector, branch_scale, True
+        )
+        rows.gelu_backward(torch.empty_like(wide), wide, bias, None, True)
 
     # branch and x to the output and statistics; grad_out, branch and statistics to the branch's;
     # hidden to a; hidden and da to a and dh
     needed = 2 * T * C * (3 + 3) + 2 * 8 * T + 4 * C * (3 + 2 + 3)
     needed += 2 * T * M * (2 + 4) + 4 * M * 3
     needed += 2 * 4 * block.batch if block.scaled else 0
-    across = -(-M // shared.tile(M)[1])
-    partial = 3 * C * -(-T // shared.rows_per_program(T, 1))
-    partial += M * -(-T // shared.rows_per_program(T, across))
+    across = -(-M // rows.tile(M)[1])
+    partial = 3 * C * -(-T // rows.rows_per_program(T, 1))
+    partial += M * -(-T // rows.rows_per_program(T, across))
     return Case("post_norm_block", block.model, "bfloat16", make, needed, needed + 2 * 4 * partial)
 
 
-def attention_case(attention: Attention) -> "Case":
+def attention_case(attention: Attention) -> Case:
     """Attention and all its gradients."""
-    from simmim_kernels.window_attention import triton_kernel as kernel
-
     (H, W), N, S = attention.side, attention.num_heads, math.prod(attention.window)
     C = N * attention.head_width
     settings = (N, attention.window, attention.shift, attention.head_width**-0.5)
@@ -344,11 +256,13 @@ def attention_case(attention: Attention) -> "Case":
         qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=torch.bfloat16)
         bias = torch.empty(N, S, S) if attention.biased else None
         factors = torch.empty(N) if attention.cosine else None
-        out, log_sums = kernel.forward(qkv, bias, *settings, factors)
-        kernel.backward(out, qkv, bias, out, log_sums, *settings, attention.biased, factors)
+        out, log_sums = attention_kernel.forward(qkv, bias, *settings, factors)
+        attention_kernel.backward(
+            out, qkv, bias, out, log_sums, *settings, attention.biased, factors
+        )
 
     tokens = attention.batch * H * W
-    tiled, windows = kernel.is_tiled(S, torch.bfloat16), tokens // S
+    tiled, windows = attention_kernel.is_tiled(S, torch.bfloat16), tokens // S
     per_head = 4 * tokens * N  # statistics of a query, in float32
     # q, k, v to out; q, k, v and the gradient of out to those of q, k, v. A row of scores that is
     # not all in one place takes the product of its weights with their gradients from out.
@@ -363,56 +277,25 @@ def attention_case(attention: Attention) -> "Case":
         needed += 3 * 4 * N * S * S  # the bias twice, its gradient
         # the copy that kernels read is made and read in the forward and the backward
         moved += 2 * N * S * (4 * S + 2 * S + 2 * row) + 4 * N * S * S
-        if (programs := kernel.bias_programs(windows, N, S, torch.bfloat16)) > 1:
+        if (programs := attention_kernel.bias_programs(windows, N, S, torch.bfloat16)) > 1:
             moved += 2 * 4 * programs * N * S * S
         if tiled:  # the gradient of the bias reads all that the others have read, and their sums
             moved += 2 * tokens * C * (3 + 1) + 3 * per_head + 2 * N * S * row
     return Case("window_attention", attention.model, "bfloat16", make, needed, moved)
 
 
-def merge_case(merge: Merge) -> "Case":
+def merge_case(merge: Merge) -> Case:
     """The passes that gather and scatter; as of a block, without the products' own traffic."""
-    from simmim_kernels.merge_patches import triton_kernel as kernel
-    from simmim_kernels.transformer_block.triton_rows import rows_per_program
-
     B, side, C = merge.batch, merge.side, merge.width
     T = B * (side // 2) ** 2
 
     def make() -> None:
         x = torch.empty(B, side, side, C, dtype=torch.bfloat16)
         weight, bias = torch.empty(4 * C), torch.empty(4 * C)
-        dy, mean, rstd = kernel.gather(x, weight, bias, 1e-5)
-        kernel.scatter(dy, x, mean, rstd, weight, bias, True)
+        dy, mean, rstd = merge_kernel.gather(x, weight, bias, 1e-5)
+        merge_kernel.scatter(dy, x, mean, rstd, weight, bias, True)
 
     # x to y and statistics; dy, x and statistics to dx and y; weight and bias twice, gradients
     needed = 2 * T * 4 * C * (2 + 4) + 2 * 8 * T + 4 * 4 * C * 6
-    partial = 2 * 4 * 4 * C * -(-T // rows_per_program(T, 1))
+    partial = 2 * 4 * 4 * C * -(-T // rows.rows_per_program(T, 1))
     return Case("merge_patches", merge.model, "bfloat16", make, needed, needed + 2 * partial)
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op on tensors of one shape.
-
-    Attributes:
-        op: name of the op's folder.
-        model: whose shapes these are.
-        dtype: of the activations, without "torch.".
-        make: calls the op's launch functions, forward and backward, on CPU tensors of the real
-            shapes, made by `torch.empty`.
-        bytes_needed: the fewest bytes that any implementation moves: each input read once and each
-            output written once, without what need not be read or may stay in registers.
-        bytes_moved: what ours moves; a formula that the op's tests compare with the interpreter's
-            byte counts. None models it: every launch moves each tensor that it is given once.
-    """
-
-    op: str
-    model: str
-    dtype: str
-    make: Callable[[], object]
-    bytes_needed: int
-    bytes_moved: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.op}/{self.model}/{self.dtype}"
