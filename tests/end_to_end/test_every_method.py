@@ -34,7 +34,7 @@ from small_run import NARROW
 build.PRESETS.update(NARROW)
 sys.exit(cli.main(sys.argv[1:]))
 """
-# a ViT under SimMIM is `tests/engine/training/test_step.py`'s, SimSiam on a Swin `test_simsiam.py`'s
+# a ViT under SimMIM is training/test_step.py's, SimSiam on a Swin method/test_simsiam.py's
 CHOSEN = {n: c for n, c in CASES.items() if n not in ("simmim-vit", "simsiam-swin")}
 STEPS = 16
 
