@@ -1,12 +1,12 @@
 """The `simmim` command: which words it knows, and what they run."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from simmim.environment import Launch
 from simmim.version import __version__
 
 USAGE = """\
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    where = f" (process {rank})" if rank != "0" else ""
+    rank = Launch.of_environment().rank
+    where = f" (process {rank})" if rank else ""
     print(f"simmim: error{where}: {message}", file=sys.stderr)
     return code
 
@@ -118,7 +118,7 @@ def _finetune(arguments: list[str]) -> int:
 
 def _refuse(error: Exception) -> int:
     # every process finds the same fault; one of them says it
-    return _fail(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2
+    return _fail(str(error), 2) if Launch.of_environment().rank == 0 else 2
 
 
 def _train(run: Callable[[], int], output: str) -> int:

@@ -1,6 +1,5 @@
 """One process per device: who this process is, and the few collectives the engine needs."""
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simmim.environment import Launch
 from simmim.errors import RunError
 
 T = TypeVar("T")
@@ -43,8 +43,8 @@ def init(device: str) -> World:
     Raises:
         RunError: CUDA was asked for and is not there, or has fewer devices than processes.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launch = Launch.of_environment()
+    rank, size, local_rank = launch.rank, launch.size, launch.local_rank
     if device == "cuda" and not torch.cuda.is_available():
         raise RunError("device=cuda, but torch sees no CUDA device; see `simmim doctor`")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())

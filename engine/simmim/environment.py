@@ -1,8 +1,10 @@
-"""What this run ran on: versions, devices, git commit. Recorded beside every run."""
+"""What this process runs in: its place among torchrun's, versions, devices, the git commit."""
 
+import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,46 @@ PACKAGES = (
 )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """This process among those that torchrun started; alone where nothing started it.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        local_rank: number of this process on this machine.
+        local_size: number of processes on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Launch":
+        """What torchrun's environment variables tell."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101")))
+
+    @property
+    def cores(self) -> int:
+        """Processor cores that this process may use, as its share of the machine's."""
+        return len(os.sched_getaffinity(0)) // self.local_size
+
+
 def package_versions() -> dict[str, str | None]:
     """Installed version of every package that can change a run; None where absent."""
-    found: dict[str, str | None] = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "simmim": __version__,
     }
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def git_commit() -> str | None:

@@ -3,7 +3,6 @@
 B batch, C channels, H W pixels, L patches.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from simmim.data.augment import Augmentation, augment, sample_key
 from simmim.data.decode import MODES, decode
+from simmim.environment import Launch
 from simmim.model.image_model import IMAGENET_MEAN, IMAGENET_STD
 from simmim_kernels import random_patch_mask
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
@@ -119,7 +119,7 @@ class MaskCollator:
         if all("id" in example for example in examples):
             return self.epoch, [int(example["id"]) for example in examples]
         # one draw a batch stands for the epoch; the processes of a run have equal generators
-        drawn = fold(int(torch.randint(2**62, ())), int(os.environ.get("RANK", "0")))
+        drawn = fold(int(torch.randint(2**62, ())), Launch.of_environment().rank)
         return drawn >> 1, list(range(len(examples)))
 
     def _stacked(self, values: Sequence[Any]) -> Tensor:

@@ -31,13 +31,17 @@ def check_image(image: Tensor, channels: int, size: tuple[int, int]) -> None:
         )
 
 
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between, as a residual branch."""
+class MlpLayers(nn.Module):
+    """Parameters of two linear layers."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+
+
+class Mlp(MlpLayers):
+    """Two linear layers with exact GELU between, as a residual branch behind a norm."""
 
     def forward(
         self,

@@ -191,16 +191,19 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each behind a LayerNorm and a residual."""
+    """Window attention and MLP, each with a LayerNorm and a residual; a version has its own two."""
+
+    attention_type: type[nn.Module] = WindowAttention
+    mlp_type: type[nn.Module] = Mlp
 
     def __init__(self, spec: SwinSpec, stage: int, block: int, drop_path: float) -> None:
         super().__init__()
         width = spec.embed_dim << stage
         self.norm1 = nn.LayerNorm(width, NORM_EPS)
-        self.attn = WindowAttention(spec, stage, block)
+        self.attn = self.attention_type(spec, stage, block)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(width, NORM_EPS)
-        self.mlp = Mlp(width, int(width * spec.mlp_ratio))
+        self.mlp = self.mlp_type(width, int(width * spec.mlp_ratio))
 
     def forward(self, x: Tensor, backends: Backends) -> Tensor:
         x = self.attn(x, self.norm1, self.drop_path(x), backends.attention)

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from simmim.backbone.layers import Backends, DropPath
-from simmim.backbone.swin import NORM_EPS, Swin, SwinSpec, SwinStage
+from simmim.backbone.layers import MlpLayers
+from simmim.backbone.swin import NORM_EPS, Swin, SwinBlock, SwinSpec, SwinStage
 from simmim_kernels.post_norm_block import post_norm_attention, post_norm_mlp
 
 # Hidden width of the network of position biases, and the largest bias it gives.
@@ -71,7 +71,7 @@ PRESETS = {
 }
 
 
-class WindowAttention(nn.Module):
+class CosineWindowAttention(nn.Module):
     """Cosine attention inside windows with its projections and position network."""
 
     def __init__(self, spec: SwinV2Spec, stage: int, block: int) -> None:
@@ -143,13 +143,8 @@ def log_offsets(window: int, pretrained: int = 0) -> Tensor:
     return torch.stack((rows, columns), dim=-1).view(-1, 2)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between, as a residual branch."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+class PostNormMlp(MlpLayers):
+    """Two linear layers with exact GELU between, as a residual branch before a norm."""
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, branch_scale: Tensor | None, backend: str | None
@@ -169,22 +164,11 @@ class Mlp(nn.Module):
         )
 
 
-class SwinV2Block(nn.Module):
+class SwinV2Block(SwinBlock):
     """Window attention and MLP, each followed by a LayerNorm, then the residual."""
 
-    def __init__(self, spec: SwinV2Spec, stage: int, block: int, drop_path: float) -> None:
-        super().__init__()
-        width = spec.embed_dim << stage
-        self.norm1 = nn.LayerNorm(width, NORM_EPS)
-        self.attn = WindowAttention(spec, stage, block)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(width, NORM_EPS)
-        self.mlp = Mlp(width, int(width * spec.mlp_ratio))
-
-    def forward(self, x: Tensor, backends: Backends) -> Tensor:
-        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention)
-        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops)
-        return x
+    attention_type = CosineWindowAttention
+    mlp_type = PostNormMlp
 
 
 class PatchMerging(nn.Module):

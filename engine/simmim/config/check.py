@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from simmim.config.sections import Config, RunConfig
 from simmim.config.spec import resolve_spec
 from simmim.config.values import leaves
+from simmim.environment import Launch
 from simmim.errors import ConfigError
 from simmim_kernels.dispatch import ENVIRONMENT_VARIABLE, KNOWN_BACKENDS
 
@@ -28,7 +29,7 @@ def check_pretraining(config: Config) -> None:
         raise ConfigError(f"data.image_size={data.image_size} must be positive")
     check_crop("data", data.crop_scale, data.crop_ratio)
     resolve_spec(config)
-    micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    micro_batch(config, Launch.of_environment().size)
     if not data.path:
         raise ConfigError("data.path is not set: the folder of your images, --data.path=DIR")
 

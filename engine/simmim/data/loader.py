@@ -1,6 +1,5 @@
 """Steps of batches on the device; counts what could not be read, times the wait."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -17,6 +16,7 @@ from simmim.data.source import Source
 from simmim.data.views import View
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.distributed import World
+from simmim.environment import Launch
 from simmim.errors import DataError
 
 # So many unreadable images in a row mean that the disk is gone, not that a file is broken.
@@ -25,8 +25,7 @@ MAX_UNREADABLE_IN_A_ROW = 1000
 
 def default_workers(world: World) -> int:
     """Decoding processes when data.workers is -1: the cores shared among processes."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) // local_processes
+    cores = Launch.of_environment().cores
     if world.device.type == "cuda":
         return max(1, min(cores - 1, 16))
     # on the CPU the model wants the cores; one worker hides the decoding behind the step
@@ -111,7 +110,7 @@ class Loader:
 
     def remedy(self) -> str:
         """What to do when steps wait for data, in words."""
-        spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        spare = Launch.of_environment().cores
         if self.workers == 0 and spare > 1:
             return "the training process decodes by itself; try --data.workers=1"
         decoders = f"{self.workers} data {self.kind_of_workers} cannot keep up"

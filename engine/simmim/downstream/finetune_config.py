@@ -1,7 +1,6 @@
 """The configuration of a fine-tuning run; its defaults are the published recipe."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +15,7 @@ from simmim.config.sections import (
     ScheduleConfig,
     TrainConfig,
 )
+from simmim.environment import Launch
 from simmim.errors import ConfigError
 
 
@@ -173,7 +173,7 @@ def check_finetuning(config: FinetuneConfig) -> None:
         )
     if config.data.val_path and config.data.holdout:
         raise ConfigError("data.holdout and data.val_path are both set: leave one out")
-    size = micro_batch(config, int(os.environ.get("WORLD_SIZE", "1")))
+    size = micro_batch(config, Launch.of_environment().size)
     if size % 2 and (augment.mixup or augment.cutmix):
         raise ConfigError(
             f"{size} images per device and backward pass cannot be mixed in pairs: choose an even "

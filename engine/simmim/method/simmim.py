@@ -131,11 +131,12 @@ class SimMIMMethod(MaskingMethod):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`."""
-        image, ids, epochs = batch.image, batch.ids, batch.epochs
-        if batch.num_valid < len(ids) and any(isinstance(m, _BatchNorm) for m in model.modules()):
-            # nothing is hidden in an empty slot, but batch norms would see its zeros: the images
-            # first, without asking the device which they are
-            kept = (ids < 0).to(torch.uint8).argsort(stable=True)[: max(1, batch.num_valid)]
-            image, ids, epochs = image[kept], ids[kept], epochs[kept]
-        loss: Tensor = model(self.arrange(image), self.draw_mask(ids, epochs))
+        if batch.num_valid < len(batch.ids) and has_batch_norm(model):
+            batch = batch.without_empty_slots()  # nothing is hidden there, but zeros are seen
+        loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
         return loss
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the images of a batch see one another."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())

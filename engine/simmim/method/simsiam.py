@@ -6,7 +6,6 @@ main_simsiam.py.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from simmim.data.batch import Batch
 from simmim.data.distortion import Distortion, distort, draw
 from simmim.data.source import Source
 from simmim.data.views import VIEWS, TwoViews
+from simmim.environment import Launch
 from simmim.errors import ConfigError
 from simmim.method.method import Method
 from simmim.model.image_model import ImageModel
@@ -211,7 +211,7 @@ class SimSiamMethod(Method):
                 f"images of data.channels={channels} have no colour to jitter: set "
                 "--method.jitter_probability=0 --method.grey=0"
             )
-        if micro_batch(self.config, int(os.environ.get("WORLD_SIZE", "1"))) < 2:
+        if micro_batch(self.config, Launch.of_environment().size) < 2:
             raise ConfigError(
                 f"train.batch_size={self.config.train.batch_size} leaves 1 image per process and "
                 "backward pass: the batch norms of SimSiam need at least 2"
@@ -255,12 +255,8 @@ class SimSiamMethod(Method):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`; empty slots do not even take part in batch norms."""
-        image, ids, epochs = batch.image, batch.ids, batch.epochs
-        if batch.num_valid < len(ids):
-            # the images first, without asking the device which they are; but never one alone
-            kept = (ids < 0).to(torch.uint8).argsort(stable=True)[: max(2, batch.num_valid)]
-            image, ids, epochs = image[kept], ids[kept], epochs[kept]
-        loss: Tensor = model(*self.distorted(image, ids, epochs))
+        batch = batch.without_empty_slots(2)  # batch norms refuse one image alone
+        loss: Tensor = model(*self.distorted(batch.image, batch.ids, batch.epochs))
         # beside an empty slot, one image has nothing to differ from
         return loss if batch.num_valid > 1 else loss * 0.0
 

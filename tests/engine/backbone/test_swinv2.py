@@ -15,7 +15,7 @@ from numerics import assert_no_worse, load_golden, relative_error, with_prefix
 from simmim import SimMIM, load_model
 from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_to_dict
 from simmim.backbone.layers import Backends
-from simmim.backbone.swinv2 import SwinV2Spec, WindowAttention, log_offsets
+from simmim.backbone.swinv2 import CosineWindowAttention, SwinV2Spec, log_offsets
 from simmim.command_line import load
 from simmim.config.spec import resolve_spec
 from simmim.model.classifier import Classifier
@@ -150,7 +150,11 @@ def test_offsets_of_another_window_lie_on_the_scale_of_the_first() -> None:
 
 
 def attend_as_published(
-    attention: WindowAttention, x: Tensor, norm: nn.Module, branch_scale: None, backend: str | None
+    attention: CosineWindowAttention,
+    x: Tensor,
+    norm: nn.Module,
+    branch_scale: None,
+    backend: str | None,
 ) -> Tensor:
     """Every step of its own, on copies of the windows."""
     w, shift, heads = attention.window, attention.shift, attention.num_heads
@@ -190,7 +194,7 @@ def test_every_step_is_the_published_one_in_float64(monkeypatch: pytest.MonkeyPa
     image, mask = draw(model)
     image = model.normalise(image).double()
     found = outcome(model, image, mask)
-    monkeypatch.setattr(WindowAttention, "forward", attend_as_published)
+    monkeypatch.setattr(CosineWindowAttention, "forward", attend_as_published)
     expected = outcome(model, image, mask)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -211,7 +215,7 @@ def test_bf16_is_as_close_as_the_published_steps(
     exact = outcome(copy.deepcopy(model).double(), image.double(), mask)
     model.use_backend(backend)
     found = outcome(model, image, mask, amp=True)
-    monkeypatch.setattr(WindowAttention, "forward", attend_as_published)
+    monkeypatch.setattr(CosineWindowAttention, "forward", attend_as_published)
     plain = outcome(model, image, mask, amp=True)
     dead = "encoder.layers.1.blocks.0.attn.logit_scale"
     assert found[dead].flatten()[1] == 0
