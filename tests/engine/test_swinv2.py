@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from activation_memory import footprint, saved_bytes
+from bench.activation_memory import footprint, saved_bytes
 from numerics import assert_no_worse, load_golden, relative_error, with_prefix
 from simmim import SimMIM, load_model
 from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_to_dict
