@@ -43,11 +43,11 @@ from simmim.errors import RunError
 # speed measurement, the evaluations and the probe.
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.38, 0.50
 
-# A run that only measures the speed makes so many steps, and logs the speed after each part of so
-# many steps. The first parts are not counted.
+# Steps of a run that only measures the speed, and steps of each part of it that is timed. The first
+# part is not counted.
 SPEED_STEPS, SPEED_PART = 40, 4
 
-# The probe is trained on at most so many images.
+# Largest number of images that the probe is trained on.
 PROBE_IMAGES = 10_000
 
 ARMS = ("pre-trained", "from scratch")
@@ -158,7 +158,7 @@ class Runs:
 
 
 def make_plan(runs: Runs) -> dict[str, Any]:
-    """How many steps the runs make; an earlier start of the command has written it already."""
+    """The number of steps of each run, from plan.json if an earlier start has written it."""
     options, plan_file = runs.options, runs.work / "plan.json"
     if plan_file.exists():
         plan: dict[str, Any] = json.loads(plan_file.read_text())
@@ -244,7 +244,7 @@ def main() -> int:
         "--lr",
         type=float,
         default=2e-3,
-        help="learning rate of both fine-tunings (default: %(default)s)",
+        help="learning rate of fine-tuning (default: %(default)s)",
     )
     add("--output", type=Path, default=Path("runs/learning"), help="folder (default: %(default)s)")
     add("--json", type=Path, help="file to write the result to as well")
