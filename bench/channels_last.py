@@ -1,8 +1,10 @@
 """A SimMIM training step of a ConvNet in channels-last and in contiguous memory format.
 
-`python bench/channels_last.py` first checks that both give the same loss and gradients, then times
-them in turn and prints medians: CPU time of one thread on a CPU, which other work on the machine
-hardly changes, else seconds.
+    python bench/channels_last.py --model resnet50
+
+It first checks that both formats give the same loss and gradients, then times them in turns and
+prints the medians. On a CPU it counts the processor time of one thread, which other work on the
+machine hardly changes; on a GPU it uses the clock.
 """
 
 import argparse
@@ -21,7 +23,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 
 
 class Step:
-    """A model in one memory format and what it trains on."""
+    """A model in one memory format, its optimiser, and the images that it trains on."""
 
     def __init__(self, name: str, layout: str, batch: int, device: str, bf16: bool) -> None:
         torch.manual_seed(0)
@@ -38,14 +40,14 @@ class Step:
         self.device, self.bf16 = device, bf16
 
     def gradients(self) -> Tensor:
-        """Forward and backward; the loss."""
+        """Run the forward and the backward pass; returns the loss."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.model(self.image, self.mask)
         loss.backward()
         return loss.detach()
 
     def seconds(self) -> float:
-        """Time of one step."""
+        """Make one step; returns its time."""
         clock = time.process_time if self.device == "cpu" else time.perf_counter
         self._wait()
         begin = clock()
@@ -61,7 +63,7 @@ class Step:
 
 
 def check_equal(steps: list[Step]) -> None:
-    """Stop unless losses and gradients of both agree."""
+    """Raise AssertionError unless the losses and the gradients of both formats agree."""
     losses = [step.gradients() for step in steps]
     norms = []
     for step in steps:
@@ -73,12 +75,15 @@ def check_equal(steps: list[Step]) -> None:
 
 
 def main() -> None:
-    """Print a row for every precision."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    """Print a line for every precision."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="resnet50", help="preset (default: %(default)s)")
+    add("--batch", type=int, default=8, help="images of a step (default: %(default)s)")
+    add("--steps", type=int, default=7, help="timed steps of each (default: %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
@@ -88,9 +93,9 @@ def main() -> None:
         check_equal(steps)
         times: list[list[float]] = [[], []]
         for _ in range(options.steps):
-            for step, found in zip(steps, times):
-                found.append(step.seconds())
-        contiguous, last = (statistics.median(found) for found in times)
+            for step, seconds in zip(steps, times):
+                seconds.append(step.seconds())
+        contiguous, last = (statistics.median(seconds) for seconds in times)
         print(
             f"{options.model}, batch {options.batch}, {precision}: contiguous {contiguous:.3f} s, "
             f"channels-last {last:.3f} s, ratio {contiguous / last:.2f}",

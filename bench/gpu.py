@@ -1,13 +1,12 @@
-"""What only a GPU can tell, in one JSON file to send back: `make bench-gpu`.
+"""Measures on a GPU and writes one JSON file to send back: `make bench-gpu`.
 
-Runs the tests marked `gpu` (a failed or skipped one is reported as such), times every op through
-its Triton kernels against eager PyTorch and torch.compile, and the training step of Swin-B with
-each backend. Backends are named, so nothing falls back to the reference in silence: what cannot run
-ends the script with the reasons.
+It runs the tests marked `gpu` and reports those that failed or were skipped. It times every op
+through its Triton kernels against eager PyTorch and torch.compile, and the training step of Swin-B
+with each backend. Backends are named, so that nothing falls back to the reference silently: a
+backend that cannot run ends the script with the reasons.
 """
 
 import argparse
-import json
 import platform
 import re
 import subprocess
@@ -18,21 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
+if not __package__:  # run as a file, from any folder
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cases import CASES, make_case
-from ops import measure
+from bench.measuring.record import write_record
+from bench.measuring.timing import interleaved, peak_bytes
+from bench.op_cases.catalogue import CASES, make_case
+from bench.op_cases.measurement import measure_case
 from simmim.config.sections import Config, ModelConfig
 from simmim.environment import git_commit, package_versions
 from simmim.pretrain import build_model
 from simmim_kernels import random_patch_mask
-from timing import interleaved, peak_bytes
 
 ROOT = Path(__file__).parents[1]
 
 
 def device_tests() -> dict[str, Any]:
-    """Outcome of `pytest -m gpu`: its last line, and the names of failed and skipped tests."""
+    """The result of `pytest -m gpu`: its last line, and the tests that failed or were skipped."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfsE", "-q", "tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -44,16 +45,16 @@ def device_tests() -> dict[str, Any]:
 
 
 def op_timings(device: torch.device, backend: str) -> dict[str, Any]:
-    """Every op of bench/cases.py, both sides checked equal first."""
-    found = {}
+    """Times of every op, after a check that all sides are equal."""
+    timings = {}
     for name in CASES:
-        found[name] = measure(make_case(name, device, backend), device)
-        print(name, {k: f"{v:.2f}x" for k, v in found[name]["ratio"].items()}, flush=True)
-    return found
+        timings[name] = measure_case(make_case(name, device, backend), device)
+        print(name, {k: f"{v:.2f}x" for k, v in timings[name]["ratio"].items()}, flush=True)
+    return timings
 
 
 def step_timings(device: torch.device, backend: str, batch: int, tiny: bool) -> dict[str, Any]:
-    """Forward, backward of Swin-B under bf16 autocast: images per second and peak memory."""
+    """Images per second and peak memory of Swin-B's forward and backward pass in bf16 autocast."""
     model_config = ModelConfig(depths=[1, 1, 1, 1], embed_dim=32) if tiny else ModelConfig()
     config = Config(model=model_config)
     model = build_model(config, device)
@@ -84,10 +85,16 @@ def step_timings(device: torch.device, backend: str, batch: int, tiny: bool) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cpu tries the script itself, natively")
-    parser.add_argument("--batch", type=int, default=64, help="images of the training step")
-    parser.add_argument("--output", type=Path, help="default: bench/results/gpu-NAME.json")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument(
+        "--device", default="cuda", help="cpu only tries the script (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="images of the training step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file (default: bench/results/gpu-NAME.json)"
+    )
+    parser.add_argument("--skip-tests", action="store_true", help="do not run the tests")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -110,8 +117,7 @@ def main() -> int:
     }
     slug = re.sub(r"\W+", "-", name).strip("-").lower()
     output = options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(output, result)
     print(f"written: {output}; please send it back")
     failed = result["tests"] is not None and result["tests"]["exit_code"] != 0
     return 1 if failed else 0

@@ -1,9 +1,11 @@
-"""What SimSiam adds to a step of its backbone: colour and blur of two views, and the loss.
+"""The cost of SimSiam's own parts beside a training step: distortion of two views, and the loss.
 
-`python bench/simsiam.py` times, in turns and with one thread's CPU time on a CPU, a training step
-of the whole module on views that are ready, the distortion of both views of its images, and the
-negative cosine of as many projections, forward and backward. Pillow's path of torchvision is
-timed beside the distortion where torchvision imports, for the same operations on single images.
+    python bench/simsiam.py --model resnet50
+
+It times in turns: a training step of the whole module on views that are ready; the distortion of
+both views of its images; and the negative cosine of equally many projections, forward and backward.
+Where torchvision imports, its transforms on Pillow images are timed as well, which apply the same
+operations to one image after another. On a CPU it counts processor time.
 """
 
 import argparse
@@ -23,12 +25,15 @@ from simmim.training.optim import build_optimizer, parameter_groups
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--batch", type=int, default=8, help="images of the step")
-    parser.add_argument("--width", type=int, default=2048, help="of the projections")
-    parser.add_argument("--steps", type=int, default=7, help="turns")
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="resnet50", help="preset (default: %(default)s)")
+    add("--batch", type=int, default=8, help="images of the step (default: %(default)s)")
+    add("--width", type=int, default=2048, help="of the projections (default: %(default)s)")
+    add("--steps", type=int, default=7, help="timed turns (default: %(default)s)")
+    add("--device", default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
     sides = make_sides(options.model, options.batch, options.width, options.device)
     clock = time.process_time if options.device == "cpu" else time.perf_counter
@@ -39,7 +44,7 @@ def main() -> int:
             side()
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            if turn:  # the first warms up
+            if turn:  # the first turn is the warm-up
                 seconds[name].append(clock() - begin)
     step = statistics.median(seconds["step"])
     for name, values in seconds.items():
@@ -50,6 +55,7 @@ def main() -> int:
 
 
 def make_sides(name: str, batch: int, width: int, device: str) -> dict[str, Callable[[], object]]:
+    """What is timed, by the name that is printed."""
     torch.manual_seed(0)
     spec = find_preset(name)
     model = SimSiam(build_encoder(spec), projector_width=width).to(
@@ -67,7 +73,7 @@ def make_sides(name: str, batch: int, width: int, device: str) -> dict[str, Call
         optimizer.step()
         optimizer.zero_grad()
 
-    def distorted() -> None:
+    def distort_both() -> None:
         for view in (0, 1):
             distort(crops, draw(ids, epochs, view, 0, distortion), distortion.sigma[1])
 
@@ -77,18 +83,18 @@ def make_sides(name: str, batch: int, width: int, device: str) -> dict[str, Call
 
     sides: dict[str, Callable[[], object]] = {
         "step": step,
-        "distortion, both views": distorted,
+        "distortion, both views": distort_both,
         "negative cosine": loss,
     }
-    pillow = pillow_path(distortion)
+    pillow = torchvision_distortion(distortion)
     if pillow is not None:
         photos = [Image.fromarray(crop.cpu().numpy()) for crop in crops]
         sides["the same in Pillow"] = lambda: [pillow(photo) for photo in photos for _ in (0, 1)]
     return sides
 
 
-def pillow_path(distortion: Distortion) -> Callable[[Image.Image], Image.Image] | None:
-    """torchvision's operations on one image; None where torchvision does not import."""
+def torchvision_distortion(distortion: Distortion) -> Callable[[Image.Image], Image.Image] | None:
+    """The same operations of torchvision on one image; None if torchvision does not import."""
     try:
         from torchvision import transforms
     except (ImportError, RuntimeError):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from activation_memory import footprint, saved_bytes
+from bench.activation_memory import footprint, saved_bytes
 from numerics import assert_no_worse, load_golden, relative_error, with_prefix
 from simmim import SimMIM, load_model
 from simmim.backbone.build import PRESETS, build_encoder, spec_from_dict, spec_to_dict
@@ -64,8 +64,8 @@ def test_activation_memory_is_that_of_the_tensors_a_block_keeps() -> None:
     # x, qkv, attended values and branch; x, hidden and branch; statistics of norms and softmax
     block = 72 * (2 * 16 * (1 + 3 + 1 + 1) + 2 * (16 + 32 + 16) + 4 * (4 + 2))
     assert long.saved_bytes - short.saved_bytes == 2 * block
-    assert long.recomputed_bytes - short.recomputed_bytes == 2 * 72 * 16 * 2  # x alone
-    assert short.recomputed_bytes < short.saved_bytes
+    assert long.checkpointed_bytes - short.checkpointed_bytes == 2 * 72 * 16 * 2  # x alone
+    assert short.checkpointed_bytes < short.saved_bytes
     encoder = build_encoder(SPEC).train()
     assert short.parameters == sum(p.numel() for p in encoder.parameters())
     # and of real tensors, but for the row numbers of the patch embedding

@@ -1,24 +1,24 @@
-"""SimSiam out of the parts that other packages supply.
+"""SimSiam, assembled from the parts that other packages supply.
 
 Models are called as model(view, other view) → loss, on normalised views [B, C, H, W].
 Source: lightly-ai/lightly examples/pytorch/simsiam.py; layouts of lightly 1.6.
 """
 
-import os
 import re
 from typing import Any
 
 from torch import Tensor, nn
 
-from peer import Pair, Peer, import_package, take
-from peers_convnet import FORMATS, torchvision_resnet
+from bench.peers.convnet import FORMATS, torchvision_resnet
+from bench.peers.packages import import_lightly
+from bench.peers.peer import Pair, Peer, take
 from simmim.backbone.build import Spec
 from simmim.backbone.resnet import ResNetSpec
 from simmim.method.simsiam import SimSiamConfig
 
 
 class LightlySimSiam(nn.Module):
-    """A backbone between lightly's heads and loss."""
+    """A backbone with lightly's heads and loss."""
 
     def __init__(self, backbone: nn.Module, width: int, heads: Any, losses: Any) -> None:
         super().__init__()
@@ -49,17 +49,14 @@ def build_lightly(spec: Spec) -> Peer:
     """
     backbone = torchvision_resnet(spec)
     assert isinstance(spec, ResNetSpec)
-    # its version check would ask a server
-    os.environ.setdefault("LIGHTLY_DID_VERSION_CHECK", "True")
-    import_package("lightly")
-    heads, losses = import_package("lightly.models.modules"), import_package("lightly.loss")
+    heads, losses = import_lightly("models.modules"), import_lightly("loss")
     model = LightlySimSiam(backbone, (spec.width << 3) * spec.expansion, heads, losses)
-    pairs = [Pair(name, take(_ours(name))) for name, _ in model.named_parameters()]
+    pairs = [Pair(name, take(_our_name(name))) for name, _ in model.named_parameters()]
     note = "lightly's heads and loss on torchvision's ResNet"
     return Peer("lightly", spec, model, pairs, note=note, formats=FORMATS)
 
 
-def _ours(theirs: str) -> str:
+def _our_name(theirs: str) -> str:
     name = re.sub(r"^backbone\.", "encoder.", theirs)
     name = re.sub(r"^projection_head\.layers\.", "projector.", name)
     return re.sub(r"^prediction_head\.layers\.", "predictor.", name)

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bench import data
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
 }
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "bench" / "data.py"), *arguments],
         env=ENVIRONMENT,
@@ -39,7 +41,7 @@ def jpegs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows(jpegs: Path, tmp_path: Path) -> None:
-    result = bench(
+    result = run_bench(
         f"--source={jpegs}",
         f"--json={tmp_path / 'rows.json'}",
         "--only=simmim,decode-only",
@@ -50,22 +52,22 @@ def test_rows(jpegs: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "1 of 7 images left out" in result.stderr
-    found = json.loads((tmp_path / "rows.json").read_text())
-    rows = {row["name"]: row for row in found["rows"]}
+    record = json.loads((tmp_path / "rows.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
     assert sorted(rows) == ["decode-only", "decode-only-packed", "simmim", "simmim-packed"]
     for row in rows.values():
         assert row["slowest"] <= row["images_per_s_per_core"] <= row["fastest"]
         assert row["cpu_s_per_image"] > 0
         assert row["peak_bytes"] > 2**20
-    assert found["settings"] == {"size": 64, "batch": 4, "rounds": 2, "seconds": 0.2}
-    assert found["versions"]["simplejpeg"]
+    assert record["settings"] == {"size": 64, "batch": 4, "rounds": 2, "seconds": 0.2}
+    assert record["versions"]["simplejpeg"]
     assert "simmim" in result.stdout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_plot(jpegs: Path, tmp_path: Path) -> None:
     flags = ["--only=decode-only", "--rounds=1", "--seconds=0.1", f"--plot={tmp_path / 'x.png'}"]
-    result = bench(f"--source={jpegs}", *flags)
+    result = run_bench(f"--source={jpegs}", *flags)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width > 800
@@ -85,13 +87,8 @@ def test_wrong_arguments(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spec = importlib.util.spec_from_file_location("bench_data", ROOT / "bench" / "data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", ["bench/data.py", *flags])
     with pytest.raises(SystemExit) as stopped:
-        module.main()
+        data.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

@@ -1,21 +1,23 @@
-"""SimMIM on the ResNet of other packages: a mask token after the stem, head and loss as published.
+"""SimMIM on the ResNet of other packages: a mask token after the stem, published head and loss.
 
 Models are called as model(image, mask) → loss, on normalised images [B, C, H, W] and a mask, bool
-[B, h, w] on the stem's map. torchvision, timm and ours have the same names of parameters.
-Source: Westlake-AI/openmixup openmixup/models/backbones/mim_resnet.py (where the token goes).
+[B, h, w], whose cells are the positions of the stem's feature map. Parameters have the same names
+in torchvision, in timm and in our ResNet.
+Source: Westlake-AI/openmixup openmixup/models/backbones/mim_resnet.py (place of the mask token).
 """
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peer import Pair, Peer, Unavailable, import_package, published_head, published_loss, take
+from bench.peers.packages import import_package
+from bench.peers.peer import Pair, Peer, Unavailable, take
+from bench.peers.published import published_head, published_loss
 from simmim.backbone.build import Spec
 from simmim.backbone.resnet import ResNetSpec
 
-# what users of convolutional networks choose between
+# the memory formats that users of convolutional networks choose between
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -42,7 +44,7 @@ def build_torchvision(spec: Spec) -> Peer:
     """torchvision's ResNet.
 
     Raises:
-        Unavailable: torchvision is not installed, or the model is no ResNet that it has.
+        Unavailable: torchvision is not installed, or has no such ResNet.
     """
     return _peer("torchvision", torchvision_resnet(spec), "relu", spec)
 
@@ -53,9 +55,8 @@ def build_timm(spec: Spec) -> Peer:
     Raises:
         Unavailable: timm is not installed, or the model is no ResNet of the usual width.
     """
-    import_package("timm")
-    resnet: Any = importlib.import_module("timm.models.resnet")
-    spec = _usual(spec)
+    resnet: Any = import_package("timm.models.resnet")
+    spec = _resnet_of_usual_width(spec)
     encoder = resnet.ResNet(
         resnet.Bottleneck if spec.bottleneck else resnet.BasicBlock,
         spec.depths,
@@ -66,15 +67,14 @@ def build_timm(spec: Spec) -> Peer:
 
 
 def torchvision_resnet(spec: Spec) -> nn.Module:
-    """The package's model of that architecture, without its last layer.
+    """torchvision's ResNet of that architecture, without its last layer.
 
     Raises:
         Unavailable: torchvision is not installed, or has no such model.
     """
-    spec = _usual(spec)
+    spec = _resnet_of_usual_width(spec)
     if spec.channels != 3:
         raise Unavailable("torchvision's ResNet takes three channels only")
-    import_package("torchvision")
     resnet: Any = import_package("torchvision.models.resnet")
     block = resnet.Bottleneck if spec.bottleneck else resnet.BasicBlock
     model: Any = resnet.ResNet(block, list(spec.depths))
@@ -83,7 +83,7 @@ def torchvision_resnet(spec: Spec) -> nn.Module:
     return module
 
 
-def _usual(spec: Spec) -> ResNetSpec:
+def _resnet_of_usual_width(spec: Spec) -> ResNetSpec:
     if not isinstance(spec, ResNetSpec):
         raise Unavailable("only ResNets are paired with this package here")
     if spec.width != 64:
@@ -92,7 +92,7 @@ def _usual(spec: Spec) -> ResNetSpec:
 
 
 def _peer(name: str, encoder: nn.Module, activation: str, spec: Spec) -> Peer:
-    model = MaskedResNet(encoder, activation, _usual(spec))
+    model = MaskedResNet(encoder, activation, _resnet_of_usual_width(spec))
     pairs = [
         Pair(theirs, take(f"encoder.{theirs}" if theirs == "mask_token" else theirs))
         for theirs, _ in model.named_parameters()

@@ -1,16 +1,13 @@
-"""Plain ViTs of other packages that regress the pixels of hidden tokens alone.
+"""Plain ViTs of other packages that regress the pixels of hidden tokens only.
 
-Models are called as model(image, hidden) → loss, on normalised images [B, C, H, W] and the places
-of the hidden tokens, int64 [B, hidden], counted from the class token's 0.
+Models are called as model(image, hidden) → loss, on normalised images [B, C, H, W] and the indices
+of the hidden tokens, int64 [B, hidden]; index 0 is the class token.
 B batch, C channels, H W pixels, p patch size.
 Source of the state-dict layouts: timm 1.0, lightly 1.6.
 """
 
-import importlib
-import os
 import re
 from dataclasses import replace
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer import Pair, Peer, Unavailable, Weights, import_package, take
+from bench.peers.packages import import_lightly, import_package
+from bench.peers.peer import Pair, Peer, Unavailable, Weights, take
+from bench.peers.specs import plain_vit, timm_vit_arguments
 from simmim.backbone.build import Spec
 from simmim.backbone.vit import ViTSpec
 
 
 class LightlySimMIM(nn.Module):
-    """lightly's recipe for given masks.
+    """lightly's SimMIM recipe, with masks that are given.
 
     Source: lightly-ai/lightly examples/pytorch/simmim.py.
     """
@@ -53,7 +52,7 @@ class TimmTokens(nn.Module):
 
     def forward(self, image: Tensor, hidden: Tensor) -> Tensor:
         encoder: Any = self.encoder
-        places = (hidden - 1).unsqueeze(2)
+        places = (hidden - 1).unsqueeze(2)  # without the class token
         tokens = encoder.patch_embed(image)  # [B, L, D]
         index = places.expand(-1, -1, tokens.shape[2])
         token = self.mask_token.to(tokens.dtype).expand(index.shape)
@@ -65,16 +64,15 @@ class TimmTokens(nn.Module):
 
 
 def build_timm(spec: Spec) -> Peer:
-    """timm's ViT, all of it that is ours as well.
+    """timm's ViT, without the parts of ours that it does not have.
 
     Raises:
         Unavailable: timm is not installed, or the model is no ViT.
     """
     if not isinstance(spec, ViTSpec):
         raise Unavailable("token-wise SimMIM is for ViT models only")
-    import_package("timm")
-    importlib.import_module("timm.layers").set_fused_attn(True)
-    spec, note = plain(spec)
+    import_package("timm.layers").set_fused_attn(True)
+    spec, note = plain_vit(spec)
     model = TimmTokens(_timm_vit(spec), spec)
     pairs = [_from_timm(name) for name, _ in model.named_parameters()]
     note = "; ".join(filter(None, ["timm's ViT, head on hidden tokens only", note]))
@@ -84,7 +82,7 @@ def build_timm(spec: Spec) -> Peer:
 def _from_timm(theirs: str) -> Pair:
     if theirs.startswith("decoder."):
         name = theirs.replace("decoder.", "decoder.0.")
-        if name.endswith(".weight"):  # ours is a 1×1 convolution
+        if name.endswith(".weight"):  # our decoder is a 1×1 convolution
             return Pair(theirs, lambda weights: weights[name].flatten(1))
         return Pair(theirs, take(name))
     return _of_vit(theirs, theirs if theirs.startswith("encoder.") else f"encoder.{theirs}")
@@ -98,14 +96,11 @@ def build_lightly(spec: Spec) -> Peer:
     """
     if not isinstance(spec, ViTSpec):
         raise Unavailable("lightly's SimMIM recipe is for ViT models only")
-    # its version check would ask a server
-    os.environ.setdefault("LIGHTLY_DID_VERSION_CHECK", "True")
     import_package("timm")
-    import_package("lightly")
-    modules: Any = import_package("lightly.models.modules")
-    spec, note = plain(spec)
+    modules: Any = import_lightly("models.modules")
+    spec, note = plain_vit(spec)
     backbone = modules.MaskedVisionTransformerTIMM(vit=_timm_vit(spec))
-    model = LightlySimMIM(backbone, spec, importlib.import_module("lightly.models.utils"))
+    model = LightlySimMIM(backbone, spec, import_lightly("models.utils"))
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     pairs = [
         replace(_from_lightly(name, spec), compared=name not in frozen)
@@ -120,7 +115,7 @@ def _from_lightly(theirs: str, spec: ViTSpec) -> Pair:
         p, channels = spec.patch_size, spec.channels
 
         def pixels_last(weights: Weights) -> Tensor:
-            # a patch's pixels are (row, column, colour) there, (colour, row, column) here
+            # lightly orders a patch's pixels (row, column, colour), we order (colour, row, column)
             rows: Tensor = weights[theirs.replace("decoder.", "decoder.0.")].unflatten(
                 0, (channels, p, p)
             )
@@ -132,7 +127,7 @@ def _from_lightly(theirs: str, spec: ViTSpec) -> Pair:
 
 
 def _of_vit(theirs: str, name: str) -> Pair:
-    """A parameter whose name would be `name` if ours had no biases of single projections."""
+    """Pair with our parameter `name`; our biases of the query and the value become one tensor."""
     if name.endswith("attn.qkv.bias"):
         prefix = name.removesuffix("qkv.bias")
 
@@ -145,35 +140,15 @@ def _of_vit(theirs: str, name: str) -> Pair:
 
 
 def _timm_vit(spec: ViTSpec) -> nn.Module:
-    vision_transformer: Any = importlib.import_module("timm.models.vision_transformer")
-    vit: nn.Module = vision_transformer.VisionTransformer(
-        img_size=spec.image_size,
-        patch_size=spec.patch_size,
-        in_chans=spec.channels,
-        num_classes=0,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        mlp_ratio=spec.mlp_ratio,
-        qkv_bias=spec.qkv_bias,
-        norm_layer=partial(nn.LayerNorm, eps=spec.norm_eps),
-    )
+    vision_transformer: Any = import_package("timm.models.vision_transformer")
+    vit: nn.Module = vision_transformer.VisionTransformer(**timm_vit_arguments(spec))
     return vit
 
 
 def _hidden_indices(mask: Tensor) -> Tensor:
-    """bool [B, h, w] with as many hidden tokens in each → int64 [B, hidden], class token first."""
+    """Indices of the hidden tokens, int64 [B, hidden]; index 0 is the class token.
+
+    Args:
+        mask: bool [B, h, w], with the same number of hidden tokens in every image.
+    """
     return mask.flatten(1).nonzero()[:, 1].view(len(mask), -1) + 1
-
-
-def plain(spec: ViTSpec) -> tuple[ViTSpec, str]:
-    """The ViT of packages without relative positions and LayerScale, and what that means."""
-    plain = replace(
-        spec,
-        absolute_position=True,
-        shared_relative_position=False,
-        layer_relative_position=False,
-        layer_scale=None,
-    )
-    note = "the plain ViT (no relative positions, no LayerScale): less work than ours"
-    return plain, "" if plain == spec else note

@@ -1,4 +1,4 @@
-"""Times ways of doing one thing in turns, so that all meet the same state of the machine."""
+"""Times several ways to do the same thing, in turns, so that all meet the same machine state."""
 
 import gc
 import statistics
@@ -20,19 +20,19 @@ def interleaved(
     seconds: float = 3.0,
     least_rounds: int = 9,
 ) -> dict[str, float]:
-    """Median milliseconds of every side.
+    """Median milliseconds of a call of every side.
 
     Args:
-        sides: what to time; each has its turn once per round, the first side first in even rounds
-            and last in odd ones. A turn of the CPU is as many calls as fill 30 ms.
+        sides: what to time. Each side has one turn per round; odd rounds go through the sides in
+            reverse order. On a CPU a turn is as many calls as fill 30 ms, on a GPU one call.
         device: a CUDA device is timed by events after a warm-up, the CPU by the clock.
         seconds: about how long to measure.
-        least_rounds: rounds at least, however slow a side is.
+        least_rounds: smallest number of rounds, however slow a side is.
     """
     calls = {name: _calls_per_turn(side, device) for name, side in sides.items()}
     gc.collect()
     times = _in_turns(sides, device, calls, seconds, least_rounds, tidy=False)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def interleaved_samples(
@@ -42,9 +42,10 @@ def interleaved_samples(
     seconds: float,
     least_rounds: int,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call of every side, in the turns of `interleaved`.
+    """Milliseconds of every call of every side, in the same turns as `interleaved`.
 
-    For sides that take long, such as training steps, and have run before: a turn is one call.
+    For sides that take long, such as training steps. They must have run before: there is no
+    warm-up, and every turn is one call.
     """
     return _in_turns(sides, device, dict.fromkeys(sides, 1), seconds, least_rounds, tidy=True)
 
@@ -58,7 +59,7 @@ def _in_turns(
     *,
     tidy: bool,
 ) -> dict[str, list[float]]:
-    """Milliseconds per call of every turn; `tidy` collects garbage after each round."""
+    """Milliseconds per call in every turn; `tidy` collects garbage after each round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     gc.disable()
     try:
@@ -69,7 +70,7 @@ def _in_turns(
                 times[name].append(_turn(side, device, calls[name]))
             rounds += 1
             if tidy:
-                gc.collect()  # models that make cycles would fill the memory
+                gc.collect()  # models that make reference cycles would fill the memory
     finally:
         gc.enable()
     return times
@@ -92,7 +93,7 @@ def _turn(side: Callable[[], object], device: torch.device, calls: int) -> float
             side()
         return (time.perf_counter() - begin) / calls * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # the queue is kept busy so that the events time the device and not the gaps between launches
+    # keep the queue busy, so that the events time the device and not the gaps between launches
     torch.cuda._sleep(2_000_000)
     start.record()
     side()
@@ -102,9 +103,9 @@ def _turn(side: Callable[[], object], device: torch.device, calls: int) -> float
 
 
 def peak_bytes(side: Callable[[], object], device: torch.device) -> int:
-    """Most memory that is allocated at one time while the side runs, beyond what was there.
+    """Most memory that the side has allocated at one time, beyond what was allocated before.
 
-    On the CPU this is PyTorch's own account, so the ops must not recycle memory meanwhile.
+    On a CPU, PyTorch's profiler counts the allocations; our ops must not recycle memory meanwhile.
     """
     side()
     if device.type == "cuda":
@@ -116,7 +117,7 @@ def peak_bytes(side: Callable[[], object], device: torch.device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     recycled_from, native.RECYCLED_BYTES = native.RECYCLED_BYTES, sys.maxsize
     try:
-        side()  # frees what recycled memory an earlier call left in a gradient
+        side()  # frees recycled memory that an earlier call left in a gradient
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             side()
     finally:

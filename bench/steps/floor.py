@@ -1,4 +1,4 @@
-"""The matrix products of a step, alone: what no implementation that makes them all can go below."""
+"""The matrix products of a step alone: a step that makes all of them cannot be faster."""
 
 import math
 from collections import Counter
@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measuring.timing import interleaved
+from bench.steps.engine_row import engine_loss
+from bench.steps.images import Images
+from simmim.config.sections import Config
+from simmim.model.image_model import ImageModel
 from simmim.training.precision import DTYPES
-from timing import interleaved
 
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product: `batch` times [m, k] · [k, n]; each side row-major or transposed."""
+    """`batch` matrix products [m, k] · [k, n]; each operand is row-major or transposed."""
 
     batch: int
     m: int
@@ -32,7 +36,7 @@ class Product:
 
 
 class ProductCounter(TorchDispatchMode):
-    """Counts the matrix products that run, convolutions over whole patches among them."""
+    """Counts the matrix products that run; a convolution counts as the product of its windows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,12 +59,12 @@ class ProductCounter(TorchDispatchMode):
 
     def _count(self, a: Tensor, b: Tensor) -> None:
         batch = a.shape[0] if a.dim() == 3 else 1
-        turned = tuple(t.stride(-1) != 1 and t.stride(-2) == 1 for t in (a, b))
-        product = Product(batch, a.shape[-2], a.shape[-1], b.shape[-1], turned)  # type: ignore[arg-type]
+        transposed = tuple(t.stride(-1) != 1 and t.stride(-2) == 1 for t in (a, b))
+        product = Product(batch, a.shape[-2], a.shape[-1], b.shape[-1], transposed)  # type: ignore[arg-type]
         self.counts[product] += 1
 
     def _count_convolution(self, out: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
-        # a kernel that moves by its own size, or of one pixel: each output pixel is a row
+        # each output pixel is a row: its window, unfolded
         rows, channels = out.numel() // out.shape[1], out.shape[1]
         self.counts[Product(1, rows, weight[0].numel(), channels)] += sum(wanted)
 
@@ -68,7 +72,7 @@ class ProductCounter(TorchDispatchMode):
 def count_products(step: Callable[[], object]) -> Counter[Product]:
     """The matrix products that `step` makes in plain PyTorch.
 
-    Attention counts as the two products it is made of, whatever computes it.
+    Attention counts as its two products, whichever kernel computes it.
     """
     counter = ProductCounter()
     with sdpa_kernel(SDPBackend.MATH), counter:
@@ -79,46 +83,46 @@ def count_products(step: Callable[[], object]) -> Counter[Product]:
 def fast_dtypes(dtype: str, device: torch.device) -> list[str]:
     """The dtypes in which products may be fastest: the step's own and, on a CPU, float32.
 
-    A CPU may only emulate a low precision. Whatever is less than half as fast as the other in a
-    trial is left out.
+    Some CPUs only emulate a low precision. A dtype that takes at least twice as long as the other
+    in a trial is left out.
     """
     names = [dtype] if dtype == "float32" or device.type != "cpu" else [dtype, "float32"]
     trial = Counter({Product(1, 768, 768, 768): 1})
     sides = {name: all_products(trial, name, device) for name in names}
-    found = interleaved(sides, device, seconds=0, least_rounds=3)
-    return [name for name in names if found[name] < 2 * min(found.values())]
+    times = interleaved(sides, device, seconds=0, least_rounds=3)
+    return [name for name in names if times[name] < 2 * min(times.values())]
 
 
 def all_products(
     counts: Mapping[Product, int], dtype: str, device: torch.device
 ) -> Callable[[], None]:
-    """Makes every product as often as it is counted, one after another, and nothing else.
+    """A function that makes every product as often as it was counted, and nothing else.
 
-    All read the same operands and write to the same memory, so that nothing is allocated and the
-    operands are as warm as they can be.
+    All products read the same operands and write to the same memory, so that nothing is allocated
+    and the operands are in the cache as far as they fit.
     """
 
-    def room(size_of: Callable[[Product], int]) -> Tensor:
+    def allocate(size_of: Callable[[Product], int]) -> Tensor:
         sizes = [p.batch * size_of(p) for p in counts]
         memory = torch.empty(max(sizes), dtype=DTYPES[dtype], device=device)
         # a GPU's clock depends on the bits
         return memory.normal_() if device.type == "cuda" else memory.fill_(0.5)
 
-    left = room(lambda p: p.m * p.k)
-    right = room(lambda p: p.k * p.n)
-    result = room(lambda p: p.m * p.n)
+    left = allocate(lambda p: p.m * p.k)
+    right = allocate(lambda p: p.k * p.n)
+    result = allocate(lambda p: p.m * p.n)
 
-    def view(memory: Tensor, batch: int, rows: int, columns: int, turned: bool) -> Tensor:
-        shape = (batch, columns, rows) if turned else (batch, rows, columns)
+    def view(memory: Tensor, batch: int, rows: int, columns: int, transposed: bool) -> Tensor:
+        shape = (batch, columns, rows) if transposed else (batch, rows, columns)
         matrix = memory[: math.prod(shape)].view(shape)
-        matrix = matrix.mT if turned else matrix
+        matrix = matrix.mT if transposed else matrix
         return matrix[0] if batch == 1 else matrix
 
     calls = []
     for p, count in counts.items():
         a = view(left, p.batch, p.m, p.k, p.transposed[0])
         b = view(right, p.batch, p.k, p.n, p.transposed[1])
-        out = view(result, p.batch, p.m, p.n, turned=False)
+        out = view(result, p.batch, p.m, p.n, transposed=False)
         calls.append((torch.mm if p.batch == 1 else torch.bmm, a, b, out, count))
 
     def run() -> None:
@@ -127,3 +131,16 @@ def all_products(
                 product(a, b, out=out)
 
     return run
+
+
+def products_of_step(model: ImageModel, images: Images, config: Config) -> Counter[Product]:
+    """The matrix products of one forward and backward pass of the model in plain PyTorch."""
+
+    def step() -> None:
+        engine_loss(model, images, config, config.train.precision).backward()
+
+    model.use_backend("reference")
+    counts = count_products(step)
+    model.zero_grad(set_to_none=True)
+    model.use_backend(config.kernels.backend)
+    return counts

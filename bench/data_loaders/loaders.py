@@ -1,7 +1,8 @@
-"""The loaders that bench/data.py compares: this project's and those of other packages.
+"""The data loaders that bench/data.py compares: the engine's and those of other packages.
 
-Each is built as its own users would build it for SimMIM pre-training: RandomResizedCrop(size,
-scale .67 to 1, bilinear, antialiased), horizontal flip, batches; one decoding process or thread.
+Each loader is built in the way of its own users for SimMIM pre-training: random crops
+(RandomResizedCrop with scale 0.67 to 1, bilinear, antialiased), horizontal flips, batches. Each
+has one process or thread that decodes.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,14 +16,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Job:
-    """What a row is to load.
+    """What a row loads.
 
     Attributes:
-        folder: image files in one class folder, for loaders of folders.
-        shards: tar files of the same images, for loaders of shards.
-        source: what `simmim pretrain --data.path` would get.
-        size: side of the crops, pixels.
-        batch: images of a batch.
+        folder: image files in one class folder, for loaders that read folders.
+        shards: tar files of the same images, for loaders that read shards.
+        source: the value of `--data.path` for `simmim pretrain`.
+        size: side of the crops in pixels.
+        batch: images per batch.
     """
 
     folder: Path
@@ -32,11 +33,11 @@ class Job:
     batch: int
 
 
-# A loader without end: yields how many images each batch held.
-Endless = Iterator[int]
+# Yields the number of images of each batch, without end.
+Batches = Iterator[int]
 
 
-def simmim(job: Job) -> Endless:
+def simmim(job: Job) -> Batches:
     """`data.workers=1`: uint8 batches, which the model normalises by itself."""
     import torch
 
@@ -60,8 +61,8 @@ def simmim(job: Job) -> Endless:
         yield batch.num_valid
 
 
-def decode_only(job: Job) -> Endless:
-    """No loader: libjpeg-turbo through simplejpeg, one image after another. A floor."""
+def decode_only(job: Job) -> Batches:
+    """Not a loader: libjpeg-turbo through simplejpeg, one image after another. A floor."""
     import simplejpeg
 
     from simmim.data.open import open_source
@@ -74,42 +75,44 @@ def decode_only(job: Job) -> Endless:
             yield 1
 
 
-def _torchvision_dataset(job: Job, *, normalise: bool) -> Any:
+def _torchvision_transform(job: Job, *, normalise: bool) -> Any:
     from torchvision import transforms as T
-    from torchvision.datasets import ImageFolder
 
     steps: list[Any] = [
         T.RandomResizedCrop(job.size, scale=SCALE, ratio=RATIO),
         T.RandomHorizontalFlip(),
     ]
     steps += [T.ToTensor(), T.Normalize(MEAN, STD)] if normalise else [T.PILToTensor()]
-    return ImageFolder(str(job.folder.parent), T.Compose(steps))
+    return T.Compose(steps)
 
 
-def _torch_loader(dataset: Any, job: Job) -> Endless:
+def _torchvision_loader(job: Job, *, normalise: bool) -> Batches:
     from torch.utils.data import DataLoader, RandomSampler
+    from torchvision.datasets import ImageFolder
 
+    transform = _torchvision_transform(job, normalise=normalise)
+    dataset = ImageFolder(str(job.folder.parent), transform)
     sampler = RandomSampler(dataset, replacement=True, num_samples=10**9)
     for images, _ in DataLoader(dataset, job.batch, sampler=sampler, num_workers=1):
         yield len(images)
 
 
-def torchvision(job: Job) -> Endless:
+def torchvision(job: Job) -> Batches:
     """ImageFolder and DataLoader with the transforms of microsoft/SimMIM."""
-    return _torch_loader(_torchvision_dataset(job, normalise=True), job)
+    return _torchvision_loader(job, normalise=True)
 
 
-def torchvision_uint8(job: Job) -> Endless:
-    """The same without ToTensor and Normalize, which here belong to the model."""
-    return _torch_loader(_torchvision_dataset(job, normalise=False), job)
+def torchvision_uint8(job: Job) -> Batches:
+    """The same without ToTensor and Normalize, which are part of the model in this project."""
+    return _torchvision_loader(job, normalise=False)
 
 
-def timm(job: Job) -> Endless:
+def timm(job: Job) -> Batches:
     """`timm.data.create_loader` with its prefetcher, which collates uint8 and normalises later."""
     import torch
     from timm.data import create_dataset, create_loader
 
-    # timm's sampler ends with the epoch; its own option repeats the dataset instead
+    # timm's sampler ends with the epoch, so the dataset is repeated
     dataset = create_dataset("", str(job.folder.parent), class_map="")
     repeated = torch.utils.data.ConcatDataset([dataset] * 100)
     repeated.transform = None
@@ -127,19 +130,19 @@ def timm(job: Job) -> Endless:
         device=torch.device("cpu"),
         persistent_workers=False,
     )
-    dataset.transform = repeated.transform  # create_loader gave it to what it was handed
+    dataset.transform = repeated.transform  # create_loader set it on the repeated dataset
     for images, _ in loader:
         yield len(images)
 
 
-def dali(job: Job, device: str = "cpu") -> Endless:
-    """DALI's file reader, fused random-crop decoder, resize and flip; one thread.
+def dali(job: Job, device: str = "cpu") -> Batches:
+    """DALI's file reader, decoder of random crops, resize and flip, in one thread.
 
-    On "mixed" the decoder, the resize and the flip run on the GPU.
+    With device "mixed" the decoder, the resize and the flip run on the GPU.
     """
     from nvidia.dali import fn, pipeline_def, types
 
-    placed = "gpu" if device == "mixed" else "cpu"
+    placement = "gpu" if device == "mixed" else "cpu"
 
     @pipeline_def(batch_size=job.batch, num_threads=1, device_id=0 if device == "mixed" else None)
     def pipeline() -> Any:
@@ -153,8 +156,8 @@ def dali(job: Job, device: str = "cpu") -> Endless:
             random_area=list(SCALE),
             random_aspect_ratio=list(RATIO),
         )
-        images = fn.resize(images, device=placed, size=[job.size, job.size], antialias=True)
-        return fn.flip(images, device=placed, horizontal=fn.random.coin_flip())
+        images = fn.resize(images, device=placement, size=[job.size, job.size], antialias=True)
+        return fn.flip(images, device=placement, horizontal=fn.random.coin_flip())
 
     running = pipeline()
     running.build()
@@ -163,24 +166,16 @@ def dali(job: Job, device: str = "cpu") -> Endless:
         yield len(images)
 
 
-def dali_mixed(job: Job) -> Endless:
-    """The same with GPU decoding."""
+def dali_mixed(job: Job) -> Batches:
+    """The same, decoded on the GPU."""
     return dali(job, "mixed")
 
 
-def webdataset(job: Job) -> Endless:
+def webdataset(job: Job) -> Batches:
     """WebDataset over tar shards, Pillow decoding, torchvision transforms, WebLoader."""
     import webdataset as wds
-    from torchvision import transforms as T
 
-    transform = T.Compose(
-        [
-            T.RandomResizedCrop(job.size, scale=SCALE, ratio=RATIO),
-            T.RandomHorizontalFlip(),
-            T.ToTensor(),
-            T.Normalize(MEAN, STD),
-        ]
-    )
+    transform = _torchvision_transform(job, normalise=True)
     dataset = (
         wds.WebDataset([str(shard) for shard in job.shards], resampled=True, shardshuffle=False)
         .shuffle(200)
@@ -193,7 +188,7 @@ def webdataset(job: Job) -> Endless:
         yield len(images)
 
 
-LOADERS: dict[str, Callable[[Job], Endless]] = {
+LOADERS: dict[str, Callable[[Job], Batches]] = {
     "simmim": simmim,
     "torchvision": torchvision,
     "torchvision-uint8": torchvision_uint8,
@@ -202,7 +197,8 @@ LOADERS: dict[str, Callable[[Job], Endless]] = {
     "webdataset": webdataset,
     "decode-only": decode_only,
 }
-ON_CUDA: dict[str, Callable[[Job], Endless]] = {"dali-mixed": dali_mixed}
+ON_CUDA: dict[str, Callable[[Job], Batches]] = {"dali-mixed": dali_mixed}
+# Modules that must import before a row can run.
 NEEDS = {
     "torchvision": ("torchvision",),
     "torchvision-uint8": ("torchvision",),

@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import throughput
-from peer import Mismatch, Pair, Unavailable
-from peers import PEERS
-from rows import EngineRow, Images, PeerRow, engine_loss, wake
+from bench import throughput
+from bench.peers.by_method import PEERS
+from bench.peers.peer import Mismatch, Pair, Unavailable
+from bench.steps.checks import check_equal
+from bench.steps.engine_row import EngineRow, engine_loss, raise_zero_norms
+from bench.steps.floor import products_of_step
+from bench.steps.images import Images
+from bench.steps.measurement import first_steps
+from bench.steps.options import parse_options
+from bench.steps.peer_row import PeerRow
 from simmim.backbone.build import PRESETS
 from simmim.config.sections import DataConfig, ModelConfig, TrainConfig
 from simmim.config.values import config_class
@@ -32,8 +38,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("throughput") / "out" / "vit.json"
     assert throughput.main([*SMALL, *SHORT, f"--json={path}"]) == 0
     assert [p.name for p in path.parent.iterdir()] == ["vit.json"]
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
 
 
 def test_every_row_runs_or_says_why_not(written: dict[str, Any]) -> None:
@@ -109,7 +115,7 @@ def test_peers_compute_the_same(method: str, model: str, name: str) -> None:
         row = PeerRow(PEERS[method][name](base.spec), base.config, CPU)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    loss, gradient = throughput.check_equal(base, row)
+    loss, gradient = check_equal(base, row)
     assert loss < 2e-6
     assert gradient < 5e-5
 
@@ -124,7 +130,7 @@ def test_a_peer_takes_a_memory_format_and_stays_the_same(name: str) -> None:
     assert row.choose_format(Images.make(2, base.model, base.config))
     assert row.note.endswith("the faster here")
     assert row.format in row.peer.formats
-    assert throughput.check_equal(base, row)[1] < 1e-3
+    assert check_equal(base, row)[1] < 1e-3
 
 
 def test_simsiam_has_a_row_that_distorts_by_itself() -> None:
@@ -136,7 +142,7 @@ def test_simsiam_has_a_row_that_distorts_by_itself() -> None:
     first, second = images.ready
     assert first.shape == second.shape == (4, 3, 64, 64)
     assert not torch.equal(first, second)
-    loss, gradient = throughput.check_equal(base, whole)
+    loss, gradient = check_equal(base, whole)
     assert loss < 1e-6
     assert gradient < 1e-6
     seen = [float(row.step(images)()) for row in (base, whole)]
@@ -150,11 +156,14 @@ def test_no_branch_begins_as_nothing() -> None:
     assert len(norms) == 8
     assert all(norm.weight.all() for norm in norms)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert all(torch.equal(value, before[name]) for name, value in wake(model).state_dict().items())
+    assert all(
+        torch.equal(value, before[name])
+        for name, value in raise_zero_norms(model).state_dict().items()
+    )
 
 
 def test_a_recipe_is_a_model_a_method_and_a_ratio() -> None:
-    config = throughput.parse(["--device=cpu", "--model=vit_small_tokens"]).config
+    config = parse_options(["--device=cpu", "--model=vit_small_tokens"]).config
     assert (config.model.name, config.method.name) == ("vit_small_plain", "tokens")
     assert config.mask.ratio == 0.75
     assert config.image_size == (224, 224)
@@ -165,12 +174,12 @@ def test_a_recipe_is_a_model_a_method_and_a_ratio() -> None:
 def test_products_are_those_of_torch() -> None:
     base = make_base(name="vit_tiny", depths=[2])
     images = Images.make(2, base.model, base.config)
-    counts = throughput.products_of(base.model, images, base.config)
+    counts = products_of_step(base.model, images, base.config)
     base.model.use_backend("reference")
     with FlopCounterMode(display=False) as counter:
         engine_loss(base.model, images, base.config, "float32").backward()
-    found = sum(product.flops * times for product, times in counts.items())
-    assert found == counter.get_total_flops()
+    counted = sum(product.flops * times for product, times in counts.items())
+    assert counted == counter.get_total_flops()
 
 
 def test_a_row_that_differs_ends_the_run(
@@ -195,7 +204,7 @@ def test_a_gradient_that_differs_is_named() -> None:
     row = EngineRow("other", base.config, CPU)
     row.pairs = [Pair("decoder.0.bias", lambda w: w["decoder.0.bias"] * 1.01)]
     with pytest.raises(Mismatch, match=r"other: gradient of decoder\.0\.bias is off by 0\.0099"):
-        throughput.check_equal(base, row)
+        check_equal(base, row)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +240,7 @@ def test_window_that_transformers_cannot_shrink() -> None:
 
 def test_a_compiled_row_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the row that shares its weights goes on with what it had."""
-    options = throughput.parse(SMALL)
+    options = parse_options(SMALL)
     plain = EngineRow("plain", options.config, CPU)
     images = Images.make(1, plain.model, options.config)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
@@ -245,7 +254,7 @@ def test_a_compiled_row_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatc
 
     compiled.step = lambda images: step  # type: ignore[method-assign]
     before = plain.state()[0]
-    steps, seconds, skipped = throughput.first_steps([plain, compiled], images, CPU)
+    steps, seconds, skipped = first_steps([plain, compiled], images, CPU)
     assert steps.keys() == seconds.keys() == {"plain"}
     assert [row["name"] for row in skipped] == ["plain + compile"]
     assert "not finite" in skipped[0]["reason"]

@@ -5,27 +5,17 @@ the peer's own form. B batch, C channels, H W pixels, h w token grid, L = h·w, 
 Source of the state-dict layouts: timm 1.0, transformers 5.
 """
 
-import importlib
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peer import (
-    Pair,
-    Peer,
-    Unavailable,
-    Weights,
-    blend,
-    import_package,
-    published_head,
-    published_loss,
-    take,
-)
-from peers_tokens import plain
+from bench.peers.packages import import_package
+from bench.peers.peer import Pair, Peer, Unavailable, Weights, take
+from bench.peers.published import blend, published_head, published_loss
+from bench.peers.specs import plain_vit, timm_arguments, timm_vit_arguments
 from simmim.backbone.build import Spec
 from simmim.backbone.swin import NORM_EPS, SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
@@ -49,7 +39,7 @@ class TimmSwin(nn.Module):
 
 
 class TimmBeit(nn.Module):
-    """timm's BEiT (it is the published ViT) with a mask token and the published head and loss."""
+    """timm's BEiT, which is the published ViT, with a mask token, published head and loss."""
 
     def __init__(self, encoder: nn.Module, spec: ViTSpec) -> None:
         super().__init__()
@@ -71,7 +61,7 @@ class TimmBeit(nn.Module):
 
 
 class TransformersMim(nn.Module):
-    """The loss of a `…ForMaskedImageModeling`; mask bool [B, L]."""
+    """The loss of a `…ForMaskedImageModeling` of transformers; mask bool [B, L]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -88,10 +78,8 @@ def build_timm(spec: Spec) -> Peer:
     Raises:
         Unavailable: timm is not installed, or the model is none of these.
     """
-    import_package("timm")
-    layers = importlib.import_module("timm.layers")
-    # Swin asks for the experimental form; attention is torch's fused one in both families then
-    layers.set_fused_attn(True, experimental=True)
+    # timm's Swin uses torch's fused attention only if the experimental form is on as well
+    import_package("timm.layers").set_fused_attn(True, experimental=True)
     if isinstance(spec, SwinSpec):
         encoder, note = _timm_swin(spec)
         model: nn.Module = TimmSwin(encoder, spec)
@@ -104,44 +92,27 @@ def build_timm(spec: Spec) -> Peer:
 
 
 def _timm_swin(spec: SwinSpec) -> tuple[nn.Module, str]:
-    """The encoder, and what to call it."""
-    shared: dict[str, Any] = {
-        "img_size": spec.image_size,
-        "patch_size": spec.patch_size,
-        "in_chans": spec.channels,
-        "num_classes": 0,
+    """The encoder, and its name in the row's note."""
+    shared = timm_arguments(spec) | {
         "global_pool": "",
-        "embed_dim": spec.embed_dim,
         "depths": spec.depths,
-        "num_heads": spec.num_heads,
         "window_size": spec.window_size,
-        "mlp_ratio": spec.mlp_ratio,
-        "qkv_bias": spec.qkv_bias,
         "drop_path_rate": 0.0,
     }
     if isinstance(spec, SwinV2Spec):
-        second: Any = importlib.import_module("timm.models.swin_transformer_v2")
+        swinv2: Any = import_package("timm.models.swin_transformer_v2")
         sizes = spec.pretrained_window_sizes
-        encoder = second.SwinTransformerV2(**shared, pretrained_window_sizes=sizes)
+        encoder = swinv2.SwinTransformerV2(**shared, pretrained_window_sizes=sizes)
         return encoder, "SwinV2 (attention is not fused there)"
-    first: Any = importlib.import_module("timm.models.swin_transformer")
-    return first.SwinTransformer(**shared), "Swin"
+    swin: Any = import_package("timm.models.swin_transformer")
+    return swin.SwinTransformer(**shared), "Swin"
 
 
 def _timm_beit(spec: ViTSpec) -> nn.Module:
-    beit: Any = importlib.import_module("timm.models.beit")
+    beit: Any = import_package("timm.models.beit")
     encoder: nn.Module = beit.Beit(
-        img_size=spec.image_size,
-        patch_size=spec.patch_size,
-        in_chans=spec.channels,
-        num_classes=0,
+        **timm_vit_arguments(spec),
         global_pool="",
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        qkv_bias=spec.qkv_bias,
-        mlp_ratio=spec.mlp_ratio,
-        norm_layer=partial(nn.LayerNorm, eps=spec.norm_eps),
         init_values=spec.layer_scale,
         use_abs_pos_emb=spec.absolute_position,
         use_rel_pos_bias=spec.layer_relative_position,
@@ -155,13 +126,13 @@ def _from_timm(name: str) -> str:
         return name
     if not name.startswith("encoder."):
         return f"encoder.{name}"
-    # timm merges patches at the start of a stage, the published Swin at the end of the one before
+    # timm merges patches at the start of a stage, the published Swin at the end of the previous one
     return re.sub(
         r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
     )
 
 
-# Releases of transformers differ in the names of layers in memory; both forms are given.
+# Releases of transformers name their layers differently; the patterns match all of these names.
 FROM_TRANSFORMERS = [
     (r"^model\.", ""),
     (r"^(swin|swinv2|vit)\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj"),
@@ -186,7 +157,7 @@ FROM_TRANSFORMERS = [
 
 
 def build_transformers(spec: Spec) -> Peer:
-    """The package's SimMIM classes; its ViT has absolute positions and nothing else of ours.
+    """The SimMIM classes of transformers; their ViT has absolute positions and none of our extras.
 
     Raises:
         Unavailable: transformers is not installed, or has no such model.
@@ -207,7 +178,7 @@ def build_transformers(spec: Spec) -> Peer:
     if isinstance(spec, SwinSpec):
         config, architecture = _transformers_swin(spec, transformers, shared)
     else:
-        spec, note = plain(spec)
+        spec, note = plain_vit(spec)
         config = transformers.ViTConfig(
             **shared,
             hidden_size=spec.embed_dim,
@@ -219,7 +190,7 @@ def build_transformers(spec: Spec) -> Peer:
         architecture = transformers.ViTForMaskedImageModeling
     try:
         built, attention = architecture._from_config(config, attn_implementation="sdpa"), "sdpa"
-    except ValueError:  # this release has no fused attention for this model
+    except ValueError:  # this release of transformers has no fused attention for this model
         built, attention = architecture._from_config(config, attn_implementation="eager"), "eager"
     model = TransformersMim(built)
     pairs = [_from_transformers(name, spec) for name, _ in model.named_parameters()]
@@ -233,7 +204,7 @@ def _transformers_swin(
     """A configuration, and the class that takes it.
 
     Raises:
-        Unavailable: a window would have to shrink, and cannot.
+        Unavailable: the last stage is smaller than a window, which this class cannot shrink.
     """
     settings = shared | {
         "embed_dim": spec.embed_dim,

@@ -1,0 +1,1 @@
+"""Data loaders of the engine and of other packages, for bench/data.py."""

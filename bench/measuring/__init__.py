@@ -1,0 +1,1 @@
+"""Times, memory and the machine: what every benchmark measures with."""

@@ -1,0 +1,1 @@
+"""The models of other packages that bench/throughput.py compares with."""
