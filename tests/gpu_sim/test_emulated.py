@@ -10,6 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gpu_sim.emulation import emulate
+from pairwise import pairwise
 from simmim_kernels.linear_masked_l1_loss import reference as linear_reference
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import reference as loss_reference
@@ -214,10 +215,11 @@ def test_random_patch_mask(target: str, grid: tuple[int, int], unit: int) -> Non
         check_mask(grid, unit)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("position", [False, True], ids=["plain", "position"])
-@pytest.mark.parametrize("shape", [(2, 36, 128), (1, 7, 63)], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype", "position", "shape"),
+    pairwise(TARGETS, DTYPES, [False, True], [(2, 36, 128), (1, 7, 63)]),
+    ids=str,
+)
 def test_substitute_mask_tokens(
     target: str, dtype: torch.dtype, position: bool, shape: tuple[int, int, int]
 ) -> None:
@@ -225,19 +227,23 @@ def test_substitute_mask_tokens(
         check_substitute(dtype, shape, position)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("image", ["float", "bytes"])
+# side of a cell of the prediction in pixels, cells of the mask
+LAYOUTS = {
+    "tokens of 32": (32, (2, 2)),
+    "tokens of 16, fine mask": (16, (8, 8)),
+    "tokens of 7": (7, (2, 14)),
+    "image": (0, (2, 2)),
+}
+
+
 @pytest.mark.parametrize(
-    ("stride", "grid"),
-    [(32, (2, 2)), (16, (8, 8)), (7, (2, 14)), (0, (2, 2))],
-    ids=["tokens of 32", "tokens of 16, fine mask", "tokens of 7", "image"],
+    ("target", "dtype", "image", "layout"),
+    pairwise(TARGETS, DTYPES, ["float", "bytes"], list(LAYOUTS)),
+    ids=str,
 )
-def test_masked_l1_loss(
-    target: str, dtype: torch.dtype, image: str, stride: int, grid: tuple[int, int]
-) -> None:
+def test_masked_l1_loss(target: str, dtype: torch.dtype, image: str, layout: str) -> None:
     with emulate(target):
-        check_loss(dtype, stride, grid, image)
+        check_loss(dtype, *LAYOUTS[layout], image)
 
 
 @pytest.mark.parametrize("target", TARGETS)
