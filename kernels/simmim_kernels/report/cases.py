@@ -121,9 +121,9 @@ def loss_case(model: Model, from_tokens: bool, dtype: torch.dtype) -> Case:
     def make() -> None:
         image = torch.empty(image_shape, dtype=torch.uint8 if of_bytes else torch.float32)
         mask = torch.zeros(model.batch, model.units, model.units, dtype=torch.bool)
-        mean_and_std = (torch.empty(3), torch.empty(3)) if of_bytes else (None, None)
+        mean, std = (torch.empty(3) if of_bytes else None for _ in range(2))
         prediction = torch.empty(shape, dtype=dtype)
-        _, per_pixel, signs = loss.forward(prediction, image, mask, *mean_and_std, stride, 0, True)
+        _, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
         loss.backward(per_pixel, signs, shape, dtype)
 
     pixels, hidden = math.prod(image_shape), model.hidden_pixels
