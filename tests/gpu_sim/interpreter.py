@@ -257,7 +257,6 @@ _sees_all_of_triton = FunctionType(  # type: ignore[assignment]
 )
 
 
-# --- bfloat16 -------------------------------------------------------------------------------------
 # The interpreter keeps bfloat16 as uint16 bit patterns and computes on the patterns.
 
 
@@ -381,8 +380,6 @@ class CheckedBuilder(InterpreterBuilder):  # type: ignore[misc]
                 raise MemoryFault(str(self.sanitizer.report.faults[-1]))  # it takes no mask
         return super().create_atomic_cas(ptr, cmp, val, *options)
 
-
-# --- sanitizer ------------------------------------------------------------------------------------
 
 _NOBODY = 0
 _SEVERAL = -1

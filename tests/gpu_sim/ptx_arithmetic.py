@@ -35,8 +35,6 @@ from gpu_sim.ptx_parser import (
     Statement,
 )
 
-# --- shapes of instructions
-
 
 def _elements(row: Array, ptx_type: PtxType) -> Array:
     """The elements of a row: 64 halves of a packed type, else the 32 lanes."""
@@ -158,9 +156,6 @@ def _decode_sign(statement: Statement) -> Execute:
     return execute
 
 
-# --- multiplication, division
-
-
 def multiply_high(a: Array, b: Array) -> Array:
     """The upper half of the full product, for 16, 32 or 64 bits, signed or not."""
     if a.dtype.itemsize < 8:
@@ -255,9 +250,6 @@ def _decode_divide(statement: Statement) -> Execute:
 def _decode_remainder(statement: Statement) -> Execute:
     allow(statement)
     return integer_operation(statement, last_type(statement), _remainder, 2)
-
-
-# --- functions of one number
 
 
 def _in_double(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -36,8 +36,6 @@ from gpu_sim.ptx_parser import (
     Statement,
 )
 
-# --- comparison, selection
-
 
 def _unordered(compare: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     return lambda a, b: compare(a, b) | np.isnan(a) | np.isnan(b)
@@ -137,8 +135,6 @@ def _decode_select(statement: Statement) -> Execute:
 
     return execute
 
-
-# --- conversion
 
 _TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 

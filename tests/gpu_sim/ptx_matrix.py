@@ -132,9 +132,6 @@ def _decode_mma(statement: Statement) -> Execute:
     return execute
 
 
-# --- ldmatrix, stmatrix
-
-
 def _matrix_count(statement: Statement, operand: Operand) -> tuple[int, bool, Array]:
     """How many 8x8 matrices, whether transposed, and the register of each."""
     count = len(items(operand))
@@ -193,9 +190,6 @@ def _decode_store_matrix(statement: Statement) -> Execute:
         warp.cta.shared.words[4][rows] = words.reshape(8 * count, 4)
 
     return execute
-
-
-# --- wgmma
 
 
 class _SharedOperand:

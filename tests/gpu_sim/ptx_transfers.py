@@ -40,9 +40,6 @@ _SPACES = ("global", "shared", "shared::cta", "local", "param")
 _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
 
-# --- mov
-
-
 @opcode("mov")
 def _decode_move(statement: Statement) -> Execute:
     target, source = statement.operands
@@ -107,9 +104,6 @@ def _decode_address_conversion(statement: Statement) -> Execute:
     read = reader(statement, statement.operands[1], U64)
     write = writer(statement, statement.operands[0], U64)
     return lambda warp, mask: write(warp, read(warp), mask)
-
-
-# --- loads and stores
 
 
 def _space_and_count(statement: Statement) -> tuple[str, int]:
@@ -228,8 +222,6 @@ def _decode_store(statement: Statement) -> Execute:
     return {"global": store_global, "shared": store_shared, "local": store_local}[space]
 
 
-# --- atomics
-
 _ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
     "min": np.minimum,
@@ -320,9 +312,6 @@ def _atomic_update(name: str, ptx_type: PtxType) -> Callable[..., Array]:
     return update
 
 
-# --- cp.async
-
-
 @opcode("cp")
 def _decode_copy(statement: Statement) -> Execute:
     if statement.modifiers[0] != "async":
@@ -382,9 +371,6 @@ def _copy_group_operation(statement: Statement) -> Execute:
             warp.finish_copies(groups_left)
 
     return execute
-
-
-# --- exchange between lanes
 
 
 def _check_members(statement: Statement, warp: Warp, members: Array, mask: Mask) -> Array:
@@ -520,9 +506,6 @@ def _decode_election(statement: Statement) -> Execute:
         write_elected(warp, leader == LANES, mask)
 
     return execute
-
-
-# --- nothing to do: memory is coherent, warps run one at a time
 
 
 @opcode("fence", "membar", "nop")

@@ -105,9 +105,6 @@ def captured(target: str, x: Tensor) -> Launch:
     return launches[0]
 
 
-# --- capture --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_compiles(target: str) -> None:
     launch = captured(target, torch.empty(64 * 2304, 128, dtype=BFLOAT16))
@@ -211,8 +208,6 @@ def test_interpreting_and_capturing_take_turns() -> None:
     with interpret():
         assert torch.equal(double(x), 2 * x)
 
-
-# --- reading machine code -------------------------------------------------------------------------
 
 SASS = """
 .text.some_kernel:
@@ -355,9 +350,6 @@ def test_figures_of_a_real_kernel(target: str, opcode: str) -> None:
     assert found.loads.narrowest == 16
 
 
-# --- the gate -------------------------------------------------------------------------------------
-
-
 def test_a_spill_is_refused() -> None:
     good = figures(case("chain", lambda: matmul_chain(64)), "sm_90")
     assert differences(good, good) == []
@@ -436,9 +428,6 @@ def test_bytes_and_time_are_modelled() -> None:
     assert found.bytes_moved == 2 * x.nbytes  # x in and out: each tensor of the launch once
     assert found.bytes_ratio == 1.0
     assert found.modelled_us == pytest.approx((4 << 20) / CARDS["sm_90"].bandwidth * 1e6, abs=0.01)
-
-
-# --- the command ----------------------------------------------------------------------------------
 
 
 def known_cases(columns: int = 2048) -> list[Case]:

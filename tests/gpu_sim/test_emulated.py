@@ -10,6 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gpu_sim.emulation import emulate
+from pairwise import pairwise
 from simmim_kernels.linear_masked_l1_loss import reference as linear_reference
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import reference as loss_reference
@@ -30,6 +31,14 @@ from simmim_kernels.window_attention import triton_kernel as attention
 TARGETS = ["sm_80", "sm_90"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+# Either target lowers float32 to the same multiply-adds and barriers, and float16 as bfloat16.
+TARGETS_AND_DTYPES = [
+    *((target, torch.bfloat16) for target in TARGETS),
+    ("sm_80", torch.float32),
+    ("sm_90", torch.float16),
+    pytest.param("sm_90", torch.float32, marks=pytest.mark.slow),
+    pytest.param("sm_80", torch.float16, marks=pytest.mark.slow),
+]
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
@@ -214,10 +223,11 @@ def test_random_patch_mask(target: str, grid: tuple[int, int], unit: int) -> Non
         check_mask(grid, unit)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("position", [False, True], ids=["plain", "position"])
-@pytest.mark.parametrize("shape", [(2, 36, 128), (1, 7, 63)], ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtype", "position", "shape"),
+    pairwise(TARGETS, DTYPES, [False, True], [(2, 36, 128), (1, 7, 63)]),
+    ids=str,
+)
 def test_substitute_mask_tokens(
     target: str, dtype: torch.dtype, position: bool, shape: tuple[int, int, int]
 ) -> None:
@@ -225,23 +235,26 @@ def test_substitute_mask_tokens(
         check_substitute(dtype, shape, position)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("image", ["float", "bytes"])
+# side of a cell of the prediction in pixels, cells of the mask
+LAYOUTS = {
+    "tokens of 32": (32, (2, 2)),
+    "tokens of 16, fine mask": (16, (8, 8)),
+    "tokens of 7": (7, (2, 14)),
+    "image": (0, (2, 2)),
+}
+
+
 @pytest.mark.parametrize(
-    ("stride", "grid"),
-    [(32, (2, 2)), (16, (8, 8)), (7, (2, 14)), (0, (2, 2))],
-    ids=["tokens of 32", "tokens of 16, fine mask", "tokens of 7", "image"],
+    ("target", "dtype", "image", "layout"),
+    pairwise(TARGETS, DTYPES, ["float", "bytes"], list(LAYOUTS)),
+    ids=str,
 )
-def test_masked_l1_loss(
-    target: str, dtype: torch.dtype, image: str, stride: int, grid: tuple[int, int]
-) -> None:
+def test_masked_l1_loss(target: str, dtype: torch.dtype, image: str, layout: str) -> None:
     with emulate(target):
-        check_loss(dtype, stride, grid, image)
+        check_loss(dtype, *LAYOUTS[layout], image)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_AND_DTYPES, ids=str)
 def test_linear_masked_l1_loss(target: str, dtype: torch.dtype) -> None:
     with emulate(target) as done:
         check_linear(dtype, 8, (2, 2))
@@ -250,36 +263,31 @@ def test_linear_masked_l1_loss(target: str, dtype: torch.dtype) -> None:
     assert all(flops > 0 for flops in products) == (dtype != torch.float32)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "scaled"), [((2, 9, 48, 80), True), ((1, 7, 20, 36), False)], ids=str
+    ("target", "dtype", "shape"),
+    pairwise(TARGETS, DTYPES, [(2, 9, 48, 80), (1, 7, 20, 36)]),
+    ids=str,
 )
-def test_residual_mlp(
-    target: str, dtype: torch.dtype, shape: tuple[int, int, int, int], scaled: bool
-) -> None:
+def test_residual_mlp(target: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     with emulate(target):
-        check_mlp(dtype, shape, scaled)
+        check_mlp(dtype, shape, scaled=shape[0] > 1)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("C", [264, 2056])
+@pytest.mark.parametrize(
+    ("target", "C"),
+    [
+        ("sm_80", 264),
+        ("sm_90", 2056),
+        pytest.param("sm_80", 2056, marks=pytest.mark.slow),
+        pytest.param("sm_90", 264, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_that_several_warps_share(target: str, C: int) -> None:
     with emulate(target):
         check_norm(torch.bfloat16, 2, C)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("dtype", "side", "window", "shift"),
-    [
-        *((dtype, (6, 12), (6, 6), (3, 3)) for dtype in DTYPES),
-        (torch.bfloat16, (7, 7), (7, 7), (0, 0)),
-        (torch.bfloat16, (12, 12), (12, 12), (6, 6)),
-    ],
-    ids=str,
-)
-def test_window_attention(
+def assert_window_attention(
     target: str,
     dtype: torch.dtype,
     side: tuple[int, int],
@@ -294,43 +302,71 @@ def test_window_attention(
     assert all(flops > 0 for flops in products) == (dtype != torch.float32)
 
 
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_AND_DTYPES, ids=str)
+def test_window_attention(target: str, dtype: torch.dtype) -> None:
+    assert_window_attention(target, dtype, (6, 12), (6, 6), (3, 3))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("dtype", "side"),
-    [*((dtype, (6, 12)) for dtype in DTYPES), (torch.bfloat16, (12, 12))],
-    ids=str,
-)
-def test_window_attention_by_cosines(
-    target: str, dtype: torch.dtype, side: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("side", "shift"), [(7, 0), (12, 6)])
+def test_attention_in_one_window(target: str, side: int, shift: int) -> None:
+    assert_window_attention(target, torch.bfloat16, (side, side), (side, side), (shift, shift))
+
+
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_AND_DTYPES, ids=str)
+def test_window_attention_by_cosines(target: str, dtype: torch.dtype) -> None:
     with emulate(target):
-        check_attention(dtype, side, (side[0], side[0]), (side[0] // 2,) * 2, cosine=True)
+        check_attention(dtype, (6, 12), (6, 6), (3, 3), cosine=True)
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_attention_by_cosines_in_one_window(target: str) -> None:
+    with emulate(target):
+        check_attention(torch.bfloat16, (12, 12), (12, 12), (6, 6), cosine=True)
+
+
+@pytest.mark.parametrize(("target", "dtype"), TARGETS_AND_DTYPES, ids=str)
+def test_merge_patches(target: str, dtype: torch.dtype) -> None:
+    with emulate(target):
+        check_merge(dtype, (2, 4, 6, 10))
+
+
 @pytest.mark.parametrize(
-    ("dtype", "shape"),
+    ("target", "shape"),
     [
-        *((dtype, (2, 4, 6, 10)) for dtype in DTYPES),
-        (torch.bfloat16, (1, 6, 4, 48)),
-        (torch.bfloat16, (1, 2, 4, 264)),
+        ("sm_80", (1, 6, 4, 48)),
+        ("sm_90", (1, 2, 4, 264)),
+        pytest.param("sm_80", (1, 2, 4, 264), marks=pytest.mark.slow),
+        pytest.param("sm_90", (1, 6, 4, 48), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_merge_patches(target: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+def test_merge_of_wide_patches(target: str, shape: tuple[int, int, int, int]) -> None:
     with emulate(target):
-        check_merge(dtype, shape)
+        check_merge(torch.bfloat16, shape)
+
+
+@pytest.mark.parametrize(
+    ("target", "seed"),
+    [  # these kernels have the same barriers for either target: the targets share the schedules
+        pytest.param(target, seed, marks=() if seed % 2 == i else pytest.mark.slow)
+        for i, target in enumerate(TARGETS)
+        for seed in range(8)
+    ],
+)
+def test_every_warp_schedule_gives_the_same(target: str, seed: int) -> None:
+    with emulate(target, seed=seed):
+        check_norm(torch.bfloat16, 5, 24)
+        check_merge(torch.bfloat16, (1, 4, 6, 24))
+        check_mask((6, 6), 1)
+        check_substitute(torch.bfloat16, (1, 36, 48), False)
+        check_loss(torch.bfloat16, 16, (2, 2), "bytes")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_warp_schedule_gives_the_same(target: str) -> None:
+def test_attention_under_every_warp_schedule(target: str) -> None:
     for seed in range(8):
         with emulate(target, seed=seed):
-            check_norm(torch.bfloat16, 5, 24)
-            check_merge(torch.bfloat16, (1, 4, 6, 24))
-            check_mask((6, 6), 1)
-            check_substitute(torch.bfloat16, (1, 36, 48), False)
-            check_loss(torch.bfloat16, 16, (2, 2), "bytes")
             check_attention(torch.bfloat16, (6, 6), (6, 6), (3, 3))
 
 

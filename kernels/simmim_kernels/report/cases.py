@@ -1,6 +1,5 @@
 """The launches that the report compiles: every op on the tensors of models that people train."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from simmim_kernels.report.models import (
 from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
 from simmim_kernels.transformer_block import triton_rows as rows
 from simmim_kernels.window_attention import triton_kernel as attention_kernel
+
+BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -58,100 +59,122 @@ class Case:
 
 def cases() -> list[Case]:
     """Every op with Triton kernels on the tensors of every model, forward and backward."""
-    found = [case for model in MODELS for case in _cases_of(model)]
-    found += [case for block in BLOCKS for case in block_cases(block)]
-    found += [post_norm_case(block) for block in POST_NORM_BLOCKS]
-    found += [merge_case(merge) for merge in MERGES]
-    return found + [attention_case(attention) for attention in ATTENTIONS]
+    return [
+        *(case for model in MODELS for case in model_cases(model)),
+        *(case for block in BLOCKS for case in block_cases(block)),
+        *(post_norm_case(block) for block in POST_NORM_BLOCKS),
+        *(merge_case(merge) for merge in MERGES),
+        *(attention_case(attention) for attention in ATTENTIONS),
+    ]
 
 
-def _cases_of(model: Model) -> list[Case]:
-    bf16, byte = torch.bfloat16, torch.uint8
-    B, side, S = model.batch, model.cells * model.stride, model.stride
-    units = side // 32
-    share = math.ceil(units * units * 0.6) / units**2  # of hidden pixels: whole units of 32 px
-    token_side, cells = math.isqrt(model.tokens), B * model.cells**2
-    mean, std = torch.empty(3), torch.empty(3)
-    image = torch.empty(B, 3, side, side, dtype=byte)
-    unit_mask = torch.zeros(B, units, units, dtype=torch.bool)
-    pixels = image.numel()
-    hidden = int(pixels * share)
-    sign_bytes = pixels // 16 * 4
+def model_cases(model: Model) -> list[Case]:
+    """The mask, the mask tokens and the losses of a model."""
+    losses = [
+        loss_case(model, from_tokens, dtype)
+        for from_tokens in (False, True)
+        for dtype in (BF16, torch.float32)
+    ]
+    return [mask_case(model), substitute_case(model), *losses, linear_loss_case(model)]
 
-    def make_mask() -> None:
-        ids = torch.empty(B, dtype=torch.int64)
-        random_mask.forward(ids, torch.tensor(0), 1 << 40, units, units, token_side // units, 1)
 
-    def make_substitute() -> None:
-        tokens = torch.empty(B, model.tokens, model.width, dtype=bf16)
-        mask = torch.empty(B, model.tokens, dtype=torch.bool)
+def mask_case(model: Model) -> Case:
+    """The mask of every image, from its key."""
+
+    def make() -> None:
+        ids, units = torch.empty(model.batch, dtype=torch.int64), model.units
+        unit = math.isqrt(model.tokens) // units
+        random_mask.forward(ids, torch.tensor(0), 1 << 40, units, units, unit, 1)
+
+    id_and_mask = 8 + model.tokens
+    return Case("random_patch_mask", model.name, "int64", make, model.batch * id_and_mask)
+
+
+def substitute_case(model: Model) -> Case:
+    """Mask tokens in place of hidden ones, and both gradients."""
+    B, L, D = model.batch, model.tokens, model.width
+
+    def make() -> None:
+        tokens = torch.empty(B, L, D, dtype=BF16)
+        mask = torch.empty(B, L, dtype=torch.bool)
         substitute.forward(tokens, mask, tokens[0, 0], None)
         substitute.backward(tokens, mask)
 
-    def make_loss(stride: int, dtype: torch.dtype) -> None:
-        shape = (B, model.cells, model.cells, 3 * S * S) if stride else (B, 3, side, side)
+    # visible tokens to the output; the gradients of the output and of the tokens; the mask and the
+    # mask token, forward and backward
+    needed = int(B * L * D * (1 - model.hidden_share)) * 2 + 3 * B * L * D * 2 + 2 * B * L + 4 * D
+    partial = -(-B * L // substitute.ROWS_PER_PROGRAM) * D * 4
+    return Case(
+        "substitute_mask_tokens", model.name, "bfloat16", make, needed, needed + 2 * partial
+    )
+
+
+def loss_case(model: Model, from_tokens: bool, dtype: torch.dtype) -> Case:
+    """The loss of a prediction in either layout: of bytes in bfloat16, of normalised pixels in
+    float32.
+    """
+    of_bytes = dtype == BF16
+    stride = model.stride if from_tokens else 0
+    image_shape = (model.batch, 3, model.side, model.side)
+    shape = (model.batch, model.cells, model.cells, 3 * stride**2) if stride else image_shape
+
+    def make() -> None:
+        image = torch.empty(image_shape, dtype=torch.uint8 if of_bytes else torch.float32)
+        mask = torch.zeros(model.batch, model.units, model.units, dtype=torch.bool)
+        mean, std = (torch.empty(3) if of_bytes else None for _ in range(2))
         prediction = torch.empty(shape, dtype=dtype)
-        target = image if dtype == bf16 else torch.empty(image.shape)
-        of_bytes = dtype == bf16
-        found = loss.forward(
-            prediction,
-            target,
-            unit_mask,
-            mean if of_bytes else None,
-            std if of_bytes else None,
-            stride,
+        _, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
+        loss.backward(per_pixel, signs, shape, dtype)
+
+    pixels, hidden = math.prod(image_shape), model.hidden_pixels
+    image_size = 1 if of_bytes else 4
+    # sign words go out once and in once; both are part of any split in two passes
+    needed = hidden * (dtype.itemsize + image_size) + pixels * dtype.itemsize
+    needed += 2 * model.sign_bytes + 2 * model.batch * model.units**2
+    partial = -(-pixels // 16 // loss.GROUPS_PER_PROGRAM) * 8
+    op = "masked_l1_loss_from_tokens" if from_tokens else "masked_l1_loss"
+    name = str(dtype).removeprefix("torch.")
+    return Case(op, model.name, name, make, needed, needed + partial)
+
+
+def linear_loss_case(model: Model) -> Case:
+    """The prediction head and the loss in one.
+
+    Matrix products read their factors once per tile, from the L2 cache but for the first time: the
+    model is that of an ideal cache.
+    """
+    B, cells, D = model.batch, model.cells, model.head_width
+    outputs = 3 * model.stride**2
+
+    def make() -> None:
+        features = torch.empty(B, cells, cells, D, dtype=BF16)
+        weight, bias = torch.empty(outputs, D, dtype=BF16), torch.empty(outputs, dtype=BF16)
+        image = torch.empty(B, 3, model.side, model.side, dtype=torch.uint8)
+        mask = torch.zeros(B, model.units, model.units, dtype=torch.bool)
+        _, per_pixel, signs = linear.forward(
+            features,
+            weight,
+            bias,
+            image,
+            mask,
+            torch.empty(3),
+            torch.empty(3),
+            model.stride,
             0,
             True,
         )
-        loss.backward(found[1], found[2], shape, dtype)
+        linear.backward(per_pixel, signs, features, weight, mask, model.stride, True, True)
 
-    def make_linear() -> None:
-        features = torch.empty(B, model.cells, model.cells, model.head_width, dtype=bf16)
-        weight = torch.empty(3 * S * S, model.head_width, dtype=bf16)
-        bias = torch.empty(3 * S * S, dtype=bf16)
-        _, per_pixel, signs = linear.forward(
-            features, weight, bias, image, unit_mask, mean, std, S, 0, True
-        )
-        linear.backward(per_pixel, signs, features, weight, unit_mask, S, True, True)
-
-    elements = B * model.tokens * model.width
-    masked_tokens = 2 * B * model.tokens  # the mask, forward and backward
-    needed = int(elements * (1 - share)) * 2 + 3 * elements * 2 + masked_tokens + 4 * model.width
-    partial = -(-B * model.tokens // substitute.ROWS_PER_PROGRAM) * model.width * 4
-    masks = B * units * units
-    head = 3 * S * S * model.head_width
-    feature_bytes = cells * model.head_width * 2
-    found = [
-        Case("random_patch_mask", model.name, "int64", make_mask, B * (8 + model.tokens)),
-        Case(
-            "substitute_mask_tokens",
-            model.name,
-            "bfloat16",
-            make_substitute,
-            bytes_needed=needed,
-            bytes_moved=needed + 2 * partial,
-        ),
-    ]
-    for layout, stride in (("masked_l1_loss", 0), ("masked_l1_loss_from_tokens", S)):
-        for dtype, size, image_size in ((bf16, 2, 1), (torch.float32, 4, 4)):
-            # sign words go out once and in once; both are part of any split in two passes
-            floor = hidden * (size + image_size) + pixels * size + 2 * sign_bytes + 2 * masks
-            partials = -(-pixels // 16 // loss.GROUPS_PER_PROGRAM) * 8
-            make = functools.partial(make_loss, stride, dtype)
-            name = str(dtype).removeprefix("torch.")
-            found.append(Case(layout, model.name, name, make, floor, floor + partials))
-    # matrix products read their factors once per tile, from the L2 cache but for the first time:
-    # the model is that of an ideal cache
-    floor = (
+    share, feature_bytes = model.hidden_share, B * cells**2 * D * 2
+    needed = (
         int(feature_bytes * share) * 2  # features, forward and for the weight's gradient
         + feature_bytes  # their gradient, zeros included
-        + head * 2 * 3  # weight twice, its gradient
-        + hidden  # bytes of the image
-        + sign_bytes
-        + int(sign_bytes * share) * 3
+        + outputs * D * 2 * 3  # weight twice, its gradient
+        + model.hidden_pixels  # bytes of the image
+        + model.sign_bytes
+        + int(model.sign_bytes * share) * 3
     )
-    found.append(Case("linear_masked_l1_loss", model.name, "bfloat16", make_linear, floor, floor))
-    return found
+    return Case("linear_masked_l1_loss", model.name, "bfloat16", make, needed, needed)
 
 
 def block_cases(block: Block) -> list[Case]:
@@ -161,8 +184,7 @@ def block_cases(block: Block) -> list[Case]:
     possible are those of one read of what they leave and one write of what they are given.
     """
     T, C, M = block.batch * block.tokens, block.width, block.hidden
-    bf16 = torch.bfloat16
-    tokens, wide, vector = torch.empty(T, C, dtype=bf16), torch.empty(T, M, dtype=bf16), (C,)
+    tokens, wide, vector = torch.empty(T, C, dtype=BF16), torch.empty(T, M, dtype=BF16), (C,)
     gamma = torch.empty(vector) if block.scaled else None
     branch_scale = torch.empty(block.batch) if block.scaled else None
 
@@ -185,7 +207,7 @@ def block_cases(block: Block) -> list[Case]:
         norm_and_sum()
         if branch_scale is not None:
             rows.scale_images(tokens, branch_scale)
-        rows.column_sum(torch.empty(T, 3 * C, dtype=bf16))
+        rows.column_sum(torch.empty(T, 3 * C, dtype=BF16))
 
     def partial_bytes(columns: int, across: int) -> int:
         """Partial sums over the tokens, written and read."""
@@ -223,7 +245,7 @@ def post_norm_case(block: Block) -> Case:
     T, C, M = block.batch * block.tokens, block.width, block.hidden
 
     def make() -> None:
-        tokens, wide = (torch.empty(T, width, dtype=torch.bfloat16) for width in (C, M))
+        tokens, wide = (torch.empty(T, width, dtype=BF16) for width in (C, M))
         vector, bias = torch.empty(C), torch.empty(M)
         branch_scale = torch.empty(block.batch) if block.scaled else None
         rows.gelu(wide, bias)
@@ -253,7 +275,7 @@ def attention_case(attention: Attention) -> Case:
     settings = (N, attention.window, attention.shift, attention.head_width**-0.5)
 
     def make() -> None:
-        qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=torch.bfloat16)
+        qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=BF16)
         bias = torch.empty(N, S, S) if attention.biased else None
         factors = torch.empty(N) if attention.cosine else None
         out, log_sums = attention_kernel.forward(qkv, bias, *settings, factors)
@@ -262,7 +284,7 @@ def attention_case(attention: Attention) -> Case:
         )
 
     tokens = attention.batch * H * W
-    tiled, windows = attention_kernel.is_tiled(S, torch.bfloat16), tokens // S
+    tiled, windows = attention_kernel.is_tiled(S, BF16), tokens // S
     per_head = 4 * tokens * N  # statistics of a query, in float32
     # q, k, v to out; q, k, v and the gradient of out to those of q, k, v. A row of scores that is
     # not all in one place takes the product of its weights with their gradients from out.
@@ -277,7 +299,7 @@ def attention_case(attention: Attention) -> Case:
         needed += 3 * 4 * N * S * S  # the bias twice, its gradient
         # the copy that kernels read is made and read in the forward and the backward
         moved += 2 * N * S * (4 * S + 2 * S + 2 * row) + 4 * N * S * S
-        if (programs := attention_kernel.bias_programs(windows, N, S, torch.bfloat16)) > 1:
+        if (programs := attention_kernel.bias_programs(windows, N, S, BF16)) > 1:
             moved += 2 * 4 * programs * N * S * S
         if tiled:  # the gradient of the bias reads all that the others have read, and their sums
             moved += 2 * tokens * C * (3 + 1) + 3 * per_head + 2 * N * S * row
@@ -290,7 +312,7 @@ def merge_case(merge: Merge) -> Case:
     T = B * (side // 2) ** 2
 
     def make() -> None:
-        x = torch.empty(B, side, side, C, dtype=torch.bfloat16)
+        x = torch.empty(B, side, side, C, dtype=BF16)
         weight, bias = torch.empty(4 * C), torch.empty(4 * C)
         dy, mean, rstd = merge_kernel.gather(x, weight, bias, 1e-5)
         merge_kernel.scatter(dy, x, mean, rstd, weight, bias, True)

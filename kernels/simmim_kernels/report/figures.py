@@ -106,10 +106,10 @@ def _run_tool(tool: str, launch: Launch, *options: str) -> str:
 
 def _nvidia_resources(launch: Launch) -> tuple[int, int]:
     usage = _run_tool("cuobjdump", launch, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if match is None:
         raise RuntimeError(f"cuobjdump -res-usage printed nothing to read: {usage!r}")
-    registers, stack, local = map(int, found.groups())
+    registers, stack, local = map(int, match.groups())
     return registers, stack + local
 
 
@@ -117,10 +117,10 @@ def amd_resources(text: str) -> tuple[int, int]:
     """Registers per lane and bytes spilled per lane, from the metadata in AMD assembly."""
 
     def entry(key: str) -> int:
-        found = re.search(rf"\.{key}:\s*(\d+)", text)
-        if found is None:
+        match = re.search(rf"\.{key}:\s*(\d+)", text)
+        if match is None:
             raise RuntimeError(f"no .{key} in the AMD assembly")
-        return int(found[1])
+        return int(match[1])
 
     return entry("vgpr_count"), max(
         entry("private_segment_fixed_size"), 4 * entry("vgpr_spill_count")

@@ -4,10 +4,12 @@ from typing import Any
 
 from simmim_kernels.report.cards import SHARED_BYTES_EVERYWHERE
 
+# Bytes moved over the fewest possible.
 LARGEST_BYTES_RATIO = 1.05
 # Windows of more than 64 tokens with a bias: its gradient reads qkv and grad_out once more, since
 # no program can hold all of its sums.
-LARGEST_OF_TILED_BIAS = 1.37
+LARGEST_BYTES_RATIO_OF_TILED_BIAS = 1.37
+# Registers and instructions over the golden ones.
 LARGEST_GROWTH = 1.10
 
 
@@ -15,41 +17,45 @@ def largest_bytes_ratio(case: str) -> float:
     """How many times the fewest bytes a case may move."""
     tiled = ("window_attention/swin_large_192_w12", "window_attention/swinv2_base_192_w12/")
     tiled_bias = case.startswith(tiled)
-    return LARGEST_OF_TILED_BIAS if tiled_bias else LARGEST_BYTES_RATIO
+    return LARGEST_BYTES_RATIO_OF_TILED_BIAS if tiled_bias else LARGEST_BYTES_RATIO
 
 
 def differences(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is wrong with the figures, in absolute terms or against the golden ones (as as_json).
+    """Problems of the figures: those that no golden file excuses, and what got worse.
 
-    Golden figures of an op or a target that is not reported now at all are left alone: the caller
-    may have chosen some.
+    Golden figures of ops and targets that are not reported now are left alone, for the caller may
+    have chosen some.
+
+    Args:
+        golden: the golden figures, as `as_json` writes them.
+        now: the figures to judge, likewise.
     """
-    known = {(one["case"], one["target"]): one for one in golden["cases"]}
+    expected_figures = {(one["case"], one["target"]): one for one in golden["cases"]}
     reported = {(one["case"], one["target"]) for one in now["cases"]}
     ops, targets = {_op(case) for case, _ in reported}, {target for _, target in reported}
-    found = [
+    problems = [
         f"{case} {target}: in the golden file, and no longer reported"
-        for case, target in known
+        for case, target in expected_figures
         if (case, target) not in reported and _op(case) in ops and target in targets
     ]
     for one in now["cases"]:
         name = f"{one['case']} {one['target']}"
-        expected = known.get((one["case"], one["target"]))
+        expected = expected_figures.get((one["case"], one["target"]))
         if one["bytes_ratio"] > largest_bytes_ratio(one["case"]):
-            found.append(f"{name}: moves {one['bytes_ratio']:.3f} of the fewest bytes possible")
+            problems.append(f"{name}: moves {one['bytes_ratio']:.3f} of the fewest bytes possible")
         kernels = [launch["kernel"] for launch in one["launches"]]
         if expected is None:
-            found.append(f"{name}: not in the golden file")
+            problems.append(f"{name}: not in the golden file")
         elif kernels != (before := [launch["kernel"] for launch in expected["launches"]]):
-            found.append(f"{name}: launches {', '.join(kernels)}; golden {', '.join(before)}")
+            problems.append(f"{name}: launches {', '.join(kernels)}; golden {', '.join(before)}")
             expected = None
         for i, launch in enumerate(one["launches"]):
             where = f"{name} {launch['kernel']}"
-            found += [f"{where}: {problem}" for problem in _unacceptable(launch)]
+            problems += [f"{where}: {problem}" for problem in _unacceptable(launch)]
             if expected is not None:
                 worse = _worse(expected["launches"][i], launch)
-                found += [f"{where}: {problem}" for problem in worse]
-    return found
+                problems += [f"{where}: {problem}" for problem in worse]
+    return problems
 
 
 def _op(case_name: str) -> str:
@@ -58,26 +64,26 @@ def _op(case_name: str) -> str:
 
 def _unacceptable(launch: dict[str, Any]) -> list[str]:
     """Problems of one launch that no golden file excuses."""
-    found = []
+    problems = []
     if launch["spill_bytes"] > 0:
-        found.append(f"spills {launch['spill_bytes']} bytes per thread")
+        problems.append(f"spills {launch['spill_bytes']} bytes per thread")
     if launch["shared_bytes"] > SHARED_BYTES_EVERYWHERE:
-        found.append(
+        problems.append(
             f"{launch['shared_bytes']} bytes of shared memory, more than the "
             f"{SHARED_BYTES_EVERYWHERE} that every GPU has"
         )
-    return found
+    return problems
 
 
 def _worse(golden: dict[str, Any], launch: dict[str, Any]) -> list[str]:
     """What got worse in one launch."""
-    found = []
+    problems = []
     for kind in ("loads", "stores"):
         before, after = golden[kind]["narrowest"], launch[kind]["narrowest"]
         if 0 < after < before:
-            found.append(f"{kind} of {after} bytes on the hot path, golden {before}")
+            problems.append(f"{kind} of {after} bytes on the hot path, golden {before}")
     for kind in ("registers", "instructions"):
         before, after = golden[kind], launch[kind]
         if after > LARGEST_GROWTH * before:
-            found.append(f"{after} {kind}, golden {before} ({after / before - 1:+.0%})")
-    return found
+            problems.append(f"{after} {kind}, golden {before} ({after / before - 1:+.0%})")
+    return problems

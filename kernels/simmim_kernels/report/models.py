@@ -1,5 +1,6 @@
 """Shapes of the models that people train, as the ops see them."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,6 +25,31 @@ class Model:
     head_width: int
     cells: int
     stride: int
+
+    @property
+    def side(self) -> int:
+        """Rows and columns of pixels."""
+        return self.cells * self.stride
+
+    @property
+    def units(self) -> int:
+        """Rows and columns of mask units, which are 32 pixels wide."""
+        return self.side // 32
+
+    @property
+    def hidden_share(self) -> float:
+        """Hidden units over all: six tenths, rounded up to whole units."""
+        return math.ceil(self.units**2 * 0.6) / self.units**2
+
+    @property
+    def hidden_pixels(self) -> int:
+        """Hidden values of a batch, of all three channels."""
+        return int(self.batch * 3 * self.side**2 * self.hidden_share)
+
+    @property
+    def sign_bytes(self) -> int:
+        """Bytes that hold the signs of the errors of a batch: 16 pixels in a word of four bytes."""
+        return self.batch * 3 * self.side**2 // 16 * 4
 
 
 MODELS = (
