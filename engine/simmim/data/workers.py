@@ -283,6 +283,7 @@ class _Crew:
                     # one that hangs in the kernel dies later, but never comes back to our memory
                     process.kill()
                     process.join(1.0)
+                    self._hear()  # the task before may be done, and its answer not yet read
                     self._replace(worker, f"gave no answer for {silent_s:.0f} s")
 
     def _hear(self) -> None:
