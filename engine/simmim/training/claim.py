@@ -53,9 +53,13 @@ def _claim(folder: RunFolder) -> IO[str]:
             )
         root.mkdir(parents=True, exist_ok=True)
         lock = folder.lock.open("w")
-        # a record lock belongs to this process alone: data workers that outlive a killed run for a
-        # moment do not hold it
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            # a record lock belongs to this process alone: data workers that outlive a killed run
+            # for a moment do not hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise
     except BlockingIOError:
         raise ConfigError(f"output={root}: another process is training in this folder") from None
     except OSError as error:
