@@ -8,6 +8,7 @@ resume a Swin's attention weights (its issue 43701): train in one go, or resume 
 
 import sys
 
+from torch.nn.init import trunc_normal_
 from torch.utils.data import Dataset
 from transformers import (
     SwinConfig,
@@ -40,6 +41,12 @@ class Photos(Dataset):
 class SwinForSimMIM(SwinForMaskedImageModeling):
     """Its parent's loss and gradients; the head runs only where pixels are hidden."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        # Its parent's token of zeros has no variance, by which a layer norm's gradient is divided:
+        # the first gradients would be a thousand times those that follow.
+        trunc_normal_(self.swin.embeddings.mask_token, std=config.initializer_range)
+
     def forward(self, pixel_values, bool_masked_pos):
         hidden = self.swin(pixel_values, bool_masked_pos=bool_masked_pos).last_hidden_state
         stride, head = self.config.encoder_stride, self.decoder[0]
@@ -64,13 +71,14 @@ def make_trainer(path, output="runs/hugging_face", steps=20):
     config = SwinConfig(
         image_size=64, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4,
         encoder_stride=8,
+        initializer_range=0.2,  # about 1/√width; the default of 0.02 is for widths near a thousand
     )  # fmt: skip
     collator = MaskCollator(config.image_size, config.patch_size, mask_unit=16, mask_ratio=0.6)
     arguments = TrainingArguments(
         output_dir=output,
         per_device_train_batch_size=8,
         max_steps=steps,
-        learning_rate=4e-3,
+        learning_rate=1e-2,
         warmup_steps=5,
         weight_decay=0.05,
         max_grad_norm=5.0,

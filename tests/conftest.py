@@ -24,21 +24,28 @@ BACKENDS = [
     "native-baseline",
     "triton-interpreted",
 ]
-SHARED_PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample_400.tar"
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 24 real photos: ImageNet's if they are at hand, else those of scikit-image."""
-    folder = tmp_path_factory.mktemp("photos")
-    if SHARED_PHOTOS.is_file():
-        with tarfile.open(SHARED_PHOTOS) as archive:
-            for member in archive.getmembers()[:24]:
+    """A folder of up to 24 photos: those that scikit-image brings.
+
+    SIMMIM_PHOTOS names a folder or a tar file of others, for a run of the tests with them.
+    """
+    folder, others = tmp_path_factory.mktemp("photos"), os.environ.get("SIMMIM_PHOTOS")
+    if others and Path(others).is_file():
+        with tarfile.open(others) as archive:
+            for member in [member for member in archive.getmembers() if member.isfile()][:24]:
                 archive.extract(member, folder, filter="data")
         return folder
-    import skimage
+    if others:
+        paths = [path for path in Path(others).iterdir() if path.is_file()]
+        assert paths, f"SIMMIM_PHOTOS={others}: no files there"
+    else:
+        import skimage
 
-    for path in sorted((Path(skimage.__file__).parent / "data").glob("*.png"))[:24]:
+        paths = list((Path(skimage.__file__).parent / "data").glob("*.png"))
+    for path in sorted(paths)[:24]:
         shutil.copy(path, folder)
     return folder
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import simmim
 
@@ -48,25 +50,40 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def losses(trainer: Any) -> list[float]:
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+@pytest.fixture(scope="module")
+def plain_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images, each of a colour of its own that varies little: what is hidden follows from what
+    is seen."""
+    folder, random = tmp_path_factory.mktemp("plain"), np.random.default_rng(0)
+    for number in range(24):
+        corners = random.integers(0, 256, (1, 1, 3)) + random.integers(-20, 21, (3, 3, 3))
+        image = Image.fromarray(corners.clip(0, 255).astype(np.uint8))
+        image.resize((96, 80), Image.Resampling.BICUBIC).save(folder / f"{number:02d}.png")
+    return folder
 
 
-def test_the_loss_of_the_same_batch_falls(
-    example: ModuleType, photos: Path, tmp_path: Path
-) -> None:
-    trainer = example.make_trainer(str(photos), str(tmp_path), steps=30)
+def test_it_learns(example: ModuleType, plain_images: Path, tmp_path: Path) -> None:
+    """The loss falls well below what a model can reach that does not look at visible pixels.
+
+    The best guess without looking is the median of each channel. Six seeds came to between 0.36
+    and 0.43 of its loss, with gradient norms below 1.7.
+    """
+    torch.manual_seed(0)
+    trainer = example.make_trainer(str(plain_images), str(tmp_path), steps=60)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(16)])
-    assert batch["bool_masked_pos"].float().mean(1).tolist() == [10 / 16] * 16
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(trainer.model.eval()(**batch).loss)
-
-    before = loss()
+    mask = batch["bool_masked_pos"].view(-1, 16, 16)
+    assert mask.float().mean((1, 2)).tolist() == [10 / 16] * 16
+    pixels = mask.bool().repeat_interleave(4, 1).repeat_interleave(4, 2)  # [B, H, W]
+    hidden = batch["pixel_values"].movedim(1, -1)[pixels]  # [pixels, C]
+    blind = (hidden - hidden.median(0).values).abs().mean()
     trainer.train()
-    assert len(losses(trainer)) == 30
-    assert loss() < 0.95 * before
+    with torch.no_grad():
+        loss = trainer.model.eval()(**batch).loss
+    assert loss < 0.75 * blind
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 60
+    # no step is clipped, the first ones included
+    assert all(row["grad_norm"] < trainer.args.max_grad_norm for row in rows)
 
 
 def test_the_loss_is_that_of_the_parent_class(

@@ -4,6 +4,7 @@ import errno
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from simmim.data import workers as data_workers
 from simmim.data.order import MicroBatches, SampleOrder
 from simmim.data.workers import InlineProducer, WorkerPool
 from simmim.errors import DataError
@@ -70,6 +72,8 @@ EXPECTED = contents(InlineProducer(Numbers()).batches(places()))
 def _nothing_stays() -> Any:
     before = len(os.listdir("/proc/self/fd"))
     yield
+    for child in multiprocessing.active_children():
+        child.join(60)  # a busy machine takes its time to end what was killed
     assert not multiprocessing.active_children()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -86,8 +90,10 @@ def test_batches_of_any_size() -> None:
     assert contents(pool(Numbers()).batches(odd)) == expected
 
 
-def test_killed_at_any_moment() -> None:
+def test_killed_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is killed after every batch; nothing is lost, doubled or late."""
+    # chance may kill two at the same sample, which would be given up
+    monkeypatch.setattr(data_workers, "LIVES_PER_SAMPLE", 1000)
     reports: list[str] = []
     slow = Numbers(lambda epoch, sample: time.sleep(0.001))
     generator = pool(slow, reports, workers=3).batches(places())
@@ -95,10 +101,13 @@ def test_killed_at_any_moment() -> None:
     for number, filled in enumerate(generator):
         found.append((filled.image.numpy()[:, 0, 0].tolist(), filled.problems))
         children = multiprocessing.active_children()
-        os.kill(children[number % len(children)].pid or 0, signal.SIGKILL)
+        victim = children[number % len(children)]
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        victim.join()
         time.sleep(0.002 * (number % 5))
     assert found == EXPECTED
-    assert len(reports) > 5
+    # the last three batches may be ready at the same look at the processes, which is the last
+    assert 20 - 3 <= len(reports) < 20
     assert all("a data worker was killed by SIGKILL" in line for line in reports)
 
 
@@ -139,19 +148,42 @@ def test_a_sample_that_kills_always_is_given_up() -> None:
     assert len(reports) == 2 * 4  # twice in each of four epochs
 
 
-def test_a_sample_that_hangs(tmp_path: Path) -> None:
+@pytest.fixture
+def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called in a worker: it hangs, and its sample looks begun 1000 s ago.
+
+    So no timeout is needed that a sample could exceed because the machine is busy.
+    """
+    tables: list[Any] = []
+
+    class Noted(data_workers._Table):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            tables[:] = [self]
+
+    def hang() -> None:
+        worker = int(multiprocessing.current_process().name.removeprefix("simmim-data-"))
+        tables[0].since[worker] -= 1000
+        time.sleep(1000)
+
+    monkeypatch.setattr(data_workers, "_Table", Noted)
+    monkeypatch.setattr(data_workers, "LOOK_INTERVAL_S", 0.2)
+    return hang
+
+
+def test_a_sample_that_hangs(tmp_path: Path, hang: Callable[[], None]) -> None:
     """Once: it is made by another process. Always: it is given up."""
 
-    def hang(epoch: int, sample: int) -> None:
+    def begin(epoch: int, sample: int) -> None:
         if (sample == 5 and once(tmp_path, f"hung-{epoch}")) or (sample == 9 and epoch == 0):
-            time.sleep(1000)
+            hang()
 
     reports: list[str] = []
     of_epoch_0 = places(steps=5)
-    found = contents(pool(Numbers(hang), reports, timeout_s=0.4).batches(of_epoch_0))
+    found = contents(pool(Numbers(begin), reports, timeout_s=900).batches(of_epoch_0))
     lost = [problem for _, problems in found for problem in problems if "answer" in problem[1]]
-    reason = "a data worker gave no answer for 0 s at it, 2 times"
-    assert [said for _, said in lost] == [reason]
+    (said,) = [reason for _, reason in lost]
+    assert re.fullmatch(r"a data worker gave no answer for 1\d\d\d s at it, 2 times", said)
     good = [number for numbers, _ in found for number in numbers]
     assert good.count(5) == 1
     assert 9 not in good
@@ -189,7 +221,7 @@ def test_leaving_early_ends_the_processes() -> None:
     next(generator)
     started = time.monotonic()
     generator.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 500  # it waited for none of them
 
 
 ORPHANS = """
@@ -207,10 +239,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_processes_follow_a_killed_parent() -> None:
     path = [str(Path(__file__).parent), *sys.path]
     code = [sys.executable, "-c", ORPHANS.format(path=path)]
-    result = subprocess.run(code, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(code, capture_output=True, text=True, timeout=600, check=False)
     children = [int(pid) for pid in result.stdout.split()]
     assert len(children) == 2, result.stderr
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(is_running(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)

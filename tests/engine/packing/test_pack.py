@@ -509,6 +509,8 @@ def in_child(work: Callable[[], object], log: Path | None = None) -> Any:
 
     def begin() -> None:
         os.setpgid(0, 0)
+        # a shell's background job inherits Ctrl-C as ignored, and Python then leaves it so
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if log is not None:
             sys.stdout = sys.stderr = log.open("w", buffering=1)
         code = work()
@@ -572,31 +574,60 @@ def test_killed_before_every_flush_and_rename(small: Path, tmp_path: Path) -> No
     assert len(codes) == 30
 
 
-def test_killed_again_and_again(small: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, with two workers, into the same folder until it is finished."""
+def test_killed_again_and_again(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of the main process of two workers, five times, into the same folder."""
     source, options = FolderSource(small), Options(short_side=64, images_per_shard=2)
     pack(source, tmp_path / "whole", options)
-    folder, kills = tmp_path / "killed", 0
-    delays = random.Random(7)
-    while True:
-        process = in_child(lambda: pack(source, folder, options, workers=2))
-        process.join(delays.uniform(0.01, 0.12) if kills < 12 else None)
-        if process.exitcode is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
+    folder, draw = tmp_path / "killed", random.Random(7)
+    with monkeypatch.context() as patch:
+        for _ in range(5):
+            # Two of 14 images at most come before this one, and it waits for the kill: after all
+            # five, two shards are still to be made.
+            last = draw.randint(1, 3)
+            calls = count_calls(patch, lambda count, last=last: count >= last and until_orphaned())
+            process = in_child(lambda: pack(source, folder, options, workers=2))
+            wait_until(lambda calls=calls, last=last: calls() >= last)
+            time.sleep(draw.uniform(0, 0.01))  # the other worker, and this one's files, go on
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+    process = in_child(lambda: pack(source, folder, options, workers=2))
+    process.join()
     assert process.exitcode == 0
-    assert kills > 3
     wait_until(lambda: not list(folder.glob(".*")))  # an orphan's last file
     assert contents(folder) == contents(tmp_path / "whole")
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def count_calls(patch: pytest.MonkeyPatch, before: Callable[[int], object]) -> Callable[[], int]:
+    """Count the calls of `encode` in all processes; `before` is given its number, from 1."""
+    calls, lock = mmap(-1, 8), FORK.Lock()
+
+    def counted(data: bytes, options: Options) -> packing.Encoded:
+        with lock:
+            number = int.from_bytes(calls[:8], "little") + 1
+            calls[:8] = number.to_bytes(8, "little")
+        before(number)
+        return encode(data, options)
+
+    patch.setattr(packing, "encode", counted)
+    return lambda: int.from_bytes(calls[:8], "little")
+
+
+def until_orphaned() -> None:
+    """Wait, in a worker, for the end of the process that began it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        time.sleep(0.002)
 
 
 def test_no_process_outlives_a_killed_pack(
@@ -604,7 +635,12 @@ def test_no_process_outlives_a_killed_pack(
 ) -> None:
     workers = tmp_path / "workers"
     workers.mkdir()
-    slow_down(monkeypatch, lambda: (workers / str(os.getpid())).touch())
+
+    def note(number: int) -> None:
+        (workers / str(os.getpid())).touch()
+        until_orphaned()
+
+    count_calls(monkeypatch, note)
     process = in_child(
         lambda: pack(
             FolderSource(small), tmp_path / "packed", Options(images_per_shard=4), workers=2
@@ -614,15 +650,6 @@ def test_no_process_outlives_a_killed_pack(
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     wait_until(lambda: not any(Path("/proc", p.name).exists() for p in workers.iterdir()))
-
-
-def slow_down(monkeypatch: pytest.MonkeyPatch, note: Callable[[], object] = lambda: None) -> None:
-    def slow(data: bytes, options: Options) -> packing.Encoded:
-        note()
-        time.sleep(0.05)
-        return encode(data, options)
-
-    monkeypatch.setattr(packing, "encode", slow)
 
 
 def test_a_dead_worker_is_one_line(
@@ -660,10 +687,19 @@ def test_ctrl_c_is_one_line_and_resumable(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, arguments = tmp_path / "packed", (small, tmp_path / "packed", "--images-per-shard", 3)
+    # a worker takes the first shard, and the next; the other stays at the second
+    first = [FolderSource(small).read(number) for number in range(3)]
+
+    def hold(data: bytes, options: Options) -> packing.Encoded:
+        if data not in first:
+            (tmp_path / str(os.getpid())).touch()
+            until_orphaned()
+        return encode(data, options)
+
     with monkeypatch.context() as patch:
-        slow_down(patch)
+        patch.setattr(packing, "encode", hold)
         process = in_child(lambda: run(*arguments, "--workers", 2), tmp_path / "log")
-        wait_until((folder / "000000.json").exists)
+        wait_until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
         os.killpg(process.pid, signal.SIGINT)
         process.join()
     assert process.exitcode == 130
@@ -671,7 +707,7 @@ def test_ctrl_c_is_one_line_and_resumable(
     assert text == "simmim: interrupted; what is finished stays, the same command goes on\n"
     left = contents(folder)
     assert not any(name.startswith(".") for name in left)
-    assert not (folder / "000004.json").exists()
+    assert [name for name in left if name.endswith(".json")] == ["000000.json", "dataset.json"]
     assert run(*arguments) == 0
     assert run(small, tmp_path / "whole", "--images-per-shard", 3) == 0
     assert contents(folder) == contents(tmp_path / "whole")
@@ -924,7 +960,7 @@ def test_without_pyarrow(
 def test_progress(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow_down(monkeypatch)
+    count_calls(monkeypatch, lambda number: time.sleep(0.05))
     monkeypatch.setattr(pack_command, "LINE_EVERY_S", 0.0)
     assert run(small, tmp_path / "lines", "--workers", 1) == 0
     lines = capsys.readouterr().err.splitlines()
