@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from simmim.commands.arguments import add_compute, add_data, positive, progress
-from simmim.commands.predict import shown
 from simmim.data.labels import Labels
+from simmim.data.names import printable
 from simmim.data.splits import LabelledImages, open_labelled_sets
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.features import bytes_of, extract_features, feature_shapes
@@ -193,7 +193,7 @@ def take_features(
 
 def note(line: str) -> None:
     """Tell something beside the results."""
-    print(f"simmim: {shown(line)}", file=sys.stderr)
+    print(f"simmim: {printable(line)}", file=sys.stderr)
 
 
 def _choose_dtype(

@@ -1,4 +1,4 @@
-"""What stands between a list of samples and their pixels: views fill slots, a producer batches."""
+"""Samples make arrays, each by its number; a producer makes batches of them."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from simmim.data.source import Source, is_machine_fault
 from simmim.data.views import View
 
 
-class Views(Protocol):
+class Samples(Protocol):
     """Makes the array of one sample, a pure function of (epoch, sample).
 
     Attributes:
@@ -30,8 +30,8 @@ class Views(Protocol):
         """What messages call a sample."""
 
 
-class SourceViews:
-    """A view of every image of a source; a `Views`.
+class SourceSamples:
+    """The view of every image of a source; see `Samples`.
 
     Args:
         source: encoded images.
@@ -43,7 +43,7 @@ class SourceViews:
         self.shape, self.dtype = view.shape, view.dtype
 
     def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
-        """See `Views`; raises OSError where the machine, and no image, is at fault."""
+        """See `Samples`; raises OSError where the machine, and no image, is at fault."""
         try:
             self.view.fill(out, self.source.read(sample), epoch, sample)
         except (UnreadableImage, OSError) as error:

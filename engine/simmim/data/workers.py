@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simmim.data.producer import Filled, Views
+from simmim.data.producer import Filled, Samples
 from simmim.errors import DataError
 
 # Samples that a process takes at a time, at most.
@@ -62,16 +62,16 @@ _TASK_NUMBER = struct.Struct("=i")
 class InlineProducer:
     """Fills micro-batches in this process."""
 
-    def __init__(self, views: Views) -> None:
-        self.views = views
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
         """See `Producer`."""
         for batch in places:
-            images = np.zeros((len(batch), *self.views.shape), self.views.dtype)
+            images = np.zeros((len(batch), *self.samples.shape), self.samples.dtype)
             problems = []
             for slot, (epoch, sample) in enumerate(batch):
-                reason = self.views.fill(images[slot], epoch, sample)
+                reason = self.samples.fill(images[slot], epoch, sample)
                 if reason:
                     problems.append((slot, reason))
             yield Filled(torch.from_numpy(images), problems)
@@ -81,7 +81,7 @@ class WorkerPool:
     """Fills micro-batches in `workers` processes.
 
     Args:
-        views: makes the samples; every process has a copy as it is at the fork.
+        samples: makes the samples; every process has a copy as it is at the fork.
         micro_batch: samples of a micro-batch, at most.
         workers: processes, at least 1.
         prefetch: micro-batches that are ready or being made.
@@ -92,7 +92,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        views: Views,
+        samples: Samples,
         micro_batch: int,
         *,
         workers: int,
@@ -101,7 +101,7 @@ class WorkerPool:
         report: Callable[[str], None],
         pin: bool = False,
     ) -> None:
-        self.views, self.micro_batch, self.workers = views, micro_batch, workers
+        self.samples, self.micro_batch, self.workers = samples, micro_batch, workers
         self.prefetch, self.timeout_s, self.report, self.pin = prefetch, timeout_s, report, pin
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
@@ -111,7 +111,7 @@ class WorkerPool:
             DataError: processes die faster than they work.
             RuntimeError: a fault in the code that makes samples; ends with the process's traceback.
         """
-        table = _Table(self.views, self.micro_batch, self.workers, self.prefetch + 1, self.pin)
+        table = _Table(self.samples, self.micro_batch, self.workers, self.prefetch + 1, self.pin)
         crew = _Crew(self, table)
         try:
             yield from crew.run(places)
@@ -127,12 +127,14 @@ class _Table:
     size of /dev/shm does not matter.
     """
 
-    def __init__(self, views: Views, micro_batch: int, workers: int, slots: int, pin: bool) -> None:
+    def __init__(
+        self, samples: Samples, micro_batch: int, workers: int, slots: int, pin: bool
+    ) -> None:
         share = micro_batch * (slots - 1) / (workers * CHUNKS_PER_WORKER)
         self.chunk = max(1, min(LARGEST_CHUNK, micro_batch, math.ceil(share)))
         self.chunks = math.ceil(micro_batch / self.chunk)
         self.slots, tasks = slots, slots * self.chunks
-        self.pixels = _shared((slots, micro_batch, *views.shape), views.dtype)
+        self.pixels = _shared((slots, micro_batch, *samples.shape), samples.dtype)
         self.state = _shared((tasks,), "int8")
         self.owner = _shared((tasks,), "int32")
         self.turn = _shared((tasks,), "int64")  # the lowest goes first
@@ -162,7 +164,7 @@ class _Table:
         finally:
             fcntl.lockf(self.lock, fcntl.LOCK_UN)
 
-    def samples(self, task: int) -> NDArray[Any]:
+    def arrays(self, task: int) -> NDArray[Any]:
         """The arrays of a task's samples."""
         slot, chunk = divmod(task, self.chunks)
         return self.pixels[slot, chunk * self.chunk :][: self.size[task]]
@@ -305,7 +307,7 @@ class _Crew:
             task = unfinished[0]
             epoch, sample = (int(value) for value in table.places[task, at])
             deaths = self.deaths[epoch, sample] = self.deaths.get((epoch, sample), 0) + 1
-            where = f" at {self.pool.views.name(sample)}"
+            where = f" at {self.pool.samples.name(sample)}"
             if deaths >= LIVES_PER_SAMPLE:
                 table.given_up[task, at] = True
                 _put_text(table.reasons[task, at], f"a data worker {what} at it, {deaths} times")
@@ -345,13 +347,13 @@ class _Crew:
         os.close(self.ask)  # else nobody would notice that the main process is gone
         os.close(self.answers)
         torch.set_num_threads(1)  # a fork has none of the parent's threads
-        table, fill = self.table, self.pool.views.fill
+        table, fill = self.table, self.pool.samples.fill
         while os.read(self.asked, 1):
             task = table.take(worker)
             if task is None:
                 continue
             try:
-                asked = zip(table.samples(task), table.places[task].tolist())
+                asked = zip(table.arrays(task), table.places[task].tolist())
                 for at, (image, (epoch, sample)) in enumerate(asked):
                     if table.given_up[task, at]:
                         image[...] = 0

@@ -29,6 +29,7 @@ from simmim import files
 from simmim.data.augment import resized
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
 from simmim.data.labels import Labels
+from simmim.data.names import printable
 from simmim.data.shard_index import (
     DATASET_FILE,
     DATASET_FORMAT,
@@ -38,7 +39,6 @@ from simmim.data.shard_index import (
     read_dataset,
     read_index,
     shard_name,
-    shown,
 )
 from simmim.data.source import Source, is_machine_fault
 from simmim.errors import DataError, RunError
@@ -271,7 +271,7 @@ class Plan:
         first = number * self.options.images_per_shard
         for place in range(first, first + self.places(number)):
             sample = place if self._order is None else int(self._order[place])
-            name = shown(self.source.names[sample])
+            name = printable(self.source.names[sample])
             try:
                 data = self.source.read(sample)
                 unreadable = 0
@@ -317,7 +317,7 @@ class Plan:
             DataError: no image could be packed.
         """
         before = after = images = shards = 0
-        skipped = [(shown(n), shown(r)) for n, r in getattr(self.source, "skipped", [])]
+        skipped = [(printable(n), printable(r)) for n, r in getattr(self.source, "skipped", [])]
         channels: set[int] = set()
         for number in range(self.num_shards):
             index = read_index(folder / f"{shard_name(number)}.tar")
@@ -401,7 +401,7 @@ def _reason(error: OSError | UnreadableImage) -> str:
     kind = "too many pixels" if isinstance(error, _TooLarge) else "unreadable"
     if isinstance(error, OSError):
         kind = "changed" if "changed while" in text else "not read"
-    return shown(f"{kind}: {text}")
+    return printable(f"{kind}: {text}")
 
 
 def _is_done(folder: Path, number: int) -> bool:

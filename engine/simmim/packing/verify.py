@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name, shown
+from simmim.data.names import printable
+from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name
 from simmim.data.source import ARRAY_EXTENSION
 from simmim.errors import DataError
 from simmim.packing.members import check_members, dali_index
@@ -72,7 +73,7 @@ def _verify_shard(
     try:
         index = read_index(shard)
     except DataError as error:
-        return 0, [shown(str(error).removeprefix(f"{folder}/"))]
+        return 0, [printable(str(error).removeprefix(f"{folder}/"))]
     if not index.name:
         return 0, []
     problems = check_members(shard, index)
@@ -101,4 +102,4 @@ def _verify_shard(
                 if pixels.shape != told:
                     problems.append(f"{name}: is {list(pixels.shape)}, not {list(told)}")
             tally.add(done=1)
-    return len(index.name), [shown(f"{shard.name}: {problem}") for problem in problems]
+    return len(index.name), [printable(f"{shard.name}: {problem}") for problem in problems]

@@ -556,7 +556,8 @@ MEMORY_TREND = """
 import io, sys, numpy as np, torch
 from PIL import Image
 from simmim.data.augment import Augmentation
-from simmim.data.dali import DaliPipeline, missing_reason
+from simmim.data.dali.backend import missing_reason
+from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.source import PackedStrings
 
 def resident():
