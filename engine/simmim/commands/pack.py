@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
         print(f"simmim: interrupted{stays}", file=sys.stderr)
         return 130
     except RunError as error:
-        print(f"simmim: error: {str(error).removeprefix('data.path=')}", file=sys.stderr)
+        print(f"simmim: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         where = error.filename or given.verify or given.source
