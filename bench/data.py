@@ -38,7 +38,8 @@ from simmim.data.open import open_source
 from simmim.environment import git_commit, package_versions
 from simmim.errors import DataError, RunError
 from simmim.files import write_text
-from simmim.packing.pack import Options, pack
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 
 PACKED = "-packed"
 PAGE = resource.getpagesize()

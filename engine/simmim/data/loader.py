@@ -12,10 +12,10 @@ from torch import Tensor
 
 from simmim.data.batch import Batch
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled, Producer, SourceSamples
+from simmim.data.producer import Filled, InlineProducer, Producer, SourceSamples
 from simmim.data.source import Source
 from simmim.data.views import View
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.workers import WorkerPool
 from simmim.distributed import World
 from simmim.errors import DataError
 

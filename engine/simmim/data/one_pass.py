@@ -8,10 +8,10 @@ import torch
 
 from simmim.data.batch import Batch
 from simmim.data.loader import default_workers
-from simmim.data.producer import Producer, SourceSamples
+from simmim.data.producer import InlineProducer, Producer, SourceSamples
 from simmim.data.source import Source
 from simmim.data.views import View
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.workers import WorkerPool
 from simmim.distributed import World
 
 

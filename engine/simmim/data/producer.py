@@ -4,6 +4,8 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -77,3 +79,21 @@ class Producer(Protocol):
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
         """One `Filled` for every list of (epoch, sample); closing it ends what it started."""
+
+
+class InlineProducer:
+    """Fills micro-batches in this process; a `Producer`."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
+        """See `Producer`."""
+        for batch in places:
+            images = np.zeros((len(batch), *self.samples.shape), self.samples.dtype)
+            problems = []
+            for slot, (epoch, sample) in enumerate(batch):
+                reason = self.samples.fill(images[slot], epoch, sample)
+                if reason:
+                    problems.append((slot, reason))
+            yield Filled(torch.from_numpy(images), problems)

@@ -1,14 +1,14 @@
-"""What can be asked of packed images: whether they are sound, and their mean and deviation."""
+"""Whether a packed folder is sound: its indices, its tar files, its images."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.names import printable
 from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name
 from simmim.data.source import ARRAY_EXTENSION
 from simmim.errors import DataError
+from simmim.packing.dataset_file import channels_of, value_range_of
 from simmim.packing.members import check_members, dali_index
 from simmim.packing.tasks import Tally, Tasks
 
@@ -35,7 +35,7 @@ def verify(
         raise DataError(
             f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
         )
-    value_range, channels = _value_range(dataset), _channels(dataset)
+    value_range, channels = value_range_of(dataset), channels_of(dataset)
     tasks = Tasks(
         lambda number, tally: _verify_shard(folder, number, value_range, channels, tally),
         workers,
@@ -47,19 +47,6 @@ def verify(
     if not problems and images != dataset["images"]:
         problems = [f"{DATASET_FILE}: says {dataset['images']} images, the indices {images}"]
     return images, problems
-
-
-def _value_range(dataset: dict[str, Any]) -> tuple[float, float] | None:
-    try:
-        low, high = dataset["options"]["value_range"]
-        return float(low), float(high)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _channels(dataset: dict[str, Any]) -> int | None:
-    channels = dataset["options"].get("channels")
-    return channels if type(channels) is int and channels > 0 else None
 
 
 def _verify_shard(

@@ -18,8 +18,8 @@ from simmim.data.dali.crops import DaliCrops
 from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
+from simmim.data.producer import InlineProducer
 from simmim.data.views import CentreView, CroppedView, RandomCrops, TwoViews, View, crops_of
-from simmim.data.workers import InlineProducer
 from simmim.distributed import World
 from simmim.errors import DataError
 
@@ -91,8 +91,8 @@ def test_dali_draws_what_the_view_draws_not_what_the_configuration_says(photos: 
     view = CroppedView(AUGMENTATION, 11, max_pixels=2**20)
     pipeline = loader_of(photos, "dali", view).producer
     assert isinstance(pipeline, DaliPipeline)
-    assert (pipeline.augmentation, pipeline.seed) == (AUGMENTATION, 11)
-    assert (pipeline.max_pixels, pipeline.micro_batch) == (2**20, 4)
+    assert pipeline.preparation.crops == RandomCrops(AUGMENTATION, 11, 2**20)
+    assert pipeline.micro_batch == 4
     four_channels = CroppedView(replace(AUGMENTATION, channels=4), 11)
     with pytest.raises(DataError, match="1 or 3 channels, not 4"):
         loader_of(photos, "dali", four_channels)

@@ -20,8 +20,8 @@ from simmim.data.decode import UnreadableImage, decode
 from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
 from simmim.data.mixing import Mixing, draws_from
 from simmim.data.open import open_source
-from simmim.data.producer import Producer, SourceSamples
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.producer import InlineProducer, Producer, SourceSamples
+from simmim.data.workers import WorkerPool
 from simmim.errors import RunError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,7 +15,8 @@ from simmim.data.open import open_source
 from simmim.data.shard_index import read_index
 from simmim.data.shards import ShardSource, scan_tar, tar_index
 from simmim.errors import DataError
-from simmim.packing.pack import Options, pack
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from simmim.data import workers as data_workers
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.producer import InlineProducer
+from simmim.data.task_table import TaskTable
+from simmim.data.workers import WorkerPool
 from simmim.errors import DataError
 
 SAMPLES = 40
@@ -156,7 +158,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """
     tables: list[Any] = []
 
-    class Noted(data_workers._Table):
+    class Noted(TaskTable):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             tables[:] = [self]
@@ -166,7 +168,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         tables[0].since[worker] -= 1000
         time.sleep(1000)
 
-    monkeypatch.setattr(data_workers, "_Table", Noted)
+    monkeypatch.setattr(data_workers, "TaskTable", Noted)
     monkeypatch.setattr(data_workers, "LOOK_INTERVAL_S", 0.2)
     return hang
 
