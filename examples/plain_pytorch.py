@@ -14,7 +14,7 @@ from simmim import distributed
 from simmim.command_line import load
 from simmim.data.build import make_loader
 from simmim.data.open import open_source
-from simmim.errors import ConfigError, RunError
+from simmim.errors import ConfigError, RunError, from_setting
 from simmim.method.build import find_method
 from simmim.pretrain import build_model
 from simmim.training import precision
@@ -25,7 +25,9 @@ from simmim.training.step import seed_step
 
 def train(photos="", *flags):
     config = load(["smoke", f"--data.path={photos}", *flags])  # or another recipe, or a TOML file
-    world, source = distributed.init(config.device), open_source(config.data.path)
+    world = distributed.init(config.device)
+    with from_setting("data.path"):  # for the message where there are no photos
+        source = open_source(config.data.path)
     schedule = resolve_schedule(config, len(source.names))
     method, model = find_method(config), build_model(config, world.device)
     optimizer = build_optimizer(model, config.optim, method.parameter_groups(model))

@@ -7,7 +7,8 @@ from pathlib import Path
 from simmim.data.decode import UnreadableImage, read_header
 from simmim.data.open import open_source
 from simmim.errors import DataError
-from simmim.packing.pack import Options, pack
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 
 # Suffix of rows that read packed photos.
 PACKED = "-packed"

@@ -22,7 +22,7 @@ from simmim.data.batch import Batch
 from simmim.data.build import make_loader
 from simmim.data.open import open_source
 from simmim.distributed import World
-from simmim.errors import ConfigError
+from simmim.errors import ConfigError, from_setting
 from simmim.method.build import find_method
 from simmim.model.weights_file import save_weights
 from simmim.pretrain import build_model
@@ -65,7 +65,8 @@ class MethodDataModule(LightningDataModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.source = open_source(config.data.path)
+        with from_setting("data.path"):
+            self.source = open_source(config.data.path)
         self.schedule = resolve_schedule(config, len(self.source.names))
         self.steps_per_epoch = max(1, len(self.source.names) // config.train.batch_size)
         self._steps: Generator[list[Batch], None, None] | None = None

@@ -13,6 +13,7 @@ from simmim.data.build import make_loader
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
 from simmim.distributed import World
+from simmim.errors import from_setting
 from simmim.method.build import find_method
 from simmim.method.method import MaskingMethod, Method
 from simmim.model.image_model import ImageModel
@@ -49,7 +50,8 @@ def pretrain(config: Config) -> int:
 
 
 def _run(config: Config, world: World, folder: RunFolder, interrupts: Interrupts) -> int:
-    source = open_source(config.data.path)
+    with from_setting("data.path"):
+        source = open_source(config.data.path)
     if config.validate.path:
         open_validation(config)  # to say what is wrong with it now, not after hours
     method = find_method(config)

@@ -22,7 +22,7 @@ from simmim.data.source import Source
 from simmim.data.unreadable import UnreadableImages
 from simmim.data.views import CentreView
 from simmim.distributed import World, all_reduce_sum
-from simmim.errors import ConfigError, DataError
+from simmim.errors import ConfigError, DataError, from_setting
 from simmim.image_quality import SMALLEST, signal_to_noise, structural_similarity
 from simmim.model.image_model import MaskedImageModel
 from simmim.observers import say_where
@@ -56,10 +56,8 @@ def open_validation(config: Config) -> Source:
     Raises:
         DataError: there are none; names the key.
     """
-    try:
+    with from_setting("validate.path"):
         return open_source(config.validate.path)
-    except DataError as error:
-        raise DataError(str(error).replace("data.path=", "validate.path=")) from None
 
 
 @dataclass(frozen=True)

@@ -309,16 +309,22 @@ def test_bad_input_is_one_line(
         (flags(pretrained, images, out, "--data.image_size=100"), ("100×100 px is no multiple",)),
         (
             flags(pretrained, images / "train", out, f"--data.val_path={other}"),
-            (str(other), "unknown pink", "missing green, red"),
+            (f"data.val_path={other}: the validation set's", "unknown pink", "missing green, red"),
         ),
         (
             flags(pretrained, images / "train", out, f"--data.val_path={tmp_path / 'empty'}"),
-            ("empty: no image",),
+            (f"data.val_path={tmp_path / 'empty'}: no image",),
         ),
         (flags(pretrained, flat, out), ("of one class",)),
         (flags(pretrained, images / "train", out, f"--data.labels={labels}"), ("labels.csv",)),
-        (flags(pretrained, tmp_path / "nowhere", out), ("nowhere: no such file",)),
-        (flags(pretrained, images / "train", out, "--data.holdout=48"), ("data.holdout",)),
+        (
+            flags(pretrained, tmp_path / "nowhere", out),
+            (f"data.path={tmp_path / 'nowhere'}: no such file",),
+        ),
+        (
+            flags(pretrained, images / "train", out, "--data.holdout=48"),
+            (f"data.path={images / 'train'}: data.holdout: ",),
+        ),
         (flags(pretrained, images, out, "--data.fraction=0"), ("data.fraction=0",)),
         (flags(pretrained, images, out, "--optim.layer_dekay=1"), ("optim.layer_decay",)),
         (flags(pretrained, images, out, "--augment.mixup=0.8", "--train.batch_size=7"), ("even",)),

@@ -124,7 +124,7 @@ def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], i
         try:
             return main(arguments)
         except (ValueError, DataError) as error:
-            return _fail(str(error).removeprefix("data.path="), 2)
+            return _fail(str(error), 2)
         except RunError as error:
             return _fail(str(error), 1)
         except BrokenPipeError:

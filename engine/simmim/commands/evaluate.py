@@ -17,8 +17,8 @@ from simmim.commands.arguments import (
     pick_world,
     progress,
 )
-from simmim.commands.predict import shown
 from simmim.data.labels import Labels
+from simmim.data.names import printable
 from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
 from simmim.downstream.metrics import ClassificationMetrics, report_files, write_report
 from simmim.errors import DataError
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
                 ),
                 workers=given.workers,
                 precision=given.precision,
-                report=lambda line: print(f"simmim: {shown(line)}", file=sys.stderr),
+                report=lambda line: print(f"simmim: {printable(line)}", file=sys.stderr),
                 advance=lambda count: bar.advance(bar.task_ids[0], count),
             )
     except DataError as error:
@@ -126,7 +126,7 @@ def _print(metrics: ClassificationMetrics, labels: Labels, classes: Sequence[str
     listed = counts if len(counts) <= SHOWN_CLASSES else sorted(counts)[:SHOWN_CLASSES]
     for accuracy, images, right, top5, name in listed:
         table.add_row(
-            Text(shown(name)),
+            Text(printable(name)),
             f"{images:,}",
             f"{right:,}",
             f"{accuracy:.2%}",

@@ -9,15 +9,19 @@ from pathlib import Path
 import torch
 
 from simmim.commands.arguments import add_compute, add_data, positive, progress
-from simmim.commands.predict import shown
 from simmim.data.labels import Labels
-from simmim.data.splits import LabelledImages, open_labelled_sets
+from simmim.data.names import printable
+from simmim.data.splits import LabelledImages, SettingNames, open_labelled_sets
 from simmim.downstream.evaluate import evaluation_view
 from simmim.downstream.features import bytes_of, extract_features, feature_shapes
 from simmim.errors import DataError
 from simmim.model.image_model import ImageModel
 
 GIB = 2**30
+
+FLAGS = SettingNames(
+    labels="--labels FILE", num_held_out="--holdout", validation="--val or --holdout N"
+)
 
 DATA_EPILOGUE = """\
 SOURCE is a folder with a folder of images per class, labelled shards, a packed folder, or any
@@ -121,33 +125,18 @@ def open_sets(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages
         raise ValueError("--val-labels is the label file of --val; there is none")
     if not 0 < given.fraction <= 1:
         raise ValueError(f"--fraction={given.fraction}: choose a share above 0 and up to 1")
-    try:
-        return open_labelled_sets(
-            given.train,
-            seed=given.seed,
-            val_path=given.val,
-            num_held_out=given.holdout or 0,
-            fraction=given.fraction,
-            labels=str(given.labels or ""),
-            val_labels=given.val_labels,
-            classes=str(given.classes or ""),
-            first_number=given.first_number,
-        )
-    except DataError as error:
-        raise DataError(_in_flags(str(error))) from None
-
-
-def _in_flags(message: str) -> str:
-    # the names of settings in a fine-tuning run's configuration
-    message = message.replace("data.val_path or data.holdout", "--val or --holdout N")
-    for setting, flag in (
-        ("data.val_path=", ""),
-        ("data.path=", ""),
-        ("data.holdout", "--holdout"),
-        ("a label file", "--labels FILE"),
-    ):
-        message = message.replace(setting, flag)
-    return message
+    return open_labelled_sets(
+        given.train,
+        seed=given.seed,
+        val_path=given.val,
+        num_held_out=given.holdout or 0,
+        fraction=given.fraction,
+        labels=str(given.labels or ""),
+        val_labels=given.val_labels,
+        classes=str(given.classes or ""),
+        first_number=given.first_number,
+        names=FLAGS,
+    )
 
 
 def take_features(
@@ -193,7 +182,7 @@ def take_features(
 
 def note(line: str) -> None:
     """Tell something beside the results."""
-    print(f"simmim: {shown(line)}", file=sys.stderr)
+    print(f"simmim: {printable(line)}", file=sys.stderr)
 
 
 def _choose_dtype(

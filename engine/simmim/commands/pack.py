@@ -17,8 +17,10 @@ from simmim.data.labels import Labels, labels_of
 from simmim.data.open import open_source
 from simmim.data.source import Source
 from simmim.errors import DataError, RunError
-from simmim.packing.pack import SKIPPED_FILE, Options, Summary, pack
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 from simmim.packing.parquet import ParquetSource, parquet_files
+from simmim.packing.plan import SKIPPED_FILE, Summary
 from simmim.packing.statistics import pack_statistics, statistics
 from simmim.packing.verify import verify
 from simmim.training.log import duration
@@ -134,7 +136,7 @@ def main(arguments: list[str]) -> int:
         print(f"simmim: interrupted{stays}", file=sys.stderr)
         return 130
     except RunError as error:
-        print(f"simmim: error: {str(error).removeprefix('data.path=')}", file=sys.stderr)
+        print(f"simmim: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         where = error.filename or given.verify or given.source

@@ -18,6 +18,7 @@ from simmim.commands.arguments import (
     positive,
     progress,
 )
+from simmim.data.names import printable
 from simmim.data.source import Source
 from simmim.downstream.evaluate import load_classifier
 from simmim.downstream.predict import Prediction, classify, open_images
@@ -100,14 +101,16 @@ def _print_table(source: Source, answers: Iterator[tuple[int, list[Prediction] |
     with progress("classified", len(source.names)) as bar:
         for sample, answer in answers:
             bar.advance(bar.task_ids[0])
-            name = shown(source.names[sample])
+            name = printable(source.names[sample])
             if isinstance(answer, str):
                 failed += 1
-                bar.console.print(Text(f"simmim: error: {name}: {shown(answer)}"), soft_wrap=True)
+                bar.console.print(
+                    Text(f"simmim: error: {name}: {printable(answer)}"), soft_wrap=True
+                )
                 continue
             for prediction in answer:
                 table.add_row(
-                    Text(name), Text(shown(prediction.label)), f"{prediction.probability:.4f}"
+                    Text(name), Text(printable(prediction.label)), f"{prediction.probability:.4f}"
                 )
                 name = ""
     if table.row_count:
@@ -118,8 +121,3 @@ def _print_table(source: Source, answers: Iterator[tuple[int, list[Prediction] |
 def _valid(text: str) -> str:
     # bytes of a file name that are no UTF-8 are lone surrogates here, which no JSON reader takes
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def shown(text: str) -> str:
-    """A text that cannot steer a terminal: what is not printable stands as its escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in _valid(text))

@@ -87,7 +87,13 @@ def labels_of(
     return own if own is not None else _of_folders(source.names)
 
 
-def match_classes(labels: Labels, classes: Sequence[str], *, subset: bool = False) -> Labels:
+def match_classes(
+    labels: Labels,
+    classes: Sequence[str],
+    *,
+    subset: bool = False,
+    names: tuple[str, str] = ("the validation set", "the training set"),
+) -> Labels:
     """The same labels numbered as `classes`: how a validation set follows the training set.
 
     Where only one side has names, number k means class k of the other.
@@ -96,6 +102,7 @@ def match_classes(labels: Labels, classes: Sequence[str], *, subset: bool = Fals
         labels: those to renumber.
         classes: the training set's, in their order.
         subset: accept labels that lack some of `classes`.
+        names: what messages call the owner of `labels` and that of `classes`.
 
     Raises:
         DataError: classes differ; names the differences.
@@ -106,7 +113,7 @@ def match_classes(labels: Labels, classes: Sequence[str], *, subset: bool = Fals
         complete = subset or own == _numbered(len(own)) or len(own) == len(wanted)
         if len(own) > len(wanted) or not complete:
             raise DataError(
-                f"the validation set has {len(own)} classes ({_some(own)}), the training set "
+                f"{names[0]} has {len(own)} classes ({_some(own)}), {names[1]} "
                 f"{len(wanted)} ({_some(wanted)}); give both the same"
             )
         return Labels(labels.values, wanted)
@@ -119,8 +126,10 @@ def match_classes(labels: Labels, classes: Sequence[str], *, subset: bool = Fals
         differences["missing"] = []
     if any(differences.values()):
         raise DataError(
-            f"the validation set's classes are not the training set's {len(wanted)}: "
-            + " and ".join(f"{kind} {_some(names)}" for kind, names in differences.items() if names)
+            f"{names[0]}'s classes are not {names[1]}'s {len(wanted)}: "
+            + " and ".join(
+                f"{kind} {_some(different)}" for kind, different in differences.items() if different
+            )
         )
     renumbered = np.array([number_of[name] for name in own] + [-1], dtype=np.int64)
     return Labels(renumbered[labels.values], wanted)

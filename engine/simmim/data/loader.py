@@ -11,10 +11,10 @@ from torch import Tensor
 
 from simmim.data.batch import Batch
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled, Producer, SourceViews
+from simmim.data.producer import Filled, InlineProducer, Producer, SourceSamples
 from simmim.data.source import Source
 from simmim.data.views import View
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.workers import WorkerPool
 from simmim.distributed import World
 from simmim.environment import Launch
 from simmim.errors import DataError
@@ -89,7 +89,7 @@ class Loader:
         self.report: Callable[[str], None] = lambda line: None
         self.backend = "cpu"
         self._unreadable_in_a_row = 0
-        views = SourceViews(source, view)
+        samples = SourceSamples(source, view)
         on_cuda = world.device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(world.device) if on_cuda else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
@@ -97,7 +97,7 @@ class Loader:
             self.producer = producer
         elif self.workers:
             self.producer = WorkerPool(
-                views,
+                samples,
                 micro_batch,
                 workers=self.workers,
                 prefetch=prefetch,
@@ -106,7 +106,7 @@ class Loader:
                 pin=on_cuda,
             )
         else:
-            self.producer = InlineProducer(views)
+            self.producer = InlineProducer(samples)
 
     def remedy(self) -> str:
         """What to do when steps wait for data, in words."""

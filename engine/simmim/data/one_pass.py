@@ -8,10 +8,10 @@ import torch
 
 from simmim.data.batch import Batch
 from simmim.data.loader import default_workers
-from simmim.data.producer import Producer, SourceViews
+from simmim.data.producer import InlineProducer, Producer, SourceSamples
 from simmim.data.source import Source
 from simmim.data.views import View
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.workers import WorkerPool
 from simmim.distributed import World
 
 
@@ -47,11 +47,11 @@ def one_pass(
     mine = np.arange(len(source.names)) if samples is None else np.asarray(samples, dtype=np.int64)
     mine = mine[world.rank :: world.size]
     workers = default_workers(world) if workers < 0 else workers
-    views = SourceViews(source, view)
-    producer: Producer = InlineProducer(views)
+    arrays = SourceSamples(source, view)
+    producer: Producer = InlineProducer(arrays)
     if workers:
         producer = WorkerPool(
-            views,
+            arrays,
             min(batch_size, max(1, len(mine))),
             workers=workers,
             prefetch=2,

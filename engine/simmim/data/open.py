@@ -4,27 +4,26 @@ import os
 from pathlib import Path
 
 from simmim.data.folder import FolderSource
+from simmim.data.shard_index import is_pack
+from simmim.data.shards import ShardSource
 from simmim.data.source import EXTENSIONS, PARQUET_EXTENSION, Source
-from simmim.errors import DataError
+from simmim.errors import PathError
 
 
 def open_source(path: str) -> Source:
-    """The images that `data.path` means.
+    """The images that a path means.
 
     Args:
         path: a folder of images in any layout, a folder of .tar shards, one .tar file, or a folder
             that `simmim pack` made.
 
     Raises:
-        DataError: nothing there, or no image in it; names the path.
+        PathError: nothing is there, or no image in it.
+        DataError: a shard or a packed folder is damaged; names the file.
     """
-    # shards need what is defined above
-    from simmim.data.shard_index import is_pack
-    from simmim.data.shards import ShardSource
-
     root = Path(os.path.expanduser(path))
     if not root.exists():
-        raise DataError(f"data.path={path}: no such file or folder")
+        raise PathError(f"{path}: no such file or folder")
     source: Source
     if root.is_file() and root.suffix != PARQUET_EXTENSION:
         source = ShardSource([root])
@@ -37,10 +36,10 @@ def open_source(path: str) -> Source:
             source = ShardSource(shards)
     if not len(source.names):
         if root.suffix == PARQUET_EXTENSION or next(root.rglob(f"*{PARQUET_EXTENSION}"), None):
-            raise DataError(
-                f"data.path={path}: parquet has no random access; `simmim pack {path} FOLDER` "
+            raise PathError(
+                f"{path}: parquet has no random access; `simmim pack {path} FOLDER` "
                 "makes a folder that has, once and for all"
             )
         some = " ".join(sorted(EXTENSIONS)[:12])
-        raise DataError(f"data.path={path}: no image and no .tar shard of images in it ({some} …)")
+        raise PathError(f"{path}: no image and no .tar shard of images in it ({some} …)")
     return source

@@ -1,9 +1,11 @@
-"""What stands between a list of samples and their pixels: views fill slots, a producer batches."""
+"""Samples make arrays, each by its number; a producer makes batches of them."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from simmim.data.source import Source, is_machine_fault
 from simmim.data.views import View
 
 
-class Views(Protocol):
+class Samples(Protocol):
     """Makes the array of one sample, a pure function of (epoch, sample).
 
     Attributes:
@@ -30,8 +32,8 @@ class Views(Protocol):
         """What messages call a sample."""
 
 
-class SourceViews:
-    """A view of every image of a source; a `Views`.
+class SourceSamples:
+    """The view of every image of a source; see `Samples`.
 
     Args:
         source: encoded images.
@@ -43,7 +45,7 @@ class SourceViews:
         self.shape, self.dtype = view.shape, view.dtype
 
     def fill(self, out: NDArray[Any], epoch: int, sample: int) -> str:
-        """See `Views`; raises OSError where the machine, and no image, is at fault."""
+        """See `Samples`; raises OSError where the machine, and no image, is at fault."""
         try:
             self.view.fill(out, self.source.read(sample), epoch, sample)
         except (UnreadableImage, OSError) as error:
@@ -77,3 +79,21 @@ class Producer(Protocol):
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
         """One `Filled` for every list of (epoch, sample); closing it ends what it started."""
+
+
+class InlineProducer:
+    """Fills micro-batches in this process; a `Producer`."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
+        """See `Producer`."""
+        for batch in places:
+            images = np.zeros((len(batch), *self.samples.shape), self.samples.dtype)
+            problems = []
+            for slot, (epoch, sample) in enumerate(batch):
+                reason = self.samples.fill(images[slot], epoch, sample)
+                if reason:
+                    problems.append((slot, reason))
+            yield Filled(torch.from_numpy(images), problems)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.labels import MAX_CLASSES
+from simmim.data.names import printable
 from simmim.errors import DataError
 
 DATASET_FILE = "dataset.json"
@@ -21,13 +22,6 @@ DATASET_FORMAT, SHARD_FORMAT, VERSION = "simmim-pack", "simmim-shard", 1
 
 # No shard is larger, whatever its index says.
 MAX_SHARD_BYTES = 2**50
-
-
-def shown(name: str) -> str:
-    """A name from outside as one printable line: control characters and the like are escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name
-    )
 
 
 @dataclass
@@ -83,7 +77,7 @@ def read_dataset(folder: Path) -> dict[str, Any]:
         ("plan", isinstance(dataset.get("plan"), str)),
     ):
         if not fits:
-            value = shown(str(dataset.get(name))[:40])
+            value = printable(str(dataset.get(name))[:40])
             raise DataError(f"{path}: damaged: {name} is {value}")
     return dataset
 
@@ -98,9 +92,8 @@ def _read_json(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != expected:
         raise DataError(f"{path}: no index of simmim pack")
     if value.get("version") != VERSION:
-        raise DataError(
-            f"{path}: version {shown(str(value.get('version'))[:20])}, this simmim reads {VERSION}"
-        )
+        version = printable(str(value.get("version"))[:20])
+        raise DataError(f"{path}: version {version}, this simmim reads {VERSION}")
     return value
 
 
@@ -179,7 +172,7 @@ def read_index(shard: Path, *, whole: bool = True) -> ShardIndex:
         raise DataError(f"{shard}: {error.strerror}; copy it again, or pack anew") from None
     limit = value.get("shard_bytes")
     if type(limit) is not int or not 0 <= limit < MAX_SHARD_BYTES:
-        raise DataError(f"{path}: damaged: shard_bytes is {shown(str(limit)[:40])}")
+        raise DataError(f"{path}: damaged: shard_bytes is {printable(str(limit)[:40])}")
     if count and (end > limit or (whole and end < limit)):
         raise DataError(
             f"{shard}: has {end} bytes, {limit} were packed; copy it again, or pack anew"

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.labels import MAX_CLASSES, Labels
+from simmim.data.names import printable
 from simmim.data.shard_index import (
     DATASET_FILE,
     ShardContents,
     read_dataset,
     read_index,
     shard_name,
-    shown,
 )
 from simmim.data.source import MAX_FILE_BYTES, PackedStrings, is_array, is_image
 from simmim.errors import DataError
@@ -272,7 +272,7 @@ def _scan(
 def _problem(member: tarfile.TarInfo) -> str:
     """Why a member is not taken for an image; empty for images and folders."""
     if member.issym() or member.islnk():
-        return f"link: to {shown(member.linkname)}"
+        return f"link: to {printable(member.linkname)}"
     if member.issparse():
         return "sparse member"
     if not (member.isreg() or member.isdir()):

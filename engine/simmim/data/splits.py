@@ -10,7 +10,7 @@ from simmim.data.folder import SelectedSource
 from simmim.data.labels import Labels, labels_of, match_classes
 from simmim.data.open import open_source
 from simmim.data.source import Source
-from simmim.errors import DataError
+from simmim.errors import DataError, PathError, from_setting
 from simmim_kernels.splitmix import fold, permutation
 
 # Folders beside one called "train" that hold its validation images.
@@ -18,6 +18,25 @@ VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 # Where validation images are held out of the training images: this share, and no more than that.
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 50_000
+
+
+@dataclass(frozen=True)
+class SettingNames:
+    """What a user calls the arguments of `open_labelled_sets`, for its messages.
+
+    Attributes:
+        path: key of the training images' path, see `simmim.errors.from_setting`.
+        val_path: key of the validation images' path.
+        labels: what to give where nothing tells the classes.
+        num_held_out: the number of images to hold out.
+        validation: what to give where there are too few images to hold some out.
+    """
+
+    path: str = ""
+    val_path: str = ""
+    labels: str = "a label file"
+    num_held_out: str = "num_held_out"
+    validation: str = "val_path or num_held_out"
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ def open_labelled_sets(
     val_labels: str = "",
     classes: str = "",
     first_number: int | None = None,
+    names: SettingNames | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
     """Training and validation images.
 
@@ -59,33 +79,36 @@ def open_labelled_sets(
         val_labels: the same of `val_path`.
         classes: file with the names of a label file's classes.
         first_number: what a label file of numbers calls the first class.
+        names: what messages call these arguments; None takes the names here.
 
     Raises:
         DataError: no images, no labels, classes that differ, or an empty set; names the path.
     """
+    names = names or SettingNames()
     root = Path(path).expanduser()
     if not val_path and (root / "train").is_dir():
         beside = [name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
         if beside:
             path, val_path = str(root / "train"), str(root / beside[0])
-    source = open_source(path)
-    own = _labels(source, path, labels, classes, first_number)
-    if len(own.classes) < 2:
-        raise DataError(f"data.path={path}: all images are of one class ({own.classes[0]})")
+    with from_setting(names.path):
+        source, own = _open(path, labels, classes, first_number, names)
+        if len(own.classes) < 2:
+            raise PathError(f"{path}: all images are of one class ({own.classes[0]})")
     if val_path:
-        val_source = open_source(val_path)
-        val_own = _labels(val_source, val_path, val_labels, classes, first_number)
-        try:
-            val_own = match_classes(val_own, own.classes)
-        except DataError as error:
-            raise DataError(f"data.val_path={val_path}: {error}") from None
-        held = np.flatnonzero(val_own.values >= 0)
+        with from_setting(names.val_path):
+            val_source, val_own = _open(val_path, val_labels, classes, first_number, names)
+            try:
+                val_own = match_classes(val_own, own.classes)
+            except DataError as error:
+                raise PathError(f"{val_path}: {error}") from None
+            held = np.flatnonzero(val_own.values >= 0)
+            if not len(held):
+                raise PathError(f"{val_path}: no labelled image to validate on")
         kept = np.flatnonzero(own.values >= 0)
     else:
         val_path, val_source, val_own = f"{path} (held out)", source, own
-        kept, held = _hold_out(own, path, num_held_out, seed)
-    if not len(held):
-        raise DataError(f"data.val_path={val_path}: no labelled image to validate on")
+        with from_setting(names.path):
+            kept, held = _hold_out(own, path, num_held_out, seed, names)
     if fraction < 1:
         chosen = np.full(len(own.values), -1, dtype=np.int64)
         chosen[kept] = own.values[kept]
@@ -93,38 +116,39 @@ def open_labelled_sets(
     return _select(source, own, kept, path), _select(val_source, val_own, held, val_path)
 
 
-def _labels(
-    source: Source, path: str, label_file: str, class_file: str, first_number: int | None
-) -> Labels:
+def _open(
+    path: str, label_file: str, class_file: str, first_number: int | None, names: SettingNames
+) -> tuple[Source, Labels]:
+    source = open_source(path)
     file = Path(label_file).expanduser() if label_file else None
-    found = labels_of(
+    labels = labels_of(
         source,
         file,
         class_file=Path(class_file).expanduser() if file is not None and class_file else None,
         first_number=first_number if file is not None else None,
     )
-    if found is None:
-        raise DataError(
-            f"data.path={path}: nothing tells the classes of its images: put them into a folder "
-            "per class, or give a label file"
+    if labels is None:
+        raise PathError(
+            f"{path}: nothing tells the classes of its images: put them into a folder per class, "
+            f"or give {names.labels}"
         )
-    return found
+    return source, labels
 
 
 def _hold_out(
-    labels: Labels, path: str, count: int, seed: int
+    labels: Labels, path: str, count: int, seed: int, names: SettingNames
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     total = int((labels.values >= 0).sum())
     count = count or min(MOST_HELD_OUT, int(total * HELD_OUT_SHARE))
     if not count:
-        raise DataError(
-            f"data.path={path}: {total} labelled images are too few to hold a tenth out for "
-            "validation; give data.val_path or data.holdout"
+        raise PathError(
+            f"{path}: {total} labelled images are too few to hold a tenth out for validation; "
+            f"give {names.validation}"
         )
     try:
         return holdout(labels, count, seed)
     except ValueError as error:
-        raise DataError(f"data.path={path}: data.holdout: {error}") from None
+        raise PathError(f"{path}: {names.num_held_out}: {error}") from None
 
 
 def _select(

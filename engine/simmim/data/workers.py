@@ -7,9 +7,7 @@ pure function of (epoch, sample) the bytes are the same. A sample that costs two
 lives is given up.
 """
 
-import fcntl
 import math
-import mmap
 import multiprocessing
 import os
 import signal
@@ -27,19 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from simmim.data.producer import Filled, Views
+from simmim.data.producer import Filled, Samples
+from simmim.data.task_table import (
+    FAILED,
+    LAST_WORDS_BYTES,
+    READY,
+    TAKEN,
+    TaskTable,
+    get_text,
+    put_text,
+)
 from simmim.errors import DataError
-
-# Samples that a process takes at a time, at most.
-LARGEST_CHUNK = 16
-
-# Chunks that each process should find waiting, so that none is idle at the end of a batch.
-CHUNKS_PER_WORKER = 4
-
-# Bytes kept of the reason why a sample could not be made, and of a process's last words.
-REASON_BYTES, LAST_WORDS_BYTES = 200, 8000
 
 # Processes that a sample may cost before it is given up.
 LIVES_PER_SAMPLE = 2
@@ -55,33 +52,14 @@ GRACE_S = 120
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-FREE, READY, TAKEN, FAILED = range(4)
 _TASK_NUMBER = struct.Struct("=i")
-
-
-class InlineProducer:
-    """Fills micro-batches in this process."""
-
-    def __init__(self, views: Views) -> None:
-        self.views = views
-
-    def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
-        """See `Producer`."""
-        for batch in places:
-            images = np.zeros((len(batch), *self.views.shape), self.views.dtype)
-            problems = []
-            for slot, (epoch, sample) in enumerate(batch):
-                reason = self.views.fill(images[slot], epoch, sample)
-                if reason:
-                    problems.append((slot, reason))
-            yield Filled(torch.from_numpy(images), problems)
 
 
 class WorkerPool:
     """Fills micro-batches in `workers` processes.
 
     Args:
-        views: makes the samples; every process has a copy as it is at the fork.
+        samples: makes the samples; every process has a copy as it is at the fork.
         micro_batch: samples of a micro-batch, at most.
         workers: processes, at least 1.
         prefetch: micro-batches that are ready or being made.
@@ -92,7 +70,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        views: Views,
+        samples: Samples,
         micro_batch: int,
         *,
         workers: int,
@@ -101,7 +79,7 @@ class WorkerPool:
         report: Callable[[str], None],
         pin: bool = False,
     ) -> None:
-        self.views, self.micro_batch, self.workers = views, micro_batch, workers
+        self.samples, self.micro_batch, self.workers = samples, micro_batch, workers
         self.prefetch, self.timeout_s, self.report, self.pin = prefetch, timeout_s, report, pin
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
@@ -111,7 +89,7 @@ class WorkerPool:
             DataError: processes die faster than they work.
             RuntimeError: a fault in the code that makes samples; ends with the process's traceback.
         """
-        table = _Table(self.views, self.micro_batch, self.workers, self.prefetch + 1, self.pin)
+        table = TaskTable(self.samples, self.micro_batch, self.workers, self.prefetch + 1, self.pin)
         crew = _Crew(self, table)
         try:
             yield from crew.run(places)
@@ -120,90 +98,10 @@ class WorkerPool:
             table.release()
 
 
-class _Table:
-    """The shared memory: pixels of every slot, tasks (a slot's chunks), what each process does.
-
-    No lock file or segment has a name, so nothing is left behind, however the run ends, and the
-    size of /dev/shm does not matter.
-    """
-
-    def __init__(self, views: Views, micro_batch: int, workers: int, slots: int, pin: bool) -> None:
-        share = micro_batch * (slots - 1) / (workers * CHUNKS_PER_WORKER)
-        self.chunk = max(1, min(LARGEST_CHUNK, micro_batch, math.ceil(share)))
-        self.chunks = math.ceil(micro_batch / self.chunk)
-        self.slots, tasks = slots, slots * self.chunks
-        self.pixels = _shared((slots, micro_batch, *views.shape), views.dtype)
-        self.state = _shared((tasks,), "int8")
-        self.owner = _shared((tasks,), "int32")
-        self.turn = _shared((tasks,), "int64")  # the lowest goes first
-        self.size = _shared((tasks,), "int32")
-        self.places = _shared((tasks, self.chunk, 2), "int64")  # (epoch, sample)
-        self.given_up = _shared((tasks, self.chunk), "bool")
-        self.reasons = _shared((tasks, self.chunk, REASON_BYTES), "uint8")
-        self.at = _shared((workers,), "int32")  # place within the chunk, -1 between samples
-        self.since = _shared((workers,), "float64")  # monotonic clock
-        self.last_words = _shared((workers, LAST_WORDS_BYTES), "uint8")
-        self.at[:] = -1
-        # a record lock is let go when its process dies, wherever that was
-        self.lock = os.memfd_create("simmim-tasks")
-        self.pinned = pin and _register(self.pixels)
-
-    def take(self, worker: int) -> int | None:
-        """The oldest task that is ready, now `worker`'s."""
-        fcntl.lockf(self.lock, fcntl.LOCK_EX)
-        try:
-            ready = np.flatnonzero(self.state == READY)
-            if not len(ready):
-                return None
-            task = int(ready[np.argmin(self.turn[ready])])
-            self.owner[task] = worker
-            self.state[task] = TAKEN
-            return task
-        finally:
-            fcntl.lockf(self.lock, fcntl.LOCK_UN)
-
-    def samples(self, task: int) -> NDArray[Any]:
-        """The arrays of a task's samples."""
-        slot, chunk = divmod(task, self.chunks)
-        return self.pixels[slot, chunk * self.chunk :][: self.size[task]]
-
-    def release(self) -> None:
-        """Give back what outlives the arrays."""
-        if self.pinned:
-            _cuda_runtime().cudaHostUnregister(self.pixels.ctypes.data)
-        os.close(self.lock)
-
-
-def _shared(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    kind = np.dtype(dtype)
-    # anonymous: inherited over a fork, and gone with the last process
-    memory = mmap.mmap(-1, max(1, math.prod(shape) * kind.itemsize))
-    return np.frombuffer(memory, kind, count=math.prod(shape)).reshape(shape)
-
-
-def _register(pixels: NDArray[Any]) -> bool:
-    # not run on a GPU; where it fails, copies are merely not asynchronous
-    return int(_cuda_runtime().cudaHostRegister(pixels.ctypes.data, pixels.nbytes, 0)) == 0
-
-
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _put_text(where: NDArray[np.uint8], text: str) -> None:
-    encoded = text.encode("utf-8", "backslashreplace")[: where.size - 1]
-    where[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    where[len(encoded) :] = 0
-
-
-def _get_text(where: NDArray[np.uint8]) -> str:
-    return where.tobytes().split(b"\0", 1)[0].decode("utf-8", "replace")
-
-
 class _Crew:
     """The processes of one pass, as the main process sees them."""
 
-    def __init__(self, pool: WorkerPool, table: _Table) -> None:
+    def __init__(self, pool: WorkerPool, table: TaskTable) -> None:
         self.pool, self.table = pool, table
         self.context = multiprocessing.get_context("fork")
         self.turns = count()
@@ -259,7 +157,7 @@ class _Crew:
             chunk, within = divmod(place, table.chunk)
             reason = table.reasons[first + chunk, within]
             if reason[0]:
-                problems.append((place, _get_text(reason)))
+                problems.append((place, get_text(reason)))
         return Filled(torch.from_numpy(table.pixels[slot, : len(batch)]), problems)
 
     def _wait(self) -> None:
@@ -291,7 +189,7 @@ class _Crew:
             while words := os.read(self.answers, 1024 * _TASK_NUMBER.size):
                 for (task,) in _TASK_NUMBER.iter_unpack(words):
                     if self.table.state[task] == FAILED:
-                        raise _fault(_get_text(self.table.last_words[self.table.owner[task]]))
+                        raise _fault(get_text(self.table.last_words[self.table.owner[task]]))
                     self.done[task] = True
                     self.futile = 0
 
@@ -306,10 +204,10 @@ class _Crew:
             task = unfinished[0]
             epoch, sample = (int(value) for value in table.places[task, at])
             deaths = self.deaths[epoch, sample] = self.deaths.get((epoch, sample), 0) + 1
-            where = f" at {self.pool.views.name(sample)}"
+            where = f" at {self.pool.samples.name(sample)}"
             if deaths >= LIVES_PER_SAMPLE:
                 table.given_up[task, at] = True
-                _put_text(table.reasons[task, at], f"a data worker {what} at it, {deaths} times")
+                put_text(table.reasons[task, at], f"a data worker {what} at it, {deaths} times")
         self.futile += 1
         if self.futile > MAX_FUTILE_REPLACEMENTS:
             raise DataError(
@@ -346,13 +244,13 @@ class _Crew:
         os.close(self.ask)  # else nobody would notice that the main process is gone
         os.close(self.answers)
         torch.set_num_threads(1)  # a fork has none of the parent's threads
-        table, fill = self.table, self.pool.views.fill
+        table, fill = self.table, self.pool.samples.fill
         while os.read(self.asked, 1):
             task = table.take(worker)
             if task is None:
                 continue
             try:
-                asked = zip(table.samples(task), table.places[task].tolist())
+                asked = zip(table.arrays(task), table.places[task].tolist())
                 for at, (image, (epoch, sample)) in enumerate(asked):
                     if table.given_up[task, at]:
                         image[...] = 0
@@ -360,14 +258,14 @@ class _Crew:
                     table.since[worker], table.at[worker] = time.monotonic(), at
                     reason = fill(image, epoch, sample)
                     if reason:
-                        _put_text(table.reasons[task, at], reason)
+                        put_text(table.reasons[task, at], reason)
                     else:
                         table.reasons[task, at, 0] = 0
                 table.at[worker] = -1
             except Exception as error:
                 known = isinstance(error, DataError | OSError)  # data, or the machine's state
                 kind, words = ("D", str(error)) if known else ("E", traceback.format_exc())
-                _put_text(table.last_words[worker], kind + words[-LAST_WORDS_BYTES + 2 :])
+                put_text(table.last_words[worker], kind + words[-LAST_WORDS_BYTES + 2 :])
                 table.at[worker] = -1
                 table.state[task] = FAILED
             os.write(self.answer, _TASK_NUMBER.pack(task))

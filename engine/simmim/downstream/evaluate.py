@@ -142,11 +142,12 @@ def match_to_model(labels: Labels, model: Classifier) -> Labels:
         return labels
     only_numbers = model.classes == tuple(str(number) for number in range(len(model.classes)))
     named = not any(name.isdecimal() for name in labels.classes)
-    try:
-        return match_classes(labels, model.classes, subset=not (only_numbers and named))
-    except DataError as error:
-        told = str(error).replace("the validation set", "this set")
-        raise DataError(told.replace("the training set", "the model")) from None
+    return match_classes(
+        labels,
+        model.classes,
+        subset=not (only_numbers and named),
+        names=("this set", "the model"),
+    )
 
 
 def load_classifier(path: str | Path) -> Classifier:

@@ -15,7 +15,7 @@ from simmim.data.batch import Batch
 from simmim.data.finetune_views import EvaluationView, Recipe, TrainingView
 from simmim.data.loader import Loader
 from simmim.data.mixing import Mixing
-from simmim.data.splits import LabelledImages, open_labelled_sets
+from simmim.data.splits import LabelledImages, SettingNames, open_labelled_sets
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluate, evaluation_view
 from simmim.downstream.finetune_config import FinetuneConfig
@@ -35,6 +35,13 @@ from simmim.training.optim import finetune_groups
 from simmim.training.run import Run
 from simmim.training.step import TrainState
 from simmim.weights.load import Weights, read_model
+
+SETTINGS = SettingNames(
+    path="data.path",
+    val_path="data.val_path",
+    num_held_out="data.holdout",
+    validation="data.val_path or data.holdout",
+)
 
 
 def finetune(config: FinetuneConfig) -> int:
@@ -114,6 +121,7 @@ def _open_data(config: FinetuneConfig) -> tuple[LabelledImages, LabelledImages]:
         val_labels=data.val_labels,
         classes=data.classes,
         first_number=data.first_number,
+        names=SETTINGS,
     )
 
 

@@ -87,7 +87,7 @@ def predict(
     try:
         source = join_sources([_open(part, number) for number, part in enumerate(parts)])
     except DataError as error:
-        raise ValueError(str(error).removeprefix("data.path=")) from None
+        raise ValueError(str(error)) from None
     found = []
     for sample, answer in classify(
         model,

@@ -6,7 +6,8 @@ import os
 import tarfile
 from pathlib import Path
 
-from simmim.data.shard_index import ShardIndex, shown
+from simmim.data.names import printable
+from simmim.data.shard_index import ShardIndex
 
 
 def write_member(file: io.BufferedWriter, name: str, data: bytes) -> int:
@@ -51,7 +52,7 @@ def check_members(shard: Path, index: ShardIndex) -> list[str]:
                 if member.size < 0:
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 if member.name in found or not member.isreg():
-                    problems.append(f"{shown(member.name)}: there twice, or no file")
+                    problems.append(f"{printable(member.name)}: there twice, or no file")
                 found[member.name] = member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         problems.append(f"not a whole tar file: {error}")
@@ -74,4 +75,4 @@ def check_members(shard: Path, index: ShardIndex) -> list[str]:
                     or os.pread(file.fileno(), len(text), offset) != text
                 ):
                     problems.append(f"{name}: its label is not {label}")
-    return problems + [f"{shown(name)}: not in the index" for name in found]
+    return problems + [f"{printable(name)}: not in the index" for name in found]

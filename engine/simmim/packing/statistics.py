@@ -1,6 +1,5 @@
-"""Mean and deviation of the pixels of a packed folder, exactly."""
+"""The exact mean and standard deviation of the pixels of a source, or of a packed folder."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -11,19 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim import files
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.shard_index import DATASET_FILE, read_dataset
+from simmim.data.shard_index import read_dataset
 from simmim.data.shards import ShardSource
 from simmim.data.source import Source, is_machine_fault
 from simmim.errors import DataError
-from simmim.packing.pack import common_channels
+from simmim.packing.dataset_file import channels_of, common_channels, value_range_of, write_dataset
 from simmim.packing.tasks import Tally, Tasks
-from simmim.packing.verify import _channels, _value_range
 
 # Images that a process takes at a time.
 CHUNK = 256
-
 
 # Pixels that are counted at a time: their numbers take eight bytes each.
 _BLOCK = 2**22
@@ -162,8 +158,8 @@ def pack_statistics(
         source,
         workers=workers,
         max_pixels=max_pixels,
-        value_range=_value_range(dataset),
-        channels=_channels(dataset) or (common if common and common > 4 else None),
+        value_range=value_range_of(dataset),
+        channels=channels_of(dataset) or (common if common and common > 4 else None),
         tick=tick,
     )
     try:
@@ -171,5 +167,5 @@ def pack_statistics(
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     dataset["mean"], dataset["std"] = mean, std
-    files.write_text(folder / DATASET_FILE, json.dumps(dataset, indent=1) + "\n")
+    write_dataset(folder, dataset)
     return mean, std

@@ -1,13 +1,14 @@
-"""What can be asked of packed images: whether they are sound, and their mean and deviation."""
+"""Whether a packed folder is sound: its indices, its tar files, its images."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name, shown
+from simmim.data.names import printable
+from simmim.data.shard_index import DATASET_FILE, read_dataset, read_index, shard_name
 from simmim.data.source import ARRAY_EXTENSION
 from simmim.errors import DataError
+from simmim.packing.dataset_file import channels_of, value_range_of
 from simmim.packing.members import check_members, dali_index
 from simmim.packing.tasks import Tally, Tasks
 
@@ -34,7 +35,7 @@ def verify(
         raise DataError(
             f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
         )
-    value_range, channels = _value_range(dataset), _channels(dataset)
+    value_range, channels = value_range_of(dataset), channels_of(dataset)
     tasks = Tasks(
         lambda number, tally: _verify_shard(folder, number, value_range, channels, tally),
         workers,
@@ -48,19 +49,6 @@ def verify(
     return images, problems
 
 
-def _value_range(dataset: dict[str, Any]) -> tuple[float, float] | None:
-    try:
-        low, high = dataset["options"]["value_range"]
-        return float(low), float(high)
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _channels(dataset: dict[str, Any]) -> int | None:
-    channels = dataset["options"].get("channels")
-    return channels if type(channels) is int and channels > 0 else None
-
-
 def _verify_shard(
     folder: Path,
     number: int,
@@ -72,7 +60,7 @@ def _verify_shard(
     try:
         index = read_index(shard)
     except DataError as error:
-        return 0, [shown(str(error).removeprefix(f"{folder}/"))]
+        return 0, [printable(str(error).removeprefix(f"{folder}/"))]
     if not index.name:
         return 0, []
     problems = check_members(shard, index)
@@ -101,4 +89,4 @@ def _verify_shard(
                 if pixels.shape != told:
                     problems.append(f"{name}: is {list(pixels.shape)}, not {list(told)}")
             tally.add(done=1)
-    return len(index.name), [shown(f"{shard.name}: {problem}") for problem in problems]
+    return len(index.name), [printable(f"{shard.name}: {problem}") for problem in problems]

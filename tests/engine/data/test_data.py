@@ -25,7 +25,8 @@ from simmim.data.source import PackedStrings, Source
 from simmim.data.views import CroppedView
 from simmim.distributed import World
 from simmim.errors import DataError
-from simmim.packing.pack import Options, pack
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 from simmim.training.interrupts import StopWaiting
 from simmim_kernels import native
 

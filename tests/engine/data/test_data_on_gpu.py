@@ -10,6 +10,7 @@ from simmim.data.build import make_loader
 from simmim.data.dali import backend
 from simmim.data.open import open_source
 from simmim.distributed import World
+from simmim.method.build import find_method
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +26,8 @@ def loaded(photos: Path, device: str, backend: str) -> list[torch.Tensor]:
     world = World(0, 1, torch.device(device))
     found = []
     x = torch.randn(2048, 2048, device=device)
-    for (batch,) in make_loader(config, open_source(str(photos)), world).steps(0, STEPS):
+    loader = make_loader(config, open_source(str(photos)), world, find_method(config).view())
+    for (batch,) in loader.steps(0, STEPS):
         assert batch.image.device.type == device
         for _ in range(20 if device == "cuda" else 0):
             x = x @ x / x.norm()

@@ -20,8 +20,8 @@ from simmim.data.decode import UnreadableImage, decode
 from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
 from simmim.data.mixing import Mixing, draws_from
 from simmim.data.open import open_source
-from simmim.data.producer import Producer, SourceViews
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.producer import InlineProducer, Producer, SourceSamples
+from simmim.data.workers import WorkerPool
 from simmim.errors import RunError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -255,7 +255,7 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str)
     for number in range(5):
         image = encoded(noise(50 + number, 70, channels))
         (tmp_path / f"{number}{suffix}").write_bytes(image if number != 3 else image[:40])
-    views = SourceViews(open_source(str(tmp_path)), TrainingView(pixels, seed=5))
+    samples = SourceSamples(open_source(str(tmp_path)), TrainingView(pixels, seed=5))
     # the broken one, 3, stands in another slot every time
     places = [[(epoch, (slot + epoch) % 5) for slot in range(5)] for epoch in range(5)]
 
@@ -268,12 +268,12 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str)
             images.append(filled.image.clone())
         return images
 
-    images = made(InlineProducer(views))
+    images = made(InlineProducer(samples))
     assert not torch.equal(images[0], images[1])
     for workers in (1, 3):
-        pool = WorkerPool(views, 5, workers=workers, prefetch=2, timeout_s=60, report=pytest.fail)
+        pool = WorkerPool(samples, 5, workers=workers, prefetch=2, timeout_s=60, report=pytest.fail)
         assert all(torch.equal(a, b) for a, b in zip(images, made(pool), strict=True))
-    assert views.name(3) == f"3{suffix}"
+    assert samples.name(3) == f"3{suffix}"
 
 
 def test_other_channels_are_cropped_and_flipped() -> None:

@@ -15,7 +15,7 @@ from simmim.data.augment import Augmentation
 from simmim.data.decode import MAX_PIXELS, UnreadableImage, decode, read_header
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
-from simmim.data.producer import SourceViews
+from simmim.data.producer import SourceSamples
 from simmim.data.source import MAX_FILE_BYTES, read_file
 from simmim.data.views import CroppedView
 from simmim.distributed import World
@@ -100,8 +100,8 @@ def test_a_failure_without_a_word_has_a_reason(
     monkeypatch.setattr("simmim.data.decode._decode_jpeg", fail)
     monkeypatch.setattr("simmim.data.decode._decode_other", fail)
     view = CroppedView(Augmentation((32, 32), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3), 0)
-    views = SourceViews(open_source(str(photos)), view)
-    assert views.fill(np.zeros(view.shape, np.uint8), 0, 0) == "MemoryError"
+    samples = SourceSamples(open_source(str(photos)), view)
+    assert samples.fill(np.zeros(view.shape, np.uint8), 0, 0) == "MemoryError"
 
 
 def test_random_damage_never_escapes(photos: Path) -> None:

@@ -14,8 +14,8 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from simmim.data.augment import Augmentation, augment, sample_key
 from simmim.data.dali import backend
+from simmim.data.dali.crops import DaliCrops
 from simmim.data.dali.pipeline import DaliPipeline
-from simmim.data.dali.two_views import DaliTwoViews
 from simmim.data.decode import decode
 from simmim.data.distortion import (
     BRIGHTNESS,
@@ -30,7 +30,7 @@ from simmim.data.distortion import (
 )
 from simmim.data.open import open_source
 from simmim.data.producer import Filled
-from simmim.data.views import TwoViews
+from simmim.data.views import RandomCrops, TwoViews
 from simmim_kernels.splitmix import fold, signed, uniform
 
 AUGMENTATION = Augmentation((48, 64), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, 3)
@@ -269,9 +269,9 @@ class CountingPipeline:
 
 
 def test_dali_makes_each_crop_a_sample() -> None:
-    pipeline = CountingPipeline()
+    pipeline, crops = CountingPipeline(), RandomCrops(AUGMENTATION, 4, per_sample=2)
     with closing(
-        DaliTwoViews(pipeline).batches([[(0, 4), (3, 5)], [(1, 6)]])  # type: ignore[arg-type]
+        DaliCrops(pipeline, crops).batches([[(0, 4), (3, 5)], [(1, 6)]])  # type: ignore[arg-type]
     ) as batches:
         first = next(batches)
         assert first.image.shape == (2, 2, 1, 2, 1)
@@ -302,8 +302,9 @@ def test_dali_makes_the_crops_of_the_cpu_path(tmp_path: Path) -> None:
     )
     places = [[(2, 0), (2, 5), (3, 1)], [(3, 2), (2, 3), (2, 4)]]
     view = TwoViews(pipeline.augmentation, 4)
+    assert view.crops is not None
     expected = np.empty(view.shape, np.uint8)
-    batches = list(DaliTwoViews(pipeline).batches(places))
+    batches = list(DaliCrops(pipeline, view.crops).batches(places))
     assert [slot for slot, _ in batches[0].problems] == [1]
     assert not batches[1].problems
     for batch, filled in zip(places, batches):

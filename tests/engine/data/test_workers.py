@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 
 from simmim.data import workers as data_workers
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.workers import InlineProducer, WorkerPool
+from simmim.data.producer import InlineProducer
+from simmim.data.task_table import TaskTable
+from simmim.data.workers import WorkerPool
 from simmim.errors import DataError
 
 SAMPLES = 40
 
 
 class Numbers:
-    """Views whose array says which sample it is; `before` may misbehave."""
+    """Samples whose array says which sample it is; `before` may misbehave."""
 
     shape: tuple[int, ...] = (3, 5)
     dtype = "int32"
@@ -59,10 +61,10 @@ def contents(batches: Any) -> list[tuple[list[int], list[tuple[int, str]]]]:
     return found
 
 
-def pool(views: Numbers, reports: list[str] | None = None, **options: Any) -> WorkerPool:
+def pool(samples: Numbers, reports: list[str] | None = None, **options: Any) -> WorkerPool:
     settings: dict[str, Any] = {"workers": 2, "prefetch": 3, "timeout_s": 60} | options
     report = [].append if reports is None else reports.append
-    return WorkerPool(views, 8, report=report, **settings)
+    return WorkerPool(samples, 8, report=report, **settings)
 
 
 EXPECTED = contents(InlineProducer(Numbers()).batches(places()))
@@ -156,7 +158,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """
     tables: list[Any] = []
 
-    class Noted(data_workers._Table):
+    class Noted(TaskTable):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             tables[:] = [self]
@@ -166,7 +168,7 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         tables[0].since[worker] -= 1000
         time.sleep(1000)
 
-    monkeypatch.setattr(data_workers, "_Table", Noted)
+    monkeypatch.setattr(data_workers, "TaskTable", Noted)
     monkeypatch.setattr(data_workers, "LOOK_INTERVAL_S", 0.2)
     return hang
 
@@ -271,14 +273,14 @@ def test_memory_does_not_grow_over_10000_batches(photos: Path) -> None:
     """The trend over the last 8,000 batches of real photos: below 100 bytes a batch."""
     from simmim.data.augment import Augmentation
     from simmim.data.open import open_source
-    from simmim.data.producer import SourceViews
+    from simmim.data.producer import SourceSamples
     from simmim.data.views import CroppedView
 
     augmentation = Augmentation((64, 64), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
-    views = SourceViews(open_source(str(photos)), CroppedView(augmentation, 0))
-    order = MicroBatches(SampleOrder(len(views.source.names), 0), 2, 1, 0, 1, 0, 10_000)
+    samples = SourceSamples(open_source(str(photos)), CroppedView(augmentation, 0))
+    order = MicroBatches(SampleOrder(len(samples.source.names), 0), 2, 1, 0, 1, 0, 10_000)
     generator = WorkerPool(
-        views, 2, workers=2, prefetch=4, timeout_s=60, report=lambda line: None
+        samples, 2, workers=2, prefetch=4, timeout_s=60, report=lambda line: None
     ).batches(order)
     counts, sizes = [], []
     for number, _ in enumerate(generator):

@@ -32,9 +32,11 @@ from simmim.data.open import open_source
 from simmim.data.shards import ShardSource, scan_tar
 from simmim.data.source import Source
 from simmim.errors import DataError, RunError
-from simmim.packing import pack as packing
-from simmim.packing import parquet
-from simmim.packing.pack import Options, encode, pack
+from simmim.packing import encode as encoding
+from simmim.packing import parquet, plan
+from simmim.packing.encode import Encoded, encode
+from simmim.packing.options import Options
+from simmim.packing.pack import claimed, pack
 from simmim.packing.verify import verify
 
 FORK = multiprocessing.get_context("fork")
@@ -360,7 +362,7 @@ def test_values_of_other_types(
 def test_large_images_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.new("RGB", (300, 200)).save(file, "JPEG")
-    monkeypatch.setattr(packing, "decode", None)
+    monkeypatch.setattr(encoding, "decode", None)
     with pytest.raises(UnreadableImage, match="300×200"):
         encode(file.getvalue(), Options(max_pixels=50_000))
 
@@ -475,7 +477,7 @@ def test_what_is_in_the_way_is_refused(
     assert run(tmp_path / "nowhere", folder) == 1
     nowhere = f"simmim: error: {tmp_path}/nowhere: no such file or folder\n"
     assert capsys.readouterr().err == nowhere
-    with packing._claimed(folder):
+    with claimed(folder):
         assert "another simmim pack is at work" in refused(small, folder)
     before = contents(folder)
     assert run(small, folder) == 0
@@ -611,14 +613,14 @@ def count_calls(patch: pytest.MonkeyPatch, before: Callable[[int], object]) -> C
     """Count the calls of `encode` in all processes; `before` is given its number, from 1."""
     calls, lock = mmap(-1, 8), FORK.Lock()
 
-    def counted(data: bytes, options: Options) -> packing.Encoded:
+    def counted(data: bytes, options: Options) -> Encoded:
         with lock:
             number = int.from_bytes(calls[:8], "little") + 1
             calls[:8] = number.to_bytes(8, "little")
         before(number)
         return encode(data, options)
 
-    patch.setattr(packing, "encode", counted)
+    patch.setattr(plan, "encode", counted)
     return lambda: int.from_bytes(calls[:8], "little")
 
 
@@ -658,13 +660,13 @@ def test_a_dead_worker_is_one_line(
     folder = tmp_path / "packed"
     last = (small / FolderSource(small).names[13]).read_bytes()
 
-    def deadly(data: bytes, options: Options) -> packing.Encoded:
+    def deadly(data: bytes, options: Options) -> Encoded:
         if data == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(data, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "encode", deadly)
+        patch.setattr(plan, "encode", deadly)
         assert run(small, folder, "--images-per-shard", 7, "--workers", 1) == 1
     error = capsys.readouterr().err
     assert f"the process at {folder}/000001.tar died (signal SIGKILL): out of memory" in error
@@ -676,7 +678,7 @@ def test_a_dead_worker_is_one_line(
 def test_an_unfinished_pack_is_not_trained_on(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing.Plan, "finish", lambda *_: None)
+    monkeypatch.setattr(plan.Plan, "finish", lambda *_: None)
     pack(FolderSource(small), tmp_path / "packed", Options())
     for use in (lambda: open_source(str(tmp_path / "packed")), lambda: verify(tmp_path / "packed")):
         with pytest.raises(DataError, match="a pack that is not finished"):
@@ -690,14 +692,14 @@ def test_ctrl_c_is_one_line_and_resumable(
     # a worker takes the first shard, and the next; the other stays at the second
     first = [FolderSource(small).read(number) for number in range(3)]
 
-    def hold(data: bytes, options: Options) -> packing.Encoded:
+    def hold(data: bytes, options: Options) -> Encoded:
         if data not in first:
             (tmp_path / str(os.getpid())).touch()
             until_orphaned()
         return encode(data, options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "encode", hold)
+        patch.setattr(plan, "encode", hold)
         process = in_child(lambda: run(*arguments, "--workers", 2), tmp_path / "log")
         wait_until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
         os.killpg(process.pid, signal.SIGINT)
@@ -794,9 +796,9 @@ def test_verify_decodes_and_limits_its_lines(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    broken = packing.Encoded(b"no image", "jpg", 5, 5, 3)
+    broken = Encoded(b"no image", "jpg", 5, 5, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "encode", lambda data, options: broken)
+        patch.setattr(plan, "encode", lambda data, options: broken)
         assert run(small, tmp_path / "packed") == 0
     monkeypatch.setattr(pack_command, "MAX_PROBLEMS", 5)
     capsys.readouterr()
@@ -986,7 +988,7 @@ def test_a_source_that_vanishes_ends_the_pack(
         raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
 
     monkeypatch.setattr(source, "read", gone)
-    monkeypatch.setattr(packing, "MAX_UNREADABLE_IN_A_ROW", 10)
+    monkeypatch.setattr(plan, "MAX_UNREADABLE_IN_A_ROW", 10)
     with pytest.raises(RunError, match="the last 10 images could all not be read"):
         pack(source, tmp_path / "packed", Options())
 

@@ -12,7 +12,7 @@ CHANNELS = (1, 3)
 
 
 @functools.cache
-def _import_dali() -> tuple[Any, str]:
+def import_dali() -> tuple[Any, str]:
     """(nvidia.dali, "") or (None, why it cannot be imported)."""
     try:
         dali = importlib.import_module("nvidia.dali")
@@ -26,7 +26,7 @@ def _import_dali() -> tuple[Any, str]:
 
 def missing_reason() -> str:
     """Why DALI cannot be imported; empty where it can."""
-    return _import_dali()[1]
+    return import_dali()[1]
 
 
 def choose_backend(requested: str, device: torch.device, channels: int = 3) -> tuple[str, str]:
@@ -54,7 +54,7 @@ def choose_backend(requested: str, device: torch.device, channels: int = 3) -> t
         obstacle = f"NVIDIA DALI is missing ({missing_reason()})"
     if not obstacle:
         where = "on the GPU" if device.type == "cuda" else "on the CPU"
-        return "dali", f"DALI {_import_dali()[0].__version__} decodes {where}"
+        return "dali", f"DALI {import_dali()[0].__version__} decodes {where}"
     if requested == "auto":
         return "cpu", obstacle
     if channels not in CHANNELS:

@@ -21,11 +21,14 @@ import torch
 from PIL import Image
 
 from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.dali import backend, memory
-from simmim.data.dali import pipeline as dali
+from simmim.data.dali import backend, comparison, memory, readers
+from simmim.data.dali import pipeline as pipeline_module
 from simmim.data.dali.backend import choose_backend
+from simmim.data.dali.comparison import probe_image
+from simmim.data.dali.decoder import Decoder
 from simmim.data.dali.memory import estimate_bytes, largest_sub_batch
 from simmim.data.dali.pipeline import DaliPipeline
+from simmim.data.dali.samples import PreparedSample
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
@@ -166,7 +169,7 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     (ours,) = by_cpu(source)
     assert ours is not None
     assert difference(ours, filled.image[0].numpy()) <= 1.0
-    assert tested.prepare(3, 0).data  # DALI's, and not decoded by us
+    assert tested.preparation.prepare(3, 0).data  # DALI's, and not decoded by us
 
 
 @needs_dali
@@ -285,16 +288,17 @@ def test_a_batch_that_dali_fails_on_is_not_lost(
     source = open_source(str(mixed))
     said: list[str] = []
     tested = pipeline(source, micro_batch=4, report=said.append)
-    monkeypatch.setattr(tested, "_suits_dali", lambda data, header: True)
+    monkeypatch.setattr(tested.preparation, "suits_dali", lambda data, header: True)
     offender = list(source.names).index(name)
-    place = dali._Sample(3, offender, source.read(offender), 1, (0, 0, 130, 90))
-    prepare = tested.prepare
+    place = PreparedSample(3, offender, source.read(offender), 1, (0, 0, 130, 90))
+    preparation = tested.preparation
+    prepare = preparation.prepare
     monkeypatch.setattr(
-        tested,
+        preparation,
         "prepare",
         lambda epoch, sample: (
             place
-            if (sample, bool(tested.made_here)) == (offender, False)
+            if (sample, bool(preparation.made_here)) == (offender, False)
             else prepare(epoch, sample)
         ),
     )
@@ -312,7 +316,7 @@ def test_a_batch_that_dali_fails_on_is_not_lost(
     assert len(said) == 1
     if name != "garbage.jpg":  # where DALI does not say which it was
         assert name in said[0]
-        assert tested.made_here == {offender}
+        assert preparation.made_here == {offender}
 
 
 @needs_dali
@@ -321,12 +325,12 @@ def test_a_machine_that_fails_is_not_the_images_fault(
 ) -> None:
     source = open_source(str(jpegs))
     tested = pipeline(source, micro_batch=4)
-    monkeypatch.setattr(tested, "_compare", lambda decoder: frozenset({1}))
+    monkeypatch.setattr(pipeline_module, "agreeing_orientations", lambda *_: frozenset({1}))
 
     def fail(*_: object) -> None:
         raise RuntimeError("Critical error in pipeline:\nout of memory\n")
 
-    monkeypatch.setattr(dali._Decoder, "collect", fail)
+    monkeypatch.setattr(Decoder, "collect", fail)
     made = tested.batches(every(source, 4))
     views = by_cpu(source)
     for start in (0, 4):
@@ -351,11 +355,12 @@ def test_pixels_are_compared_before_the_first_batch(
     def upright(data: bytes) -> bool:
         return Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) == 1
 
-    monkeypatch.setattr(dali, "decode", turned_otherwise)
+    monkeypatch.setattr(comparison, "decode", turned_otherwise)
     next(tested.batches(every(source)))
-    assert tested._orientations == {1}
+    assert tested.preparation.orientations == {1}
     assert len(said) == 1
-    monkeypatch.setattr(dali, "decode", lambda *_, **__: real(dali._probe(1), 3)[::-1].copy())
+    upside_down = real(probe_image(1), 3)[::-1].copy()
+    monkeypatch.setattr(comparison, "decode", lambda *_, **__: upside_down)
     with pytest.raises(DataError, match="DALI's pixels differ"):
         next(pipeline(source).batches(every(source)))
 
@@ -366,20 +371,21 @@ def test_a_small_budget_cuts_batches_and_changes_nothing(
 ) -> None:
     source = open_source(str(jpegs))
     scheduled: list[int] = []
-    schedule = dali._Decoder.schedule
+    schedule = Decoder.schedule
+    plenty, little = pipeline(source, micro_batch=24), pipeline(source, micro_batch=24)
+    little.sub_batch_pixels = 600_000
+    budget = plenty.sub_batch_pixels
 
-    def counted(decoder: dali._Decoder, samples: list) -> None:
-        assert sum(s.pixels for s in samples) <= decoder.owner.sub_batch_pixels or len(samples) == 1
+    def counted(decoder: Decoder, samples: list) -> None:
+        assert sum(s.pixels for s in samples) <= budget or len(samples) == 1
         scheduled.append(len(samples))
         schedule(decoder, samples)
 
-    monkeypatch.setattr(dali._Decoder, "schedule", counted)
-    plenty = pipeline(source, micro_batch=24)
+    monkeypatch.setattr(Decoder, "schedule", counted)
     whole = images(list(plenty.batches(every(source, 24))))
     assert max(scheduled) == len(source.names)
     scheduled.clear()
-    little = pipeline(source, micro_batch=24)
-    little.sub_batch_pixels = 600_000
+    budget = little.sub_batch_pixels
     parts = images(list(little.batches(every(source, 24))))
     assert max(scheduled) < 12
     np.testing.assert_array_equal(whole, parts)
@@ -416,7 +422,7 @@ def test_the_estimate_fills_the_budget_and_stays_within(memory_bytes: int) -> No
 
 def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    backend._import_dali.cache_clear()
+    backend.import_dali.cache_clear()
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     try:
         assert backend.missing_reason()
@@ -435,7 +441,7 @@ def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert name == "cpu"
         assert "not 12" in reason
     finally:
-        backend._import_dali.cache_clear()
+        backend.import_dali.cache_clear()
 
 
 @needs_dali
@@ -522,7 +528,7 @@ def test_an_error_of_the_machine_reaches_the_consumer(jpegs: Path) -> None:
 def test_a_read_that_hangs_does_not_hang_the_close(
     jpegs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dali, "CLOSE_S", 0.2)
+    monkeypatch.setattr(readers, "CLOSE_S", 0.2)
     source = Slow(open_source(str(jpegs)), answers=16)
     made = pipeline(source).batches(every(source))
     next(made)
@@ -556,7 +562,8 @@ MEMORY_TREND = """
 import io, sys, numpy as np, torch
 from PIL import Image
 from simmim.data.augment import Augmentation
-from simmim.data.dali import DaliPipeline, missing_reason
+from simmim.data.dali.backend import missing_reason
+from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.source import PackedStrings
 
 def resident():
