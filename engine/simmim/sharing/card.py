@@ -166,13 +166,13 @@ def _method(model: ImageModel) -> type[Method]:
 
 
 def _use(model: ImageModel) -> str:
-    where = '"."'
-    comment = "# this folder, or its name on the Hub"
+    load = "load_encoder" if model.kind == "encoder" else "load_model"
+    line = f'model = simmim.{load}(".")  # this folder, or its name on the Hub'
     if isinstance(model, Classifier):
         code = [
             "import simmim",
             "",
-            f"model = simmim.Classifier.from_pretrained({where})  {comment}",
+            line,
             'for answer in simmim.predict(model, "photo.jpg")[0]:',
             '    print(f"{answer.probability:.1%} {answer.label}")',
         ]
@@ -184,11 +184,7 @@ def _use(model: ImageModel) -> str:
             "import simmim",
             "import torch",
             "",
-            (
-                f"model = simmim.SimMIM.from_pretrained({where})  {comment}"
-                if model.kind == "simmim"
-                else f"model = simmim.load_model({where})  # this folder"
-            ),
+            line,
             f"images = torch.zeros(1, {C}, {height}, {width}, dtype=torch.uint8)  # or normalised",
             f"features = model.encode(images)  # [1, {D}, {height // stride}, {width // stride}]",
         ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ from simmim.weights import convnet_layouts, layouts, official
 
 # Of the architecture, what shapes do not tell.
 _UNSHAPED = ("num_heads", "qk_scale", "norm_eps", "window_size", "pretrained_window_sizes")
+
+
+class ArchitectureHints(TypedDict, total=False):
+    """What neither a configuration nor shapes may tell of an architecture; None tells nothing."""
+
+    num_heads: int | None
+    """Heads of a ViT that has no position table."""
+    qk_scale: float | None
+    """Factor of q·k; where nothing tells it, it is 1/√(head width)."""
+    window_size: int | None
+    """Window of a SwinV2 in tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +58,17 @@ def read_model(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
     *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
     layout: str | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> Weights:
     """A checkpoint's weights under our names, and its architecture.
 
     Args:
         path_or_state_dict: as for `load_model`.
         image_size: as for `load_model`.
-        num_heads: as for `load_model`.
-        qk_scale: as for `load_model`.
-        window_size: as for `load_model`.
         layout: whose names it has, one of `simmim.weights.layouts.LAYOUTS`; None tells by the
             names.
+        given: what the file does not tell; it stands above what the file tells.
 
     Returns:
         Weights whose names and shapes are those of the architecture.
@@ -88,9 +95,8 @@ def read_model(
         if not told or size not in (None, spec.image_size):
             hints = {key: told[key] for key in _UNSHAPED if told.get(key) is not None}
             hints |= found.hints
-            given = {"num_heads": num_heads, "qk_scale": qk_scale, "window_size": window_size}
             hints |= {key: value for key, value in given.items() if value is not None}
-            if window_size is not None:
+            if given.get("window_size") is not None:
                 hints.pop("windows", None)
             told_size = hints.pop("image_size", None)
             if size is None and told_size is not None:
@@ -122,10 +128,8 @@ def load_model(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
     *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
     norm_target: int | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
@@ -138,10 +142,8 @@ def load_model(
             `save_pretrained`; or a state dict.
         image_size: side, or (height, width), in pixels; None takes what the checkpoint tells (the
             square on which the last stage is one window, where it tells nothing).
-        num_heads: heads of a ViT that has no position table; shapes cannot tell.
-        qk_scale: factor of q·k; shapes cannot tell; None is 1/√(head width).
-        window_size: of a SwinV2 in tokens, where neither buffers nor a configuration tell.
         norm_target: window of the target normalisation, which only the loss uses.
+        given: see `ArchitectureHints`.
 
     Returns:
         A `SimMIM` (`encode`, `reconstruct`, and the loss when called), a `Classifier` (`encode`,
@@ -151,38 +153,20 @@ def load_model(
         ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
             finite, has neither decoder nor head, or does not fit `image_size`; names it.
     """
-    weights = read_model(
-        path_or_state_dict,
-        image_size,
-        num_heads=num_heads,
-        qk_scale=qk_scale,
-        window_size=window_size,
-    )
-    return model_of(weights, norm_target)
+    return model_of(read_model(path_or_state_dict, image_size, **given), norm_target)
 
 
 def load_encoder(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
-    *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
     """The encoder alone of any checkpoint that `read_model` reads, in evaluation mode on the CPU.
 
     Raises:
         ValueError: see `load_model`; a missing decoder or head is no reason.
     """
-    return encoder_of(
-        read_model(
-            path_or_state_dict,
-            image_size,
-            num_heads=num_heads,
-            qk_scale=qk_scale,
-            window_size=window_size,
-        )
-    )
+    return encoder_of(read_model(path_or_state_dict, image_size, **given))
 
 
 def encoder_of(weights: Weights) -> ImageModel:
