@@ -249,14 +249,14 @@ def _about_training(facts: RunFacts) -> list[str]:
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = environment.get("versions") or {}
-    told = [
+    named = [
         f"{name} {versions[name]}" for name in ("simmim", "torch", "python") if name in versions
     ]
     device = _plain(environment.get("device_name") or "")
     processes = environment.get("processes") or 1
     return [
         ("device", f"{device} × {processes}" if device and processes > 1 else device),
-        ("versions", ", ".join(told)),
+        ("versions", ", ".join(named)),
         ("commit", f"`{environment['git_commit']}`" if environment.get("git_commit") else ""),
     ]
 
@@ -264,12 +264,12 @@ def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _result_rows(facts: RunFacts) -> list[tuple[str, str]]:
     rows = []
     if facts.evaluation:
-        found = facts.evaluation
+        evaluation = facts.evaluation
         rows += [
-            ("top-1", f"{found['top1']:.2%}"),
-            ("top-5", f"{found['top5']:.2%}"),
-            ("validation loss", f"{found['loss']:.4f}"),
-            ("validated on", f"{found['images']:,} images of {_plain(_validated_on(facts))}"),
+            ("top-1", f"{evaluation['top1']:.2%}"),
+            ("top-5", f"{evaluation['top5']:.2%}"),
+            ("validation loss", f"{evaluation['loss']:.4f}"),
+            ("validated on", f"{evaluation['images']:,} images of {_plain(_validated_on(facts))}"),
         ]
     if facts.loss is not None:
         rows.append((f"training loss, last {LOSS_STEPS} steps", f"{facts.loss:.4f}"))

@@ -38,9 +38,9 @@ def load_model(
 ) -> ImageModel:
     """The model of a checkpoint here or on the Hugging Face Hub, in evaluation mode on the CPU.
 
-    Layouts are told by their names: ours, microsoft/SimMIM, timm, torchvision, Hugging Face (a
-    folder with config.json) and mmpretrain. The architecture comes from the file itself: from its
-    metadata or configuration, else from names and shapes.
+    The names in a file tell its layout: ours, that of microsoft/SimMIM, timm, torchvision, Hugging
+    Face (a folder with config.json) or mmpretrain. The architecture is taken from the metadata or
+    the configuration of the file, else from names and shapes.
 
     Args:
         path_or_state_dict: a weights file, a checkpoint folder, a run folder (its newest
@@ -79,7 +79,7 @@ def load_encoder(
     """The encoder alone of any checkpoint here or on the Hub; arguments as of `load_model`.
 
     Raises:
-        ValueError: see `load_model`; a missing decoder or head is no reason.
+        ValueError: as of `load_model`, but not for a missing decoder or head.
         RunError: see `load_model`.
     """
     checkpoint = _find(path_or_state_dict, revision, token, cache_dir)
