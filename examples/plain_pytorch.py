@@ -2,7 +2,7 @@
 
 The losses are those of `simmim pretrain smoke --data.path=PHOTOS …`, whose loop does more: it
 resumes, takes several devices and fp16, skips bad steps, draws pictures.
-`model.save_pretrained("FOLDER")` keeps the weights.
+`simmim.save_pretrained(model, "FOLDER")` keeps the weights.
 """
 
 import sys

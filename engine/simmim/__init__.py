@@ -14,6 +14,7 @@ __all__ = [
     "load_model",
     "predict",
     "push_to_hub",
+    "save_pretrained",
 ]
 
 if TYPE_CHECKING:
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
     from simmim.downstream.predict import Prediction, predict
     from simmim.method.simmim import SimMIM
     from simmim.model.classifier import Classifier
-    from simmim.sharing.hub import push_to_hub
-    from simmim.weights.load import load_encoder, load_model
+    from simmim.sharing.hub import load_encoder, load_model, push_to_hub
+    from simmim.sharing.model_folder import save_pretrained
 
 _HOMES = {
     "Classifier": "simmim.model.classifier",
     "Prediction": "simmim.downstream.predict",
     "SimMIM": "simmim.method.simmim",
     "extract_features": "simmim.downstream.features",
-    "load_encoder": "simmim.weights.load",
-    "load_model": "simmim.weights.load",
+    "load_encoder": "simmim.sharing.hub",
+    "load_model": "simmim.sharing.hub",
     "predict": "simmim.downstream.predict",
     "push_to_hub": "simmim.sharing.hub",
+    "save_pretrained": "simmim.sharing.model_folder",
 }
 
 
@@ -42,3 +44,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

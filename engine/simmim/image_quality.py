@@ -62,8 +62,8 @@ def similarity_map(first: Tensor, second: Tensor) -> Tensor:
     squares = mean_x.square() + mean_y.square()
     luminance = (2 * both + _C1) / (squares + _C1)
     structure = (2 * (xy - both) + _C2) / (xx + yy - squares + _C2)
-    found: Tensor = luminance * structure
-    return found
+    similarity: Tensor = luminance * structure
+    return similarity
 
 
 def _windowed(images: Tensor) -> Tensor:

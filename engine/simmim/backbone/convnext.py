@@ -45,11 +45,11 @@ class ConvNeXtSpec(ConvNetSpec):
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
-        found = self.size_problems()
+        problems = self.size_problems()
         for name, values in (("depths", self.depths), ("widths", self.widths)):
             if len(values) != 4 or min(values) < 1:
-                found.append((name, f"{list(values)} must be four numbers, one for each stage"))
-        return found
+                problems.append((name, f"{list(values)} must be four numbers, one for each stage"))
+        return problems
 
     def build(self) -> "ConvNeXt":
         """The encoder, freshly initialised from torch's generator."""

@@ -46,12 +46,12 @@ class ResNetSpec(ConvNetSpec):
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
-        found = self.size_problems()
+        problems = self.size_problems()
         if len(self.depths) != 4 or min(self.depths) < 1:
-            found.append(("depths", f"{list(self.depths)} must be four numbers of blocks"))
+            problems.append(("depths", f"{list(self.depths)} must be four numbers of blocks"))
         if self.width < 1:
-            found.append(("width", f"{self.width} must be at least 1"))
-        return found
+            problems.append(("width", f"{self.width} must be at least 1"))
+        return problems
 
     def build(self) -> "ResNet":
         """The encoder, freshly initialised from torch's generator."""

@@ -83,35 +83,35 @@ class SwinSpec(EncoderSpec):
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
-        found = []
+        problems = []
         if len(self.num_heads) != len(self.depths):
-            found.append(
+            problems.append(
                 ("num_heads", f"{len(self.num_heads)} values for {len(self.depths)} stages")
             )
         for stage, heads in enumerate(self.num_heads[: len(self.depths)]):
             width = self.embed_dim << stage
             if heads < 1 or width % heads:
-                found.append(
+                problems.append(
                     ("num_heads", f"{heads} does not divide the width {width} of stage {stage}")
                 )
         if any(side % self.stride for side in self.image_size):
             near = tuple(
                 max(1, round(side / self.stride)) * self.stride for side in self.image_size
             )
-            found.append(
+            problems.append(
                 (
                     "image_size",
                     f"{_by(self.image_size)} px is no multiple of the encoder stride "
                     f"{self.stride} px; nearest is {_by(near)}",
                 )
             )
-            return found
+            return problems
         for stage in range(len(self.depths)):
             resolution, window = self.resolution(stage), self.window(stage)
             if any(side % window for side in resolution):
-                found.append(("window_size", self._window_message(stage)))
+                problems.append(("window_size", self._window_message(stage)))
                 break
-        return found
+        return problems
 
     def _window_message(self, stage: int) -> str:
         resolutions = [self.resolution(i) for i in range(len(self.depths))]

@@ -43,17 +43,17 @@ class SwinV2Spec(SwinSpec):
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
-        found = super().problems()
+        problems = super().problems()
         if self.qk_scale is not None:
-            found.append(("qk_scale", "has no meaning for SwinV2; leave it out"))
+            problems.append(("qk_scale", "has no meaning for SwinV2; leave it out"))
         if len(self.pretrained_window_sizes) != len(self.depths):
             count = len(self.pretrained_window_sizes)
-            found.append(
+            problems.append(
                 ("pretrained_window_sizes", f"{count} values for {len(self.depths)} stages")
             )
         if any(size < 0 for size in self.pretrained_window_sizes):
-            found.append(("pretrained_window_sizes", "a window has at least 0 tokens"))
-        return found
+            problems.append(("pretrained_window_sizes", "a window has at least 0 tokens"))
+        return problems
 
     def build(self) -> "SwinV2":
         """The encoder, freshly initialised from torch's generator."""

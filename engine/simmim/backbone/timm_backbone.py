@@ -238,16 +238,16 @@ def _runs(child: str, order: list[str]) -> bool:
 
 
 def _layers(order: list[str], ends: list[str], stem: set[str], before: bool) -> dict[str, int]:
-    found: dict[str, int] = {}
+    layer_of: dict[str, int] = {}
     # where the token goes behind the first end, the stage before that is part of the stem
     layer = 1 if before else 0
     for module in order:
-        found.setdefault(module, 0 if module in stem else layer)
+        layer_of.setdefault(module, 0 if module in stem else layer)
         if module in ends and module not in stem | {ends[-1]}:
             layer += 1
         elif module in stem and module == ends[0]:
             layer = 1
-    return found
+    return layer_of
 
 
 class TimmEncoder(ConvNet):

@@ -84,30 +84,30 @@ class ViTSpec(EncoderSpec):
 
     def problems(self) -> list[tuple[str, str]]:
         """(field, message) for all that does not fit together; empty when it can be built."""
-        found = []
+        problems = []
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
-            found.append(
+            problems.append(
                 ("num_heads", f"{self.num_heads} does not divide the width {self.embed_dim}")
             )
         relative = self.shared_relative_position or self.layer_relative_position
         if relative and not self.class_token:
-            found.append(("class_token", "relative position tables have rows for a class token"))
+            problems.append(("class_token", "relative position tables have rows for a class token"))
         if self.frozen_position and not self.absolute_position:
-            found.append(("frozen_position", "there is no absolute position to freeze"))
+            problems.append(("frozen_position", "there is no absolute position to freeze"))
         if self.frozen_position and self.embed_dim % 4:
-            found.append(
+            problems.append(
                 ("frozen_position", f"sines and cosines need a width of 4·n, not {self.embed_dim}")
             )
         if any(side % self.patch_size for side in self.image_size):
             near = [max(1, round(s / self.patch_size)) * self.patch_size for s in self.image_size]
-            found.append(
+            problems.append(
                 (
                     "image_size",
                     f"{self.image_size[0]}×{self.image_size[1]} px is no multiple of the patch "
                     f"size {self.patch_size} px; nearest is {near[0]}×{near[1]}",
                 )
             )
-        return found
+        return problems
 
     def build(self) -> "ViT":
         """The encoder, freshly initialised from torch's generator."""

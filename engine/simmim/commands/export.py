@@ -5,14 +5,13 @@ from pathlib import Path
 
 from simmim.commands.arguments import one_line_errors
 from simmim.sharing.card import NO_LICENSE
-from simmim.sharing.hub import FILES, export
+from simmim.sharing.model_folder import FILES, export
 
 DESCRIPTION = "Weights, config.json and a model card with a picture, ready to share."
 
 EPILOGUE = """\
 The card tells the recipe, the data by name and number, the length and the results of the run; no
-folders of this machine. simmim.SimMIM.from_pretrained (or Classifier) loads FOLDER, and
-simmim.push_to_hub uploads it.
+folders of this machine. simmim.load_model loads FOLDER, and simmim.push_to_hub uploads it.
 """
 
 

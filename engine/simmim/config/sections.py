@@ -139,8 +139,8 @@ class TrainConfig:
 class OptimConfig:
     """Optimiser and parameter groups."""
 
-    name: Literal["adamw", "sgd", "lamb"] = "adamw"
-    """AdamW, SGD with momentum, or LAMB."""
+    name: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
     lr: float = 2e-4
     """Peak learning rate for a batch of lr_batch images; scaled by batch_size / lr_batch."""
     lr_batch: int = 512
@@ -148,9 +148,9 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay of the decayed parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the two moments of AdamW and LAMB."""
+    """Decay rates of the two moments of AdamW."""
     eps: float = 1e-8
-    """Epsilon of AdamW and LAMB."""
+    """Epsilon of AdamW."""
     momentum: float = 0.9
     """SGD's momentum."""
     nesterov: bool = True

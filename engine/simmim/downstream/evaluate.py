@@ -16,7 +16,7 @@ from simmim.data.unreadable import UnreadableImages
 from simmim.distributed import World
 from simmim.downstream.metrics import ClassificationMetrics, label_tensor
 from simmim.errors import DataError
-from simmim.model.classifier import Classifier
+from simmim.model.classifier import Classifier, numbered_classes
 from simmim.model.image_model import ImageModel
 from simmim.model.weights_file import best_weights
 from simmim.training import precision as compute
@@ -140,7 +140,7 @@ def match_to_model(labels: Labels, model: Classifier) -> Labels:
     """
     if labels.classes == model.classes:
         return labels
-    only_numbers = model.classes == tuple(str(number) for number in range(len(model.classes)))
+    only_numbers = model.classes == numbered_classes(len(model.classes))
     named = not any(name.isdecimal() for name in labels.classes)
     return match_classes(
         labels,

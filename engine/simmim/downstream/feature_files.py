@@ -1,6 +1,6 @@
-"""Features on the disk: .safetensors, .npy or .parquet, written as they come.
+"""Writes features to .safetensors, .npy or .parquet files as they are computed.
 
-What is held in memory does not grow with the number of images, but for their numbers and names.
+Of all images, only their numbers and names are held in memory.
 """
 
 import csv
@@ -31,17 +31,17 @@ from simmim.model.image_model import ImageModel
 SUFFIXES = (".safetensors", ".npy", ".parquet")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
-# Metadata of ours, in the files that have room for it.
+# The key of our metadata, in files that have room for some.
 METADATA_KEY = "simmim.features"
 
-# Moved, and held before a row group is written, at a time.
+# Bytes that are moved at a time, and bytes of a row group of parquet.
 CHUNK_BYTES = 2**26
 
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 
 def feature_files(path: Path) -> list[Path]:
-    """What `write_features` writes for `path`.
+    """The files that `write_features` writes for `path`.
 
     Raises:
         ValueError: a suffix that is none of SUFFIXES.
@@ -76,8 +76,8 @@ def write_features(
     .parquet: columns id, name, label and `feature`, or one per layer.
 
     Args:
-        path: files there are replaced, when all features are written.
-        model: runs where it lies.
+        path: file to write. Older files are replaced once all features are written.
+        model: runs on the device where it lies.
         source: images.
         labels: their classes.
         dtype: "float32" or "float16".
@@ -89,8 +89,8 @@ def write_features(
     Raises:
         DataError: none of the images can be read.
         RunError: pyarrow is missing and needed.
-        OSError: no room.
-        ValueError: a suffix, layer or pooling that does not go; several layers for .npy.
+        OSError: the disk has no room.
+        ValueError: an unknown suffix, layer or pooling, or several layers for .npy.
     """
     targets = feature_files(path)
     shapes = feature_shapes(model, options.get("layers"), options.get("pool", "mean"))
@@ -154,8 +154,8 @@ def _stream(
             values = [v.to("cpu", DTYPES[dtype]) for v in batch.layers.values()]
             not_finite += max(count_not_finite(v) for v in values)
             names = [_utf8(source.names[sample]) for sample in ids.tolist()]
-            found = None if labels is None else labels.values[ids]
-            writer.add(ids, names, found, [v.contiguous().numpy() for v in values])
+            known = None if labels is None else labels.values[ids]
+            writer.add(ids, names, known, [v.contiguous().numpy() for v in values])
             count += len(ids)
     if not_finite:
         options.get("report", print)(
@@ -170,18 +170,18 @@ Columns = Mapping[str, tuple[str, tuple[int, ...]]]
 class _Arrays:
     """Arrays of one file, one after the other, and a table beside them.
 
-    Every array has room for the planned number of rows; where there are fewer in the end, the later
-    arrays move up.
+    Every array gets room for the planned number of rows. If there are fewer in the end, the later
+    arrays are moved up.
 
     Args:
         path: the file.
         table: the table.
-        columns: name → type and shape of a row, of the features.
-        labels: the table has labels, and so has a file with room for them.
-        planned: rows at most.
-        make_header: (arrays, rows, about) → the bytes before the first array; of no other length
-            for fewer rows.
-        about: for the header.
+        columns: name → type and shape of a row, for every layer of features.
+        labels: written to the table, and to the file if its format has room for them; may be None.
+        planned: the largest possible number of rows.
+        make_header: (arrays, rows, about) → the bytes before the first array. Their number must
+            not depend on the number of rows.
+        about: metadata for the header.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class _Arrays:
         make_header: Callable[[Columns, int, dict[str, Any]], bytes],
         about: dict[str, Any],
     ) -> None:
-        # integers first: they then lie at multiples of their size, as readers want them
+        # integers first, so that they lie at multiples of their size, as readers require
         whole = {"ids": ("int64", ())} | ({} if labels is None else {"labels": ("int64", ())})
         self._whole = whole if make_header is _safetensors_header else {}
         self._columns: Columns = {**self._whole, **columns}
@@ -207,7 +207,7 @@ class _Arrays:
         self._planned, self._rows, self._labels = planned, 0, labels
         with ExitStack() as opened:
             self._file: IO[bytes] = opened.enter_context(path.open("w+b"))
-            # a disk that is too small is known before the first image
+            # reserves the room, so that a full disk is noticed before the first image
             size_bytes = self._start + planned * sum(self._row_bytes)
             os.posix_fallocate(self._file.fileno(), 0, size_bytes)
             self._table = opened.enter_context(table.open("w", encoding="utf-8", newline=""))
@@ -227,11 +227,11 @@ class _Arrays:
             self._file.seek(self._place(at, self._planned) + self._rows * self._row_bytes[at])
             self._file.write(np.ascontiguousarray(values).data)
         for row, (sample, name) in enumerate(zip(ids.tolist(), names), self._rows):
-            told: list[object] = [row, sample, name]
+            cells: list[object] = [row, sample, name]
             if labels is not None and self._labels is not None:
                 number = int(labels[row - self._rows])
-                told += ["", ""] if number < 0 else [number, _utf8(self._labels.classes[number])]
-            self._csv.writerow(told)
+                cells += ["", ""] if number < 0 else [number, _utf8(self._labels.classes[number])]
+            self._csv.writerow(cells)
         self._rows += len(ids)
 
     def finish(self) -> None:
@@ -254,7 +254,7 @@ class _Arrays:
         return self._start + rows * sum(self._row_bytes[:at])
 
     def _move(self, before: int, after: int, size: int) -> None:
-        # towards the start: what is read has never been written over
+        # moves towards the start, so that nothing is overwritten before it was read
         for start in range(0, size, CHUNK_BYTES):
             self._file.seek(before + start)
             data = self._file.read(min(CHUNK_BYTES, size - start))
@@ -303,9 +303,9 @@ class _Parquet:
 
     Args:
         path: the file.
-        columns: name → type and shape of a row, of the features.
-        labels: there is a column of labels.
-        about: for the metadata.
+        columns: name → type and shape of a row, for every layer of features.
+        labels: whether there is a column of labels: None for none.
+        about: metadata of the file.
 
     Raises:
         RunError: pyarrow is not installed.
@@ -375,5 +375,5 @@ class _Parquet:
 
 
 def _utf8(text: str) -> str:
-    # bytes of a file name that are no UTF-8 are lone surrogates here
+    # bytes of a file name that are not UTF-8 are lone surrogates here
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -117,13 +117,13 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
     """
     if isinstance(encoder, ConvNet):
         return encoder.blocks_in_order()
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     # a ViT has its blocks in one list, a Swin in stages
     for stage in getattr(encoder, "layers", [encoder]):
-        found += getattr(stage, "blocks", [])
-    if not found:
+        blocks += getattr(stage, "blocks", [])
+    if not blocks:
         raise ValueError(f"the layers of a {type(encoder).__name__} are not known here")
-    return found
+    return blocks
 
 
 def has_class_token(encoder: Encoder) -> bool:
@@ -184,17 +184,17 @@ def layer_features(
     """
     wanted = _checked(model, layers, pool)
     blocks = dict(zip(layer_names(model), blocks_of(model.encoder)))
-    found: dict[str, Tensor] = {}
+    by_layer: dict[str, Tensor] = {}
 
     def keep(name: str, tokens: Tensor) -> None:
         if isinstance(model.encoder, ConvNet):
             tokens = tokens.permute(0, 2, 3, 1)
         tokens = tokens.flatten(1, -2)  # [B, (1 +) L, D]
         if pool == "cls":
-            found[name] = tokens[:, 0].float()
+            by_layer[name] = tokens[:, 0].float()
             return
         patches = tokens[:, 1:] if has_class_token(model.encoder) else tokens
-        found[name] = patches.mean(1, dtype=torch.float32) if pool == "mean" else patches.float()
+        by_layer[name] = patches.mean(1, dtype=torch.float32) if pool == "mean" else patches.float()
 
     def keep_when_run(name: str, module: nn.Module) -> None:
         hook = module.register_forward_hook(lambda _module, _inputs, out: keep(name, out))
@@ -212,10 +212,10 @@ def layer_features(
             features = model.encode(image)  # [B, D, h, w]
             if OUTPUT in wanted and pool != "cls":
                 patches = features.flatten(2).transpose(1, 2)
-                found[OUTPUT] = patches.float() if pool == "none" else _mean(model, patches)
+                by_layer[OUTPUT] = patches.float() if pool == "none" else _mean(model, patches)
     finally:
         model.train(training)
-    return {name: found[name] for name in wanted}
+    return {name: by_layer[name] for name in wanted}
 
 
 def _mean(model: ImageModel, patches: Tensor) -> Tensor:
@@ -244,8 +244,8 @@ def feature_shapes(
     """The shape of one image's features in every layer: (D,), or (L, D) without pooling."""
     spec = model.encoder.spec
     blank = torch.zeros(1, spec.channels, *spec.image_size, device=model.mean.device)
-    found = layer_features(model, blank, layers, pool=pool)
-    return {name: tuple(values.shape[1:]) for name, values in found.items()}
+    by_layer = layer_features(model, blank, layers, pool=pool)
+    return {name: tuple(values.shape[1:]) for name, values in by_layer.items()}
 
 
 def feature_batches(

@@ -153,12 +153,12 @@ def build_classifier(
     spec = classifier_spec(config, None if weights is None else weights.spec)
     check_backends(config.kernels, spec, device)
     seed_initialisation(config)
-    told = {} if weights is None else weights.metadata
+    metadata = {} if weights is None else weights.metadata
     model = Classifier(
         build_encoder(spec),
         classes,
-        mean=config.data.mean or told.get("mean"),
-        std=config.data.std or told.get("std"),
+        mean=config.data.mean or metadata.get("mean"),
+        std=config.data.std or metadata.get("std"),
         margin=config.augment.margin,
     )
     lines = ["trained from scratch"] if weights is None else hand_over(weights, model).lines()

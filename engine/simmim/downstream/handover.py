@@ -1,8 +1,8 @@
-"""Weights of one model for another: of pre-training for a classifier, of one window for another.
+"""Hands the weights of one model over to another, such as a classifier, or one of another size.
 
-What fits is loaded, position tables and absolute positions of another size are remapped, a ViT's
-shared table is copied to its blocks. Anything else that does not fit is an error: nothing is left
-out silently.
+Weights that fit are loaded. Position tables and absolute positions of another size are remapped,
+and the table that the blocks of a ViT share is copied to each of them. Anything else that does not
+fit is an error: nothing is left out silently.
 
 Source: microsoft/SimMIM utils.py (load_pretrained).
 """
@@ -27,7 +27,7 @@ from simmim.weights.load import Weights
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"encoder.rel_pos_bias.{TABLE}"
 
-# What may differ between the two models: sizes that are remapped, and what training alone uses.
+# Fields that may differ: sizes that are remapped, and those that only training uses.
 _FREE = {
     "image_size",
     "window_size",
@@ -84,13 +84,13 @@ class Handover:
 def finetune_spec(spec: Spec, pretrained: Spec | None = None) -> Spec:
     """The architecture that a classifier has, as published.
 
-    A ViT loses its final norm (the classifier norms the mean), and the table that its blocks share
-    becomes one for each; positions that stood still begin to train. A SwinV2 keeps in mind the
-    windows that it was pre-trained with.
+    A ViT loses its final norm, as the classifier norms the mean. A table that its blocks shared
+    becomes one table for each block, and frozen positions begin to train. A SwinV2 keeps the
+    windows that it was pre-trained with, as its position bias depends on them.
 
     Args:
-        spec: of the encoder, at the size and window of fine-tuning.
-        pretrained: of the weights that it will get.
+        spec: the encoder's architecture, at the size and window of fine-tuning.
+        pretrained: the architecture of the weights that it will get.
     """
     if isinstance(spec, ViTSpec):
         tables = spec.shared_relative_position or spec.layer_relative_position
@@ -101,7 +101,7 @@ def finetune_spec(spec: Spec, pretrained: Spec | None = None) -> Spec:
             shared_relative_position=False,
             layer_relative_position=tables,
         )
-    # weights of another family are refused when they are handed over
+    # hand_over refuses weights of another family
     if isinstance(spec, SwinV2Spec) and isinstance(pretrained, SwinV2Spec):
         before = pretrained.pretrained_window_sizes
         if not any(before):
@@ -114,7 +114,7 @@ def hand_over(weights: Weights, model: ImageModel) -> Handover:
     """Put weights into a freshly built model.
 
     Args:
-        weights: of `simmim.weights.load.read_model`.
+        weights: what `simmim.weights.load.read_model` returns.
         model: changed in place, unless this raises.
 
     Returns:
@@ -147,12 +147,12 @@ def _check_architecture(source: Spec, target: Spec) -> None:
 def _describe(spec: Spec) -> str:
     kind = type(spec).__name__.removesuffix("Spec")
     parts = {"embed_dim": "width", "width": "width", "depth": "depth", "depths": "depth"}
-    told = [
+    sizes = [
         f"{word} {list(value) if isinstance(value, tuple) else value}"
         for name, word in parts.items()
         if (value := getattr(spec, name, None)) is not None
     ]
-    return f"a {kind} ({', '.join(told)})" if told else f"a {kind}"
+    return f"a {kind} ({', '.join(sizes)})" if sizes else f"a {kind}"
 
 
 def _hand_over(weights: Weights, model: ImageModel) -> Handover:
@@ -164,7 +164,7 @@ def _hand_over(weights: Weights, model: ImageModel) -> Handover:
     keeps_head = not isinstance(model, Classifier) or _same_classes(weights, model)
     for name, tensor in incoming.items():
         if name not in own or (name.startswith("head.") and not keeps_head):
-            # a method that ours is not made of has heads of its own
+            # the heads of another method than SimMIM have no counterpart here
             foreign = weights.kind not in ("simmim", "classifier", "encoder")
             head = foreign and not name.startswith("encoder.")
             if not head and not _may_be_unused(name, own):
@@ -211,26 +211,29 @@ def _may_be_unused(name: str, own: Mapping[str, Tensor]) -> bool:
 def _spread_shared_table(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], target: Spec
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A table that all blocks share, as one for each block where the model has them."""
+    """The state with a shared table copied to every block, and how each copy came about.
+
+    The state is unchanged if it has no shared table, or if the model shares one too.
+    """
     if SHARED_TABLE not in state or SHARED_TABLE in own or not isinstance(target, ViTSpec):
         return dict(state), {}
     if not target.layer_relative_position:
         raise ValueError(f"{SHARED_TABLE} has no place in the model")
     spread = {name: tensor for name, tensor in state.items() if name != SHARED_TABLE}
     copies = [f"encoder.blocks.{block}.attn.{TABLE}" for block in range(target.depth)]
-    told = {}
+    copied = {}
     for name in copies:
-        # as published, tables of blocks beside a shared one give way to it
+        # as published, a shared table replaces those that blocks have beside it
         beside = " in place of its own" if name in state else ""
-        told[name] = f"copy of the shared table{beside}"
+        copied[name] = f"copy of the shared table{beside}"
         spread[name] = state[SHARED_TABLE]
-    return spread, told
+    return spread, copied
 
 
 def _fitted(
     name: str, tensor: Tensor, own: Tensor, source: Spec, target: Spec
 ) -> tuple[Tensor, str]:
-    """A weight in the size of the model's, and in words how that was done ("" for nothing)."""
+    """A weight in the size that the model has, and how it was changed, in words ("" if not)."""
     if name.endswith(TABLE):
         before, after = _table_windows(name, source, target)
         if before == after:
@@ -257,7 +260,7 @@ def _table_windows(name: str, source: Any, target: Any) -> tuple[tuple[int, int]
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Absolute positions [1, h·w, D] for another grid, bicubic, as MAE does it."""
+    """Absolute positions [1, h·w, D] interpolated for another grid (bicubic), as in MAE."""
     D = positions.shape[-1]
     grid = positions.float().reshape(1, *source, D).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=target, mode="bicubic", align_corners=False)

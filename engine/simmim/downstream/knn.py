@@ -1,6 +1,7 @@
-"""Weighted nearest neighbours in feature space, in pieces of the images and of the bank.
+"""Classifies images by a weighted vote of their nearest neighbours in feature space.
 
-M images asked about, N images of the bank, D width, K classes, k neighbours.
+M queries (images to classify), N images of the bank, D width, K classes, k neighbours. Similarities
+are computed for pieces of the queries and of the bank.
 A neighbour of cosine similarity s votes for its class with exp(s / T).
 Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; T = 0.07 as there and in DINO
 (facebookresearch/dino:eval_knn.py).
@@ -18,7 +19,7 @@ from torch import Tensor
 TEMPERATURE = 0.07
 NEIGHBOURS = (1, 5, 20, 200)
 
-# Images asked about, and images of the bank, whose similarities are held at a time.
+# Numbers of queries and of images of the bank whose similarities are held at a time.
 QUERIES, BANK = 512, 32768
 
 _LOW_BITS = 2**32 - 1
@@ -26,7 +27,7 @@ _LOW_BITS = 2**32 - 1
 
 @dataclass(frozen=True)
 class Nearest:
-    """The nearest images of the bank, nearest first; of equally near ones, the lower number first.
+    """The nearest images of the bank, the nearest first; equally near ones by their number.
 
     Attributes:
         similarity: float32 [M, k], cosine.
@@ -44,7 +45,7 @@ class NeighbourScore:
     Attributes:
         k: neighbours.
         top1: share of images whose best class is right.
-        top5: share with the right class among the five best; classes without a vote do not count.
+        top5: share of images with the right class among the five best that have a vote.
     """
 
     k: int
@@ -72,12 +73,12 @@ def score_neighbours(
         bank_labels: int64 [N], from 0.
         queries: features [M, D].
         labels: int64 [M].
-        neighbours: every k; a larger one than N is N.
+        neighbours: numbers of neighbours k; N is taken for a k above N.
         temperature: T.
-        device: where similarities are computed; None is where the features are.
-        advance: told how many of the images have been classified.
-        num_queries: images held at a time.
-        num_bank: images of the bank held at a time.
+        device: where similarities are computed; None takes the device of the features.
+        advance: called with the number of images that were classified since the last call.
+        num_queries: queries of a piece.
+        num_bank: images of the bank of a piece.
 
     Returns:
         One score for every k, ascending, without repetitions.
@@ -94,8 +95,8 @@ def score_neighbours(
     ks = sorted({min(k, len(bank)) for k in neighbours})
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     right = np.zeros((len(ks), 2), dtype=np.int64)
-    found = _pieces(bank, queries, ks[-1], device, num_queries, num_bank)
-    for start, nearest in found:
+    pieces = _pieces(bank, queries, ks[-1], device, num_queries, num_bank)
+    for start, nearest in pieces:
         own = torch.from_numpy(labels[start : start + len(nearest.index)])
         voted = torch.from_numpy(bank_labels)[nearest.index]
         for row, k in enumerate(ks):
@@ -125,7 +126,7 @@ def find_nearest(
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Votes for every class, float64 [M, K]; up to a factor of each row.
+    """Votes for every class, float64 [M, K], each row up to a factor.
 
     Args:
         similarity: [M, k], nearest first.
@@ -133,15 +134,15 @@ def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: floa
         num_classes: K.
         temperature: T.
     """
-    # relative to the nearest: exp(1 / T) overflows where T is small
+    # relative to the nearest, as exp(1 / T) overflows for a small T
     away = (similarity.double() - similarity[:, :1].double()) / temperature
     votes = away.new_zeros(len(labels), num_classes)
     return votes.scatter_add_(1, labels, away.exp())
 
 
 def _rank(votes: Tensor, label: Tensor) -> Tensor:
-    # how many classes come before the right one: those with more votes, or as many and a lower
-    # number; all of them where it has none
+    # the number of classes before the right one: those with more votes, and those with as many
+    # votes and a lower number; more than all of them if the right one has no vote
     own = votes.gather(1, label[:, None])
     number = torch.arange(votes.shape[1])
     before = (votes > own) | ((votes == own) & (number < label[:, None]))
@@ -156,7 +157,7 @@ def _pieces(
     num_queries: int,
     num_bank: int,
 ) -> Iterator[tuple[int, Nearest]]:
-    # (number of the first query, what is nearest, on the CPU) for one piece of queries at a time
+    # yields the number of the first query of a piece, and the neighbours of its queries on the CPU
     for start in range(0, len(queries), num_queries):
         asked = _normalised(queries[start : start + num_queries], device)
         best: Tensor | None = None
@@ -174,7 +175,8 @@ def _normalised(features: Tensor, device: torch.device | None) -> Tensor:
 
 
 def _best_keys(similarity: Tensor, first: int, k: int) -> Tensor:
-    # the keys of the k largest of every row; between equal ones, topk alone takes any
+    # the keys of the k largest similarities of every row; of equal ones topk takes any, the keys
+    # those of lower numbers
     values, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
     keys = _sortable(values, index + first)
     last = values[:, -1:]
@@ -187,9 +189,9 @@ def _best_keys(similarity: Tensor, first: int, k: int) -> Tensor:
 
 
 def _sortable(similarity: Tensor, index: Tensor) -> Tensor:
-    # one int64 that orders by similarity, then by the lower row: no two are equal, so that the k
-    # largest are the same however the bank is cut. Bits of a float order as integers do where the
-    # sign is 0; where it is 1, the other way round
+    # one int64 that orders by similarity, then by the lower row. No two are equal, so that the k
+    # largest are the same however the bank is cut into pieces. The bits of positive floats are
+    # ordered as integers are, those of negative ones in reverse
     bits = (similarity + 0.0).view(torch.int32)  # + 0.0 makes -0.0 positive
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
     return (ordered << 32) | (_LOW_BITS - index)

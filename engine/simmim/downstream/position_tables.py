@@ -1,9 +1,10 @@
 """Relative position tables for another window: the published interpolation, in float64 and NumPy.
 
-A table holds a value for every offset between two tokens of a window, dense near zero and of less
-and less use further out. Its rows are therefore laid out at positions that grow geometrically (0,
-±1, ±(1+q), ±(1+q+q²), …) so that the outermost falls on the new window's, and read off at whole
-numbers: a cubic spline along both axes with not-a-knot ends, constant beyond them.
+A table holds a value for every offset between two tokens of a window. Small offsets matter most.
+The values are therefore placed at positions that grow geometrically (0, ±1, ±(1+q), ±(1+q+q²), …),
+with q chosen so that the outermost position is the outermost offset of the new window. A cubic
+spline through them along both axes, with not-a-knot ends and constant beyond them, is then read at
+whole numbers.
 
 S sides of the table (2·window - 1), N heads.
 Source: microsoft/SimMIM utils.py (remap_pretrained_keys_swin), whose scipy.interpolate.interp2d is
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# As published: the ratio is searched between these, until it is known this well.
+# As published, the ratio q is searched between these, until it is known to this precision.
 _LOWEST_RATIO, _HIGHEST_RATIO, _PRECISION = 1.01, 1.5, 1e-6
 
 Float64 = NDArray[np.float64]
@@ -27,7 +28,7 @@ def remap_table(table: Tensor, source: tuple[int, int], target: tuple[int, int])
     Args:
         table: [S₁·S₂, N], rows by (vertical, horizontal) offset.
         source: (vertical, horizontal) sides of its window, in tokens.
-        target: those of the new window.
+        target: (vertical, horizontal) sides of the new window.
 
     Returns:
         [(2·target₁-1)·(2·target₂-1), N], in the table's dtype; the table itself where the windows

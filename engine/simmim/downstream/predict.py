@@ -88,7 +88,7 @@ def predict(
         source = join_sources([_open(part, number) for number, part in enumerate(parts)])
     except DataError as error:
         raise ValueError(str(error)) from None
-    found = []
+    answers = []
     for sample, answer in classify(
         model,
         source,
@@ -100,8 +100,8 @@ def predict(
     ):
         if isinstance(answer, str):
             raise ValueError(f"{source.names[sample]}: {answer}")
-        found.append(answer)
-    return found
+        answers.append(answer)
+    return answers
 
 
 def classify(

@@ -1,9 +1,10 @@
-"""Linear probes: how well a linear classifier of frozen features does, for every layer.
+"""Linear probes: trains and scores a linear classifier of frozen features, for every layer.
 
 N images, D width, K classes, R learning rates, b images of a step.
-The probe is that of MAE (He et al. 2021, appendix A.1) and MoCo v3: features standardised by their
-mean and variance over the training images (a BatchNorm without gain and bias), SGD with momentum, a
-cosine, no weight decay. Features are cached, so that training images are not augmented.
+The probe is that of MAE (He et al. 2021, appendix A.1) and MoCo v3. Features are standardised by
+their mean and variance over the training images (a BatchNorm without gain and bias); the classifier
+trains by SGD with momentum and a cosine schedule, without weight decay. As features are computed
+once and kept, training images are not augmented.
 """
 
 import math
@@ -20,21 +21,21 @@ from simmim.data.labels import Labels
 from simmim.data.splits import holdout
 from simmim_kernels.splitmix import fold, permutation
 
-# Half a decade apart; of an SGD step, not scaled by its images.
+# Half a decade apart. They are not scaled by the number of images of a step.
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
-# Of the training images, for picking the rate.
+# Share of the training images that the rate is picked on.
 PICK_SHARE = 0.1
 
 MOMENTUM = 0.9
 
-# Of the BatchNorm in MAE's probe.
+# Epsilon of the BatchNorm in MAE's probe.
 NORM_EPS = 1e-6
 
 # Keeps the order of the images apart from other uses of the same seed.
 STREAM = 0x70726F62  # "prob"
 
-# Features, or logits, that are held at a time.
+# Values of features or of logits that are held at a time.
 CHUNK_VALUES = 2**24
 
 
@@ -44,9 +45,9 @@ class Training:
 
     Attributes:
         rates: learning rates to choose from.
-        epochs: over the training images.
+        epochs: passes over the training images.
         batch_size: images of an SGD step.
-        seed: of the order of the images, and of those that the rate is picked on.
+        seed: for the order of the images, and for the choice of those that the rate is picked on.
     """
 
     rates: tuple[float, ...] = RATES
@@ -62,12 +63,12 @@ class Training:
 
 
 class Examples(NamedTuple):
-    """Some of the images of a layer.
+    """Features and labels of images, and which of these images are meant.
 
     Attributes:
         features: [N, D], of any floating type.
         labels: int64 [N].
-        members: int64 [n], the rows that are meant; on the same device.
+        members: int64 [n], the rows that are meant, on the same device.
     """
 
     features: Tensor
@@ -79,8 +80,8 @@ class Linear(NamedTuple):
     """R classifiers of standardised features.
 
     Attributes:
-        mean: float32 [D], taken from the features.
-        scale: float32 [D], by which they are multiplied then.
+        mean: float32 [D], which is subtracted from the features.
+        scale: float32 [D], which they are then multiplied by.
         weight: float32 [D, R·K].
         bias: float32 [R·K].
         num_rates: R.
@@ -93,23 +94,23 @@ class Linear(NamedTuple):
     num_rates: int
 
     def standardise(self, features: Tensor) -> Tensor:
-        """Float32 [b, D]."""
+        """Standardised features, float32 [b, D]."""
         return (features.float() - self.mean) * self.scale
 
     def logits(self, standardised: Tensor) -> Tensor:
-        """Float32 [b, R, K]."""
+        """Logits of standardised features, float32 [b, R, K]."""
         flat = torch.addmm(self.bias, standardised, self.weight)
         return flat.view(len(standardised), self.num_rates, -1)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a classifier does on some images.
+    """How well a classifier does on some images.
 
     Attributes:
         top1: share whose best class is right.
         top5: share with the right class among the best five.
-        loss: mean cross-entropy; infinite where a logit is not finite.
+        loss: mean cross-entropy; infinite if a logit is not finite.
     """
 
     top1: float
@@ -124,9 +125,9 @@ class Probed:
     Attributes:
         layer: its name.
         rate: the learning rate.
-        score: on the validation images.
-        picked: top-1 of every rate on the training images that were held out for picking; empty
-            where there was one rate.
+        score: of the validation images.
+        picked: top-1 of every rate on the training images that were held out for picking one;
+            empty if there was only one rate.
     """
 
     layer: str
@@ -144,18 +145,18 @@ def probe_layers(
     *,
     device: torch.device | None = None,
 ) -> Iterator[Probed]:
-    """Probe every layer; one after the other, as their widths differ.
+    """Probe one layer after the other.
 
-    The rate is picked on a tenth of the training images; then all of them train with it, and the
-    validation images, which decided nothing, are scored.
+    The rate is picked on a tenth of the training images. The classifier then trains on all of them
+    with that rate, and is scored on the validation images, which have decided nothing.
 
     Args:
         train: name → features [N, D].
         train_labels: N classes, none of them -1.
         val: the same layers of other images.
         val_labels: numbered as `train_labels`.
-        training: how; None takes the defaults.
-        device: where to train; None is where the features are.
+        training: how to train; None takes the defaults.
+        device: where to train; None takes the device of the features.
 
     Raises:
         ValueError: too few images to pick a rate on, or labels that do not fit.
@@ -183,13 +184,13 @@ def probe_layers(
             scores = score(classifiers, _some(known, pick))
             # between rates that are equally often right, the lower loss
             best = max(range(len(scores)), key=lambda r: (scores[r].top1, -scores[r].loss))
-            chosen, picked = training.rates[best], tuple(found.top1 for found in scores)
+            chosen, picked = training.rates[best], tuple(one.top1 for one in scores)
         (final,) = score(train_linear(known, num_classes, (chosen,), training), unknown)
         yield Probed(name, chosen, final, picked)
 
 
 def best_layer(probed: Sequence[Probed]) -> Probed:
-    """The layer of the highest top-1 accuracy; of equals the first."""
+    """The layer with the highest top-1 accuracy; the first of equal ones."""
     return max(probed, key=lambda result: result.score.top1)
 
 
@@ -228,41 +229,41 @@ def standardisation(examples: Examples) -> tuple[Tensor, Tensor]:
 def train_linear(
     examples: Examples, num_classes: int, rates: Sequence[float], training: Training
 ) -> Linear:
-    """Softmax regression of standardised features, for all rates at once, from zero weights.
+    """Train a softmax regression of standardised features for all rates at once, from zero weights.
 
     Args:
         examples: what to train on.
         num_classes: K.
-        rates: R learning rates at the start; a cosine leads to 0.
-        training: epochs, images of a step and seed; its rates play no part.
+        rates: R learning rates at the start, from which a cosine leads to 0.
+        training: epochs, images of a step and seed; its rates are not used.
     """
     features, labels, members = examples
     R, device = len(rates), features.device
     weight = torch.zeros(features.shape[1], R * num_classes, device=device)
-    found = Linear(*standardisation(examples), weight, torch.zeros_like(weight[0]), R)
-    momentum = torch.zeros_like(found.weight), torch.zeros_like(found.bias)
+    classifiers = Linear(*standardisation(examples), weight, torch.zeros_like(weight[0]), R)
+    momentum = torch.zeros_like(classifiers.weight), torch.zeros_like(classifiers.bias)
     rate_of = torch.tensor(rates, device=device).repeat_interleave(num_classes)  # [R·K]
     size = min(training.batch_size, len(members))
     step, num_steps = 0, training.epochs * -(-len(members) // size)
     for epoch in range(training.epochs):
         order = permutation(fold(STREAM, training.seed, epoch), len(members))
         for part in torch.split(members[torch.from_numpy(order).to(device)], size):
-            row = found.standardise(features[part])
+            row = classifiers.standardise(features[part])
             # the gradient of the mean cross-entropy: softmax, less 1 at the label, by image
-            gradient = found.logits(row).softmax(2)
+            gradient = classifiers.logits(row).softmax(2)
             gradient[torch.arange(len(part), device=device), :, labels[part]] -= 1
             gradient = gradient.view(len(part), -1) / len(part)
             momentum[0].mul_(MOMENTUM).addmm_(row.T, gradient)
             momentum[1].mul_(MOMENTUM).add_(gradient.sum(0))
             rate = rate_of * (0.5 * (1 + math.cos(math.pi * step / num_steps)))
-            found.weight.sub_(momentum[0] * rate)
-            found.bias.sub_(momentum[1] * rate)
+            classifiers.weight.sub_(momentum[0] * rate)
+            classifiers.bias.sub_(momentum[1] * rate)
             step += 1
-    return found
+    return classifiers
 
 
 def score(classifiers: Linear, examples: Examples) -> list[Score]:
-    """The score of every rate's classifier; between equal logits, the lower class is the answer."""
+    """The score of every rate's classifier; of equal logits, that of the lower class wins."""
     features, labels, members = examples
     R, device = classifiers.num_rates, features.device
     right = torch.zeros(2, R, dtype=torch.int64, device=device)

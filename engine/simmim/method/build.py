@@ -15,14 +15,14 @@ from simmim.method.method import Method
 @cache
 def methods() -> dict[str, type[Method]]:
     """Every method by its name."""
-    found: dict[str, type[Method]] = {}
+    by_name: dict[str, type[Method]] = {}
     for file in pkgutil.iter_modules(method.__path__):
         if file.name == "build":
             continue
         for value in vars(import_module(f"{method.__name__}.{file.name}")).values():
             if isinstance(value, type) and issubclass(value, Method) and value.name:
-                found[value.name] = value
-    return dict(sorted(found.items()))
+                by_name[value.name] = value
+    return dict(sorted(by_name.items()))
 
 
 def method_class(name: str) -> type[Method]:

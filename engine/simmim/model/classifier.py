@@ -78,3 +78,8 @@ class Classifier(ImageModel):
         """Logits [B, K] of images [B, C, H, W], uint8 or normalised."""
         logits: Tensor = self.head(self.pool(image))
         return logits
+
+
+def numbered_classes(count: int) -> tuple[str, ...]:
+    """The names of classes that have none: their numbers, from 0."""
+    return tuple(str(number) for number in range(count))

@@ -87,9 +87,9 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL " in str(error) or "Unsupported class" in str(error):
-            found = str(error).split("GLOBAL ")[-1].split(" ")[0]
+            function = str(error).split("GLOBAL ")[-1].split(" ")[0]
             raise ValueError(
-                f"{file}: refused, loading it would run code ({found}); only tensors and plain "
+                f"{file}: refused, loading it would run code ({function}); only tensors and plain "
                 "values are read. If you trust its source, re-save it as safetensors"
             ) from None
         raise ValueError(f"{file}: refused, not a plain weights file") from None

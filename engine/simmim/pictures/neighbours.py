@@ -108,5 +108,5 @@ class ViewPictures:
         directions = F.normalize(torch.cat(features))
         cosines = directions[: len(self.views)] @ directions.T
         cosines.fill_diagonal_(-2.0)  # an image is no neighbour of itself
-        found = cosines.topk(min(NEIGHBOURS, len(self.whole) - 1), dim=1)
-        return found.indices.cpu().numpy(), found.values.cpu().numpy()
+        nearest = cosines.topk(min(NEIGHBOURS, len(self.whole) - 1), dim=1)
+        return nearest.indices.cpu().numpy(), nearest.values.cpu().numpy()

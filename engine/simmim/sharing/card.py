@@ -166,13 +166,13 @@ def _method(model: ImageModel) -> type[Method]:
 
 
 def _use(model: ImageModel) -> str:
-    where = '"."'
-    comment = "# this folder, or its name on the Hub"
+    load = "load_encoder" if model.kind == "encoder" else "load_model"
+    line = f'model = simmim.{load}(".")  # this folder, or its name on the Hub'
     if isinstance(model, Classifier):
         code = [
             "import simmim",
             "",
-            f"model = simmim.Classifier.from_pretrained({where})  {comment}",
+            line,
             'for answer in simmim.predict(model, "photo.jpg")[0]:',
             '    print(f"{answer.probability:.1%} {answer.label}")',
         ]
@@ -184,11 +184,7 @@ def _use(model: ImageModel) -> str:
             "import simmim",
             "import torch",
             "",
-            (
-                f"model = simmim.SimMIM.from_pretrained({where})  {comment}"
-                if model.kind == "simmim"
-                else f"model = simmim.load_model({where})  # this folder"
-            ),
+            line,
             f"images = torch.zeros(1, {C}, {height}, {width}, dtype=torch.uint8)  # or normalised",
             f"features = model.encode(images)  # [1, {D}, {height // stride}, {width // stride}]",
         ]
@@ -253,14 +249,14 @@ def _about_training(facts: RunFacts) -> list[str]:
 
 def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     versions = environment.get("versions") or {}
-    told = [
+    named = [
         f"{name} {versions[name]}" for name in ("simmim", "torch", "python") if name in versions
     ]
     device = _plain(environment.get("device_name") or "")
     processes = environment.get("processes") or 1
     return [
         ("device", f"{device} × {processes}" if device and processes > 1 else device),
-        ("versions", ", ".join(told)),
+        ("versions", ", ".join(named)),
         ("commit", f"`{environment['git_commit']}`" if environment.get("git_commit") else ""),
     ]
 
@@ -268,12 +264,12 @@ def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _result_rows(facts: RunFacts) -> list[tuple[str, str]]:
     rows = []
     if facts.evaluation:
-        found = facts.evaluation
+        evaluation = facts.evaluation
         rows += [
-            ("top-1", f"{found['top1']:.2%}"),
-            ("top-5", f"{found['top5']:.2%}"),
-            ("validation loss", f"{found['loss']:.4f}"),
-            ("validated on", f"{found['images']:,} images of {_plain(_validated_on(facts))}"),
+            ("top-1", f"{evaluation['top1']:.2%}"),
+            ("top-5", f"{evaluation['top5']:.2%}"),
+            ("validation loss", f"{evaluation['loss']:.4f}"),
+            ("validated on", f"{evaluation['images']:,} images of {_plain(_validated_on(facts))}"),
         ]
     if facts.loss is not None:
         rows.append((f"training loss, last {LOSS_STEPS} steps", f"{facts.loss:.4f}"))

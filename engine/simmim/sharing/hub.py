@@ -1,191 +1,111 @@
-"""Models as folders to share: written here, loaded from here or from the Hugging Face Hub.
+"""Models of the Hugging Face Hub, and to it: loaded by name as folders here are, and uploaded.
 
 Of the Hub only the files below are ever downloaded, and the weights are safetensors: nothing in
 them can run code. huggingface_hub (extra `hub`) is needed for the Hub alone.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Unpack
 
-from PIL import Image
-
-from simmim.config.sections import MaskConfig
 from simmim.errors import RunError
-from simmim.files import write_atomic, write_text
-from simmim.model.image_model import ImageModel, MaskedImageModel
-from simmim.model.weights_file import best_weights, find_weights, save_weights, trained_mask
-from simmim.pictures.grid import save_picture
-from simmim.pictures.reconstruction import reconstruct_files
-from simmim.run_folder import WEIGHTS_FILE, RunFolder
-from simmim.sharing.card import CARD_FILE, NO_LICENSE, PICTURE_FILE, describe, write_card
-from simmim.sharing.run_facts import RunFacts, read_facts
-from simmim.weights.load import load_model
-
-CONFIG_FILE = "config.json"
-
-FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PICTURE_FILE)
+from simmim.model.image_model import ImageModel
+from simmim.run_folder import WEIGHTS_FILE
+from simmim.sharing.card import CARD_FILE
+from simmim.sharing.model_folder import CONFIG_FILE, FILES
+from simmim.weights import load
+from simmim.weights.load import ArchitectureHints
 
 # What loading takes from the Hub.
 DOWNLOADED = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-ModelT = TypeVar("ModelT", bound=ImageModel)
 
-
-def save_pretrained(
-    model: ImageModel,
-    folder: str | Path,
+def load_model(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
     *,
-    facts: RunFacts | None = None,
-    mask: Mapping[str, Any] | None = None,
-    picture: Image.Image | Path | None = None,
-    license: str = NO_LICENSE,
-    overwrite: bool = False,
-) -> Path:
-    """Write a model as a folder that `from_pretrained` reads: weights, config.json, README.md.
-
-    Args:
-        model: on any device.
-        folder: made if needed.
-        facts: for the card; see `simmim.sharing.run_facts.read_facts`.
-        mask: unit and ratio that the model was trained with.
-        picture: reconstructions for the card, or the PNG of some.
-        license: the Hub's identifier of one, for the card.
-        overwrite: replace those files where they exist.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the folder is a run folder, or has such files already.
-        OSError: a file cannot be written.
-    """
-    folder = Path(folder).expanduser()
-    check_output(folder, overwrite)
-    if picture is None:
-        (folder / PICTURE_FILE).unlink(missing_ok=True)  # of the model that is replaced
-    elif isinstance(picture, Path):
-        source = picture
-        write_atomic(folder / PICTURE_FILE, lambda temporary: shutil.copyfile(source, temporary))
-    else:
-        save_picture(picture, folder / PICTURE_FILE)
-    kept = None if mask is None else MaskConfig(unit=mask["unit"], ratio=mask["ratio"])
-    write_atomic(folder / WEIGHTS_FILE, lambda temporary: save_weights(model, temporary, kept))
-    text = json.dumps(describe(model, mask), indent=1, ensure_ascii=False)
-    write_text(folder / CONFIG_FILE, text + "\n")
-    write_card(folder, model, facts, mask=mask, picture=picture is not None, license=license)
-    return folder
-
-
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Raise ValueError where `save_pretrained` would replace something that it must not."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose another folder")
-    if RunFolder(folder).starts.exists():
-        raise ValueError(f"{folder}: is the folder of a run; choose another folder")
-    existing = [folder / name for name in FILES if (folder / name).exists()]
-    if existing and not overwrite:
-        raise ValueError(f"{existing[0]} exists; choose another folder or overwrite it")
-
-
-def export(
-    path: str | Path,
-    folder: str | Path,
-    *,
-    images: Sequence[Path] = (),
-    with_picture: bool = True,
-    license: str = NO_LICENSE,
-    overwrite: bool = False,
+    norm_target: int | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
-    """Write the model of a checkpoint as a folder to share, with what its run tells of it.
+    """The model of a checkpoint here or on the Hugging Face Hub, in evaluation mode on the CPU.
+
+    The names in a file tell its layout: ours, that of microsoft/SimMIM, timm, torchvision, Hugging
+    Face (a folder with config.json) or mmpretrain. The architecture is taken from the metadata or
+    the configuration of the file, else from names and shapes.
 
     Args:
-        path: anything that `load_model` reads; of a fine-tuning run, its best weights.
-        folder: see `save_pretrained`.
-        images: photos whose reconstructions the card shows; none takes the run's newest picture,
-            which shows images it was trained on.
-        with_picture: False leaves pictures out.
-        license: see `save_pretrained`.
-        overwrite: see `save_pretrained`.
+        path_or_state_dict: a weights file, a checkpoint folder, a run folder (its newest
+            checkpoint), a folder of `save_pretrained`, or a state dict. A string that names no
+            file or folder here is the name of a repository on the Hub, "user/name".
+        image_size: side, or (height, width), in pixels; None takes what the checkpoint tells.
+        norm_target: window of the target normalisation, which only the loss uses.
+        revision: branch, tag or commit on the Hub; None is the newest.
+        token: for private repositories; None takes the one that `hf auth login` stored.
+        cache_dir: where downloads are kept; None takes huggingface_hub's folder.
+        given: see `simmim.weights.load.ArchitectureHints`.
 
     Returns:
-        The model.
+        A `SimMIM` (`encode`, `reconstruct`, and the loss when called), a `Classifier` (`encode`,
+        and logits when called) where there is a class head, or the model of another method.
 
     Raises:
-        ValueError: unreadable weights or photos, photos for a model that reconstructs nothing, or
-            files that exist.
-        OSError: a file cannot be written.
+        ValueError: no such file, folder or repository, or the file is unreadable, unsafe, of an
+            unknown layout, holds values that are not finite, has neither decoder nor head, or does
+            not fit `image_size`; names it.
+        RunError: the Hub cannot be reached, or huggingface_hub is missing.
     """
-    folder = Path(folder).expanduser()
-    check_output(folder, overwrite)
-    weights = find_weights(best_weights(path))
-    model, facts = load_model(weights), read_facts(weights)
-    mask = trained_mask(weights) if isinstance(model, MaskedImageModel) else None
-    picture: Image.Image | Path | None = None
-    if images:
-        if not isinstance(model, MaskedImageModel) or mask is None:
-            raise ValueError(f"{path}: a {model.kind} reconstructs nothing; leave out the photos")
-        picture = reconstruct_files(
-            model, list(images), mask_unit=mask["unit"], ratio=mask["ratio"], seed=0
-        )
-    elif with_picture and facts is not None and isinstance(model, MaskedImageModel):
-        picture = facts.picture
-    save_pretrained(
-        model,
-        folder,
-        facts=facts,
-        mask=mask,
-        picture=picture,
-        license=license,
-        overwrite=overwrite,
-    )
-    return model
+    checkpoint = _find(path_or_state_dict, revision, token, cache_dir)
+    return load.load_model(checkpoint, image_size, norm_target=norm_target, **given)
 
 
-def from_pretrained(
-    name_or_folder: str | Path,
-    kind: type[ModelT],
+def load_encoder(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    image_size: int | Sequence[int] | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
-    image_size: int | Sequence[int] | None = None,
-) -> ModelT:
-    """A model of a folder, or of the Hugging Face Hub, in evaluation mode on the CPU.
-
-    Args:
-        name_or_folder: a folder or weights file here, whatever `load_model` reads; else the name
-            of a repository on the Hub, "user/name".
-        kind: `SimMIM`, `Classifier`, or `ImageModel` for either.
-        revision: branch, tag or commit on the Hub; None is its newest.
-        token: for private repositories; None takes the one that `hf auth login` stored.
-        cache_dir: where downloads are kept; None takes huggingface_hub's folder.
-        image_size: see `load_model`.
+    **given: Unpack[ArchitectureHints],
+) -> ImageModel:
+    """The encoder alone of any checkpoint here or on the Hub; arguments as of `load_model`.
 
     Raises:
-        ValueError: no such folder or repository, unreadable weights, or a model of another kind.
-        RunError: the Hub cannot be reached, or huggingface_hub is missing.
+        ValueError: as of `load_model`, but not for a missing decoder or head.
+        RunError: see `load_model`.
     """
-    place = Path(name_or_folder).expanduser()
-    if place.exists():
-        if revision is not None:
-            raise ValueError(f"{place}: is a folder here, which has no revision {revision}")
-        weights = best_weights(place)
+    checkpoint = _find(path_or_state_dict, revision, token, cache_dir)
+    return load.load_encoder(checkpoint, image_size, **given)
+
+
+def _find(
+    path_or_state_dict: str | Path | Mapping[str, Any],
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+) -> Path | Mapping[str, Any]:
+    """What is here, as it is; for a name on the Hub, the weights file that was downloaded."""
+    if isinstance(path_or_state_dict, Mapping):
+        checkpoint: Path | Mapping[str, Any] = path_or_state_dict
+        described = "state dict"
     else:
-        weights = _download(str(name_or_folder), revision, token, cache_dir)
-    model = load_model(weights, image_size)
-    if not isinstance(model, kind):
-        raise ValueError(
-            f"{name_or_folder}: holds a {type(model).__name__}, no {kind.__name__}; "
-            f"{type(model).__name__}.from_pretrained loads it"
-        )
-    return model
+        checkpoint = Path(path_or_state_dict).expanduser()
+        described = str(checkpoint)
+        # a name is a string, and does not end as files of weights do
+        can_be_name = isinstance(path_or_state_dict, str) and not described.endswith(_SUFFIXES)
+        if can_be_name and not checkpoint.exists():
+            return _download(str(path_or_state_dict), revision, token, cache_dir)
+    if revision is not None:
+        raise ValueError(f"{described}: is not on the Hub, and has no revision {revision}")
+    return checkpoint
 
 
 def _download(

@@ -9,7 +9,6 @@ from simmim.backbone.vit import ViT
 from simmim.config.sections import OptimConfig
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
-from simmim.training.lamb import Lamb
 
 # What the published fine-tuning does not decay in a Swin; a ViT's tables it does.
 POSITION_PARAMETERS = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
@@ -123,6 +122,4 @@ def build_optimizer(
         for parameter in held if config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    if config.name == "lamb":
-        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

@@ -1,4 +1,4 @@
-"""Weights under the names of another program, and the files that hold them."""
+"""Gives weights the names of another program, and writes them as files that it reads."""
 
 import json
 import os
@@ -21,11 +21,26 @@ from simmim.backbone.vit import ViTSpec
 from simmim.files import sync, write_atomic
 from simmim.model.weights_file import save_tensors, weights_metadata
 from simmim.run_folder import WEIGHTS_FILE
-from simmim.weights import convnet_layouts, hf, layouts, mmpretrain, official, timm_layout
+from simmim.weights import (
+    convnet_layouts,
+    hf_config,
+    hf_layout,
+    layouts,
+    mmpretrain_layout,
+    official_layout,
+    timm_layout,
+)
 from simmim.weights.load import Weights
+from simmim.weights.our_names import PREFIX, kind_of, masking_names
 
-# What .pth files of other programs keep their weights under.
+# The key under which .pth files of other programs keep their weights.
 _WRAPPERS = {"official": "model", "mmpretrain": "state_dict"}
+
+_MODULES: dict[str, Any] = {
+    "hf": hf_layout,
+    "timm": timm_layout,
+    "mmpretrain": mmpretrain_layout,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Export:
 
     Attributes:
         layout: one of LAYOUTS.
-        kind: "simmim", "classifier" or "encoder": what the target's model is.
+        kind: of the target's model: "simmim", "classifier" or "encoder".
         spec: the encoder's architecture.
         state: name → tensor.
         config: the target's configuration of the model; {} where it has none.
@@ -52,7 +67,7 @@ class Export:
 def to_layout(weights: Weights, layout: str) -> Export:
     """Weights under the names of `layout`.
 
-    Decoder and mask token stay where the target has them.
+    Decoder and mask token are kept if the target has a place for them.
 
     Raises:
         ValueError: the target has no model that computes the same; says which part.
@@ -67,12 +82,12 @@ def to_layout(weights: Weights, layout: str) -> Export:
     if layout == "torchvision":
         raise ValueError("torchvision has no place for a Swin or ViT here: ConvNets alone")
     if layout == "official":
-        renamed = official.to_finetuned(state, spec) if kind == "classifier" else dict(state)
+        renamed = official_layout.to_finetuned(state, spec) if kind == "classifier" else dict(state)
         return Export(layout, kind, spec, renamed, {})
-    module: Any = {"hf": hf, "timm": timm_layout, "mmpretrain": mmpretrain}[layout]
+    module = _MODULES[layout]
     left_out = tuple(module.left_out(state, spec, kind))
     kept = {name: tensor for name, tensor in state.items() if name not in left_out}
-    kind = official.kind_of(kept)
+    kind = kind_of(kept)
     converted, config = module.from_ours(kept, spec, kind, weights.metadata)
     return Export(layout, kind, spec, converted, config, left_out)
 
@@ -80,8 +95,9 @@ def to_layout(weights: Weights, layout: str) -> Export:
 def layouts_for(spec: Spec) -> tuple[str, ...]:
     """The layouts that checkpoints of an architecture are read from and written to."""
     if isinstance(spec, ConvNetSpec):
-        told = () if isinstance(spec, TimmSpec) else ("torchvision",)
-        return ("simmim", "timm", *told)
+        if isinstance(spec, TimmSpec):
+            return ("simmim", "timm")
+        return ("simmim", "timm", "torchvision")
     if isinstance(spec, SwinV2Spec):
         return ("simmim", "official", "timm", "hf")
     if isinstance(spec, SwinSpec):
@@ -91,16 +107,16 @@ def layouts_for(spec: Spec) -> tuple[str, ...]:
 
 def _encoder_alone(weights: Weights, layout: str) -> Export:
     """The export of a model whose heads nobody else knows."""
-    parts = {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}
+    parts = {k: v for k, v in weights.state.items() if k.startswith(PREFIX)}
     export = to_layout(replace(weights, kind="encoder", state=parts), layout)
     heads = tuple(name for name in weights.state if name not in parts)
     return replace(export, left_out=(*heads, *export.left_out))
 
 
 def _to_convnet_layout(weights: Weights, spec: ConvNetSpec, layout: str) -> Export:
-    left_out = tuple(convnet_layouts.left_out(weights.state, weights.kind))
+    left_out = tuple(masking_names(weights.state, weights.kind))
     kept = {name: tensor for name, tensor in weights.state.items() if name not in left_out}
-    kind = official.kind_of(kept)
+    kind = kind_of(kept)
     converted, config = convnet_layouts.from_ours(kept, spec, kind, layout)
     return Export(layout, kind, spec, converted, config, left_out)
 
@@ -112,7 +128,7 @@ def write(export: Export, path: Path, metadata: Mapping[str, Any]) -> None:
         export: what to write.
         path: a folder for "hf"; else a .safetensors file, or .pth for plain tensors as torch.save
             writes them.
-        metadata: of the weights: mean, std, mask, classes.
+        metadata: mean, std, mask and classes of the weights.
 
     Raises:
         OSError: it cannot be written; what was at `path` is still there.
@@ -133,13 +149,13 @@ def write(export: Export, path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _notes(export: Export, metadata: Mapping[str, Any]) -> dict[str, str]:
-    # ours in every layout: names and shapes do not tell everything
+    # our own notes go into every layout: names and shapes do not tell everything
     return {"format": "pt", **weights_metadata(export.kind, export.spec, metadata)}
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, each in memory of its own, as safetensors wants them."""
-    found: dict[str, Tensor] = {}
+    unshared: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
         tensor = tensor.contiguous()
@@ -147,8 +163,8 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if memory.nbytes() != tensor.nbytes or memory.data_ptr() in seen:
             tensor = tensor.clone()
         seen.add(memory.data_ptr())
-        found[name] = tensor
-    return found
+        unshared[name] = tensor
+    return unshared
 
 
 def _pickle(content: Any, path: Path) -> None:
@@ -166,7 +182,7 @@ def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> Non
 
 
 def strange_files(folder: Path) -> list[str]:
-    """What a folder holds beside the files that `write` makes, and would be lost with it."""
+    """Files of a folder that `write` does not make, and that would be lost if it replaced it."""
     own = {WEIGHTS_FILE, layouts.CONFIG_FILE, layouts.PREPROCESSOR_FILE}
     return sorted(path.name for path in folder.iterdir() if path.name not in own)
 
@@ -181,7 +197,7 @@ def _write_folder(
         _save(state, temporary / WEIGHTS_FILE, _notes(export, metadata))
         for name, content in (
             (layouts.CONFIG_FILE, export.config),
-            (layouts.PREPROCESSOR_FILE, hf.preprocessor(export.spec, dict(metadata))),
+            (layouts.PREPROCESSOR_FILE, hf_config.preprocessor(export.spec, dict(metadata))),
         ):
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")

@@ -1,14 +1,20 @@
-"""Whose names a checkpoint has, and what they are under ours."""
+"""Finds out which program's names a checkpoint has, and gives it ours."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from simmim.model.weights_file import read_notes
-from simmim.weights import convnet_layouts, hf, mmpretrain, official, timm_layout
-from simmim.weights.official import State
+from simmim.weights import (
+    convnet_layouts,
+    hf_layout,
+    mmpretrain_layout,
+    official_layout,
+    timm_layout,
+)
+from simmim.weights.architecture import window_hints
+from simmim.weights.our_names import PREFIX, Converted, State
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -16,28 +22,12 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 LAYOUTS = ("simmim", "official", "mmpretrain", "timm", "torchvision", "hf")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint under our names.
-
-    Attributes:
-        layout: whose names it had.
-        state: name → tensor.
-        hints: what names and shapes cannot tell: image_size, num_heads, qk_scale, norm_eps.
-        metadata: classes, mean, std, as far as they are told.
-    """
-
-    layout: str
-    state: State
-    hints: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
 def read_config(weights_file: Path) -> dict[str, Any]:
     """The configuration that a weights file of another program has; {} for none.
 
-    Of Hugging Face: config.json beside it, with the image statistics of preprocessor_config.json
-    under their names there. Of timm: its metadata, or timm's own config.json beside it.
+    For Hugging Face that is the config.json beside it, extended by the image statistics of
+    preprocessor_config.json under the names that they have there. For timm it is the metadata of
+    the file, or timm's config.json beside it.
     """
     notes = read_notes(weights_file)
     for values in (_plain(notes.get("timm")), _json(weights_file.with_name(CONFIG_FILE))):
@@ -65,16 +55,16 @@ def _plain(text: str | None) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-_READERS: dict[str, tuple[Callable[[State], bool], Callable[..., Any]]] = {
-    "official": (official.matches, official.to_ours),
-    "finetuned": (official.matches_finetuned, official.from_finetuned),
-    "hf": (hf.matches, hf.to_ours),
-    "mmpretrain": (mmpretrain.matches, mmpretrain.to_ours),
+_READERS: dict[str, tuple[Callable[[State], bool], Callable[..., Converted]]] = {
+    "official": (official_layout.matches, official_layout.to_ours),
+    "finetuned": (official_layout.matches_finetuned, official_layout.from_finetuned),
+    "hf": (hf_layout.matches, hf_layout.to_ours),
+    "mmpretrain": (mmpretrain_layout.matches, mmpretrain_layout.to_ours),
     "timm": (timm_layout.matches, timm_layout.to_ours),
     "convnet": (convnet_layouts.matches, convnet_layouts.to_ours),
 }
 
-# What reads a layout, where it is not the reader of its name alone.
+# The readers of a layout that are tried, where its name does not name the only one.
 _READERS_OF: dict[str | None, list[str]] = {
     None: list(_READERS),
     "simmim": ["official", "convnet"],
@@ -86,14 +76,15 @@ _READERS_OF: dict[str | None, list[str]] = {
 
 def to_ours(
     state: State, config: dict[str, Any], layout: str | None = None, *, is_ours: bool = False
-) -> Found:
-    """A checkpoint of any known layout under our names.
+) -> tuple[str, Converted]:
+    """A checkpoint of any known layout under our names, and the name of the layout.
 
     Args:
         state: names and tensors as they lie in the file.
         config: of `read_config`; {} for none.
-        layout: whose names they are, one of LAYOUTS; None tells by the names.
-        is_ours: whether the file says that it is ours, whose backbones have names of their own.
+        layout: whose names they are, one of LAYOUTS; None finds it out by the names.
+        is_ours: whether the file says that it is ours; backbones that no other program has are then
+            recognised too.
 
     Raises:
         ValueError: the layout is unknown, or not `layout`.
@@ -101,18 +92,18 @@ def to_ours(
     for name in _READERS_OF.get(layout, [layout or ""]):
         matches, convert = _READERS[name]
         if matches(state) or (name == "convnet" and convnet_layouts.is_of_timm(config)):
-            converted, hints, metadata = convert(state, config)
-            hints = {key: value for key, value in hints.items() if value is not None}
-            if any(key.endswith(".logit_scale") for key in converted):
-                hints = official.window_hints(state) | hints
+            converted = convert(state, config)
+            hints = {key: value for key, value in converted.hints.items() if value is not None}
+            if any(key.endswith(".logit_scale") for key in converted.state):
+                hints = window_hints(state) | hints
             if name == "finetuned":  # whose names timm's BEiT has too
                 name = "timm" if "architecture" in config else "official"
             if name == "convnet":
                 name = convnet_layouts.layout_of(state, config, layout)
-            return Found(name, converted, hints, metadata)
-    own = is_ours and layout in (None, "simmim")
-    if own and any(name.startswith(official.PREFIX) for name in state):
-        return Found("simmim", dict(state), {}, {})
+            return name, converted._replace(hints=hints)
+    may_be_ours = is_ours and layout in (None, "simmim")
+    if may_be_ours and any(name.startswith(PREFIX) for name in state):
+        return "simmim", Converted(dict(state), {}, {})
     some = ", ".join(sorted(state)[:4])
     if layout is not None:
         raise ValueError(f"not the names of {layout}; found {some}, …")

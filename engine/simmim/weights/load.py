@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -13,13 +13,26 @@ from simmim.backbone.convnet import ConvNetSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.method.build import methods
 from simmim.method.simmim import SimMIM
-from simmim.model.classifier import Classifier
+from simmim.model.classifier import Classifier, numbered_classes
 from simmim.model.image_model import ImageModel
 from simmim.model.weights_file import find_weights, read_weights, unwrap
-from simmim.weights import convnet_layouts, layouts, official
+from simmim.weights import convnet_layouts, layouts, official_layout
+from simmim.weights.architecture import infer_spec
+from simmim.weights.our_names import BUFFERS, PREFIX, Converted, kind_of
 
-# Of the architecture, what shapes do not tell.
+# Fields of an architecture that no shape depends on.
 _UNSHAPED = ("num_heads", "qk_scale", "norm_eps", "window_size", "pretrained_window_sizes")
+
+
+class ArchitectureHints(TypedDict, total=False):
+    """Facts about an architecture that a file may not tell; None says nothing."""
+
+    num_heads: int | None
+    """Heads of a ViT that has no position table."""
+    qk_scale: float | None
+    """Factor of q·k; where nothing tells it, it is 1/√(head width)."""
+    window_size: int | None
+    """Window of a SwinV2 in tokens."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +40,9 @@ class Weights:
     """What a checkpoint holds, under our names, before a model is built from it.
 
     Attributes:
-        source: where it comes from, for messages.
-        layout: whose names it has: "simmim", "official", "timm", "hf" or "mmpretrain".
-        kind: of the model: a method's name, "classifier" with a class head, else "encoder".
+        source: the name of the file, for messages.
+        layout: whose names the file has, one of `simmim.weights.layouts.LAYOUTS`.
+        kind: the model's: a method's name, "classifier" with a class head, else "encoder".
         state: name → tensor; `encoder.…`, `decoder.…`, `fc_norm.…`, `head.…`.
         spec: the encoder's architecture.
         metadata: mean, std, mask, classes and the like, as far as the file tells.
@@ -47,21 +60,17 @@ def read_model(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
     *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
     layout: str | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> Weights:
     """A checkpoint's weights under our names, and its architecture.
 
     Args:
         path_or_state_dict: as for `load_model`.
         image_size: as for `load_model`.
-        num_heads: as for `load_model`.
-        qk_scale: as for `load_model`.
-        window_size: as for `load_model`.
-        layout: whose names it has, one of `simmim.weights.layouts.LAYOUTS`; None tells by the
-            names.
+        layout: whose names the file has, one of `simmim.weights.layouts.LAYOUTS`; None finds it
+            out by the names.
+        given: facts about the architecture, which are taken instead of what the file tells.
 
     Returns:
         Weights whose names and shapes are those of the architecture.
@@ -81,33 +90,21 @@ def read_model(
     size = None if image_size is None else image_size_pair(image_size)
     try:
         _check_values(state)
-        told = metadata.get("encoder", {})
-        found = layouts.to_ours(state, config, layout, is_ours=bool(told))
-        if told:
-            spec = spec_from_dict(told)
-        if not told or size not in (None, spec.image_size):
-            hints = {key: told[key] for key in _UNSHAPED if told.get(key) is not None}
-            hints |= found.hints
-            given = {"num_heads": num_heads, "qk_scale": qk_scale, "window_size": window_size}
-            hints |= {key: value for key, value in given.items() if value is not None}
-            if window_size is not None:
-                hints.pop("windows", None)
-            told_size = hints.pop("image_size", None)
-            if size is None and told_size is not None:
-                size = image_size_pair(told_size)
-            if told and isinstance(spec, ConvNetSpec) and size is not None:
-                spec = replace(spec, image_size=size)  # on which no shape depends
-            elif told and found.layout == "simmim" and not official.matches(found.state):
-                spec = replace(spec, image_size=size or spec.image_size)
-            elif convnet_layouts.is_ours(found.state):
-                spec = convnet_layouts.infer_spec(found.state, size)
-            else:
-                spec = official.infer_spec(found.state, size, **hints)
+        described = metadata.get("encoder", {})
+        layout, converted = layouts.to_ours(state, config, layout, is_ours=bool(described))
+        spec = spec_from_dict(described) if described else None
+        if spec is None or size not in (None, spec.image_size):
+            spec = _infer_spec(converted, layout, described, size, given)
         kind = metadata.get("kind")
-        if kind not in methods():  # who else wrote the file, or a kind that names tell
-            kind = official.kind_of(found.state)
-        name = "simmim" if metadata and official.matches(state) else found.layout
-        weights = Weights(source, name, kind, found.state, spec, found.metadata | metadata)
+        if (
+            kind not in methods()
+        ):  # files of other programs; and "classifier" and "encoder", which names tell
+            kind = kind_of(converted.state)
+        if metadata and official_layout.matches(state):
+            layout = "simmim"
+        weights = Weights(
+            source, layout, kind, converted.state, spec, converted.metadata | metadata
+        )
         _check_fits(weights)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -118,30 +115,60 @@ def read_model(
     return weights
 
 
+def _infer_spec(
+    converted: Converted,
+    layout: str,
+    described: dict[str, Any],
+    size: tuple[int, int] | None,
+    given: ArchitectureHints,
+) -> Spec:
+    """The architecture of a checkpoint that does not describe it, or is to have another size.
+
+    Args:
+        converted: the checkpoint.
+        layout: whose names it had.
+        described: its encoder, as our metadata describes it; {} in files of other programs.
+        size: (height, width) in pixels; None takes what the checkpoint tells.
+        given: see `read_model`.
+    """
+    if described:
+        spec = spec_from_dict(described)
+        # a ConvNet has no shape that depends on the size; names of other backbones tell nothing
+        if isinstance(spec, ConvNetSpec) or (
+            layout == "simmim" and not official_layout.matches(converted.state)
+        ):
+            return replace(spec, image_size=size or spec.image_size)
+    hints = {key: described[key] for key in _UNSHAPED if described.get(key) is not None}
+    hints |= converted.hints
+    hints |= {key: value for key, value in given.items() if value is not None}
+    if given.get("window_size") is not None:
+        hints.pop("windows", None)
+    own_size = hints.pop("image_size", None)
+    if size is None and own_size is not None:
+        size = image_size_pair(own_size)
+    return infer_spec(converted.state, size, **hints)
+
+
 def load_model(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
     *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
     norm_target: int | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
-    Layouts are told by their names: ours, microsoft/SimMIM, timm (Swin, BEiT), Hugging Face (Swin,
-    ViT, BEiT; a folder with config.json) and mmpretrain. The architecture comes from the file
-    itself: from its metadata or configuration, else from names and shapes.
+    The names in a file tell its layout: ours, that of microsoft/SimMIM, timm, torchvision, Hugging
+    Face (a folder with config.json) or mmpretrain. The architecture is taken from the metadata or
+    the configuration of the file, else from names and shapes.
 
     Args:
         path_or_state_dict: a weights file, a checkpoint folder, run folder, or folder of
             `save_pretrained`; or a state dict.
         image_size: side, or (height, width), in pixels; None takes what the checkpoint tells (the
             square on which the last stage is one window, where it tells nothing).
-        num_heads: heads of a ViT that has no position table; shapes cannot tell.
-        qk_scale: factor of q·k; shapes cannot tell; None is 1/√(head width).
-        window_size: of a SwinV2 in tokens, where neither buffers nor a configuration tell.
         norm_target: window of the target normalisation, which only the loss uses.
+        given: see `ArchitectureHints`.
 
     Returns:
         A `SimMIM` (`encode`, `reconstruct`, and the loss when called), a `Classifier` (`encode`,
@@ -151,38 +178,20 @@ def load_model(
         ValueError: the file is unreadable, unsafe, of an unknown layout, holds values that are not
             finite, has neither decoder nor head, or does not fit `image_size`; names it.
     """
-    weights = read_model(
-        path_or_state_dict,
-        image_size,
-        num_heads=num_heads,
-        qk_scale=qk_scale,
-        window_size=window_size,
-    )
-    return model_of(weights, norm_target)
+    return model_of(read_model(path_or_state_dict, image_size, **given), norm_target)
 
 
 def load_encoder(
     path_or_state_dict: str | Path | Mapping[str, Any],
     image_size: int | Sequence[int] | None = None,
-    *,
-    num_heads: int | None = None,
-    qk_scale: float | None = None,
-    window_size: int | None = None,
+    **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
     """The encoder alone of any checkpoint that `read_model` reads, in evaluation mode on the CPU.
 
     Raises:
-        ValueError: see `load_model`; a missing decoder or head is no reason.
+        ValueError: as of `load_model`, but not for a missing decoder or head.
     """
-    return encoder_of(
-        read_model(
-            path_or_state_dict,
-            image_size,
-            num_heads=num_heads,
-            qk_scale=qk_scale,
-            window_size=window_size,
-        )
-    )
+    return encoder_of(read_model(path_or_state_dict, image_size, **given))
 
 
 def encoder_of(weights: Weights) -> ImageModel:
@@ -211,19 +220,19 @@ def _filled(weights: Weights, norm_target: int | None) -> ImageModel:
 
 def _fresh(weights: Weights, norm_target: int | None) -> ImageModel:
     """The model that the weights belong to, freshly initialised."""
-    told, encoder = weights.metadata, build_encoder(weights.spec)
-    statistics = {"mean": told.get("mean"), "std": told.get("std")}
+    metadata, encoder = weights.metadata, build_encoder(weights.spec)
+    statistics = {"mean": metadata.get("mean"), "std": metadata.get("std")}
     if weights.kind == "simmim":
-        norm_target = norm_target or told.get("norm_target")
+        norm_target = norm_target or metadata.get("norm_target")
         return SimMIM(encoder, norm_target=norm_target, **statistics)
     if weights.kind == "classifier":
-        classes = _class_names(told.get("classes"), len(weights.state["head.weight"]))
-        return Classifier(encoder, classes, **statistics, margin=told.get("margin"))
-    if f"{official.PREFIX}mask_token" not in weights.state:
+        classes = _class_names(metadata.get("classes"), len(weights.state["head.weight"]))
+        return Classifier(encoder, classes, **statistics, margin=metadata.get("margin"))
+    if f"{PREFIX}mask_token" not in weights.state:
         encoder.mask_token = None
     if weights.kind == "encoder":
         return ImageModel(encoder, **statistics)
-    settings = {str(name): value for name, value in dict(told.get("settings", {})).items()}
+    settings = {str(name): value for name, value in dict(metadata.get("settings", {})).items()}
     return methods()[weights.kind].Model(encoder, **statistics, **settings)
 
 
@@ -231,7 +240,7 @@ def _parts(weights: Weights) -> dict[str, Tensor]:
     """The weights that a model of this kind has."""
     if weights.kind != "encoder":
         return weights.state
-    return {k: v for k, v in weights.state.items() if k.startswith(official.PREFIX)}
+    return {k: v for k, v in weights.state.items() if k.startswith(PREFIX)}
 
 
 def _check_fits(weights: Weights) -> None:
@@ -243,17 +252,17 @@ def _check_fits(weights: Weights) -> None:
     spec = weights.spec
     depth = spec.depth if isinstance(spec, ViTSpec) else sum(getattr(spec, "depths", ()))
     if depth > len(weights.state):
-        raise ValueError(f"{depth} blocks are told of, more than there are weights")
+        raise ValueError(f"the architecture has {depth} blocks, more than there are weights")
     with torch.device("meta"):
         _check_names(_fresh(weights, None), _parts(weights))
 
 
-def _class_names(names: Any, count: int) -> list[str]:
+def _class_names(names: Any, count: int) -> tuple[str, ...]:
     if names is None:
-        return [str(number) for number in range(count)]
+        return numbered_classes(count)
     if len(names) != count:
         raise ValueError(f"{len(names)} class names for a head of {count} classes")
-    return [str(name) for name in names]
+    return tuple(str(name) for name in names)
 
 
 def _check_values(state: Mapping[str, Tensor]) -> None:
@@ -261,10 +270,10 @@ def _check_values(state: Mapping[str, Tensor]) -> None:
         if name.endswith(convnet_layouts.COUNTERS):
             convnet_layouts.check_counter(name, tensor)
             continue
-        if name.endswith(official.BUFFERS) or tensor.is_meta:
+        if name.endswith(BUFFERS) or tensor.is_meta:
             continue
         if not tensor.is_floating_point():
-            if name.startswith(official.PREFIX) or name.endswith((".weight", ".bias")):
+            if name.startswith(PREFIX) or name.endswith((".weight", ".bias")):
                 raise ValueError(f"{name} holds {tensor.dtype} values, weights are floating point")
         elif not tensor.isfinite().all():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Proof that a conversion changed nothing: the other library's rebuilt model gives our numbers."""
+"""Proves that a conversion changed nothing: the other library's model gives our outputs."""
 
 import copy
 import tempfile
@@ -17,11 +17,12 @@ from simmim.backbone.vit import ViTSpec
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
-from simmim.weights import convnet_manifest, layouts
+from simmim.weights import layouts
 from simmim.weights.export import Export, to_layout, write
+from simmim.weights.library_convnets import shapes_of_convnet
+from simmim.weights.library_models import shapes_of_model
 from simmim.weights.load import Weights, encoder_of, model_of
-from simmim.weights.manifest import expected
-from simmim.weights.official import PREFIX
+from simmim.weights.our_names import PREFIX
 
 # Largest difference, relative to the largest output, that float32 on both sides explains.
 TOLERANCE = 1e-4
@@ -32,16 +33,16 @@ class Proof:
     """What was shown.
 
     Attributes:
-        how: in words.
-        difference: largest one between outputs, relative to the largest output; None where none
-            were compared.
+        how: how it was shown, in words.
+        difference: the largest difference between outputs, relative to the largest output; None
+            if no outputs were compared.
     """
 
     how: str
     difference: float | None = None
 
     def line(self) -> str:
-        """For people."""
+        """The proof in one line, for people."""
         if self.difference is None:
             return self.how
         return f"{self.how}: largest difference {self.difference:.1e} of the largest output"
@@ -50,9 +51,9 @@ class Proof:
 def prove(weights: Weights, export: Export) -> Proof:
     """Check a conversion before it is written.
 
-    The export is read back (every tensor it kept must come back bit for bit); then the library's
-    model is built from it and compared with ours on random images, if the library is here; else
-    names and shapes are compared with those of its models.
+    The export is read back: every tensor that it kept must come back bit for bit. If the library
+    is installed, its model is then built from the export and compared with ours on random images.
+    If not, names and shapes are compared with those of the library's models.
 
     Raises:
         ValueError: a check failed; nothing should be written then.
@@ -60,9 +61,9 @@ def prove(weights: Weights, export: Export) -> Proof:
     _check_round_trip(weights, export)
     if export.layout in ("simmim", "official"):
         return Proof("read back bit for bit")
-    _check_manifest(weights, export)
-    library, rebuild = _LIBRARIES[export.layout]
-    if reason := _missing(library):
+    _check_shapes(weights, export)
+    library, rebuild = LIBRARIES[export.layout]
+    if reason := why_missing(library):
         return Proof(
             f"read back bit for bit; names and shapes are {library}'s ({library} is not here: "
             f"{reason})"
@@ -79,16 +80,16 @@ def prove(weights: Weights, export: Export) -> Proof:
 
 
 def prove_source(weights: Weights) -> Proof | None:
-    """Check that weights in another program's layout were understood, by the way back.
+    """Check that weights in another program's layout were understood, by converting them back.
 
     Returns:
-        None where there is nothing to check: the layout is the published one, or its library has
-        no model that computes what ours does with them.
+        None if nothing can be checked: the layout is the published one, or its library has no
+        model that computes what ours does with the weights.
 
     Raises:
         ValueError: a check failed.
     """
-    if weights.layout not in _LIBRARIES:
+    if weights.layout not in LIBRARIES:
         return None
     try:
         export = to_layout(weights, weights.layout)
@@ -97,19 +98,21 @@ def prove_source(weights: Weights) -> Proof | None:
     return prove(weights, export)
 
 
-def _missing(library: str) -> str:
+def why_missing(library: str) -> str:
+    """Why a library cannot be imported, in a line; "" where it can."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import_module(library)
     except Exception as error:
-        # torchvision, which timm imports, raises all kinds beside a torch it was not built for
+        # timm imports torchvision, which raises errors of any kind beside a torch not its own
         return (str(error) or type(error).__name__).splitlines()[0]
     return ""
 
 
 def _check_round_trip(weights: Weights, export: Export) -> None:
-    back = layouts.to_ours(export.state, export.config).state
+    _, read_back = layouts.to_ours(export.state, export.config)
+    back = read_back.state
     for name, tensor in back.items():
         if name not in weights.state or not torch.equal(tensor, weights.state[name]):
             raise ValueError(f"{name} does not come back from the {export.layout} layout: a bug")
@@ -120,19 +123,19 @@ def _check_round_trip(weights: Weights, export: Export) -> None:
         )
 
 
-def _check_manifest(weights: Weights, export: Export) -> None:
+def _check_shapes(weights: Weights, export: Export) -> None:
     num_classes = len(weights.state["head.weight"]) if export.kind == "classifier" else 0
     masked = f"{PREFIX}mask_token" in weights.state.keys() - set(export.left_out)
     if isinstance(weights.spec, ConvNetSpec):
-        wanted = convnet_manifest.expected(weights.spec, export.kind, num_classes, export.layout)
+        wanted = shapes_of_convnet(weights.spec, export.kind, num_classes, export.layout)
     else:
-        wanted = expected(export.layout, weights.spec, export.kind, num_classes, masked)
-    found = {name: tuple(tensor.shape) for name, tensor in export.state.items()}
-    differ = [n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)]
+        wanted = shapes_of_model(export.layout, weights.spec, export.kind, num_classes, masked)
+    shapes = {name: tuple(tensor.shape) for name, tensor in export.state.items()}
+    differ = [n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n)]
     if differ:
         name = min(differ)
         raise ValueError(
-            f"{name} is {found.get(name)} here and {wanted.get(name)} in {export.layout}'s model "
+            f"{name} is {shapes.get(name)} here and {wanted.get(name)} in {export.layout}'s model "
             f"({len(differ)} differ): not written"
         )
 
@@ -273,7 +276,9 @@ def _fill(model: torch.nn.Module, export: Export) -> None:
         raise ValueError(f"{type(model).__name__} does not take it: {reason[:200]}") from None
 
 
-_LIBRARIES: dict[str, tuple[str, Callable[[Export], tuple[Forward, bool]]]] = {
+# layout → its library, and the function that builds the library's model from an export: it returns
+# what calls the model, and whether the model takes a mask.
+LIBRARIES: dict[str, tuple[str, Callable[[Export], tuple[Forward, bool]]]] = {
     "hf": ("transformers", _rebuild_hf),
     "timm": ("timm", _rebuild_timm),
     "torchvision": ("torchvision", _rebuild_torchvision),

@@ -1,19 +1,15 @@
-"""Names of one layout for those of another: pairs of patterns in which * stands for a number."""
+"""Renames parameters by pairs of patterns in which * stands for a number."""
 
 import re
 from collections.abc import Iterable, Sequence
-
-from torch import Tensor
-
-State = dict[str, Tensor]
 
 
 class Renaming:
     """A one-to-one renaming of parameters.
 
     Args:
-        pairs: (ours, theirs); a pattern means itself, and every name that goes on with a dot. The
-            first that fits counts.
+        pairs: (our pattern, the other program's). A pattern fits a name that equals it, and one
+            that goes on behind it with a dot. The first pattern that fits is taken.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -21,11 +17,11 @@ class Renaming:
         self._to_ours = [_rule(theirs, ours) for ours, theirs in pairs]
 
     def to_theirs(self, name: str) -> str | None:
-        """Their name of a parameter of ours; None where they have none."""
+        """The other program's name for one of ours; None if it has none."""
         return _apply(self._to_theirs, name)
 
     def to_ours(self, name: str) -> str | None:
-        """Our name of a parameter of theirs; None where we have none."""
+        """Our name for one of the other program; None if we have none."""
         return _apply(self._to_ours, name)
 
 
@@ -45,7 +41,7 @@ def _apply(rules: Iterable[tuple[re.Pattern[str], str]], name: str) -> str | Non
 
 
 def unknown_names(names: Iterable[str]) -> ValueError:
-    """The error for names that a layout does not have."""
+    """The error to raise for names that a layout does not have."""
     listed = sorted(names)
     more = f" and {len(listed) - 4} more" if len(listed) > 4 else ""
     return ValueError(f"weights unknown: {', '.join(listed[:4])}{more}")

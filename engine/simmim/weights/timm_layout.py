@@ -1,8 +1,9 @@
 """The layouts of timm: Swin, SwinV2, ViT, and BEiT for a ViT with relative positions.
 
-timm's Swin has the published names, with the merging at the start of the next stage, `head.fc` for
-the head, and neither mask token nor decoder. Its BEiT has those of the published fine-tuned ViT
-(`simmim.weights.official` reads it); its ViT has one bias of q, k and v, and `ls1.gamma`.
+timm's Swin has the published names, but for the merging, which begins the next stage there, and for
+the head, `head.fc`. It has neither mask token nor decoder. timm's BEiT has the names of the
+published fine-tuned ViT, and `simmim.weights.official_layout` reads it. timm's ViT has one bias for
+q, k and v, and calls its gains `ls1.gamma`.
 """
 
 import re
@@ -14,15 +15,8 @@ from simmim.backbone.build import Spec
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
-from simmim.weights.official import (
-    BUFFERS,
-    HEADS,
-    PREFIX,
-    Converted,
-    State,
-    told,
-    without_class_token_head,
-)
+from simmim.weights.our_names import BUFFERS, HEADS, PREFIX, Converted, State, masking_names
+from simmim.weights.timm_config import hints_of_config, without_class_token_head
 
 # timm's models that take every size as an argument.
 _BASES = {
@@ -44,47 +38,45 @@ def matches(state: State) -> bool:
 
 
 def to_ours(state: State, config: dict[str, Any]) -> Converted:
-    """Our names for theirs; see `simmim.weights.hf.to_ours`."""
+    """The parameters under our names; see `simmim.weights.hf_layout.to_ours`."""
     if "blocks.0.attn.qkv.weight" in state:
         return _vit_to_ours(state, config)
-    found: State = {}
+    renamed: State = {}
     for name, tensor in state.items():
         if name.endswith(BUFFERS):
             continue
         if name.startswith("head.fc."):
-            found[name.replace("head.fc.", "head.")] = tensor
+            renamed[name.replace("head.fc.", "head.")] = tensor
         elif match := re.fullmatch(r"layers\.(\d+)\.downsample\.(.+)", name):
-            found[f"{PREFIX}layers.{int(match[1]) - 1}.downsample.{match[2]}"] = tensor
+            renamed[f"{PREFIX}layers.{int(match[1]) - 1}.downsample.{match[2]}"] = tensor
         else:
-            found[PREFIX + name] = tensor
-    hints, metadata = told(config)
-    return found, hints, metadata
+            renamed[PREFIX + name] = tensor
+    return Converted(renamed, *hints_of_config(config))
 
 
 def _vit_to_ours(state: State, config: dict[str, Any]) -> Converted:
-    found: State = {}
+    renamed: State = {}
     for name, tensor in state.items():
         if name.endswith(BUFFERS):
             continue
         if match := re.fullmatch(r"(blocks\.\d+\.attn)\.qkv\.bias", name):
             q, _, v = tensor.chunk(3)  # a key bias cancels in the softmax
-            found[f"{PREFIX}{match[1]}.q_bias"] = q.clone()
-            found[f"{PREFIX}{match[1]}.v_bias"] = v.clone()
+            renamed[f"{PREFIX}{match[1]}.q_bias"] = q.clone()
+            renamed[f"{PREFIX}{match[1]}.v_bias"] = v.clone()
         elif match := re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", name):
-            found[f"{PREFIX}{match[1]}.gamma_{match[2]}"] = tensor
+            renamed[f"{PREFIX}{match[1]}.gamma_{match[2]}"] = tensor
         else:
-            found[name if name.startswith(HEADS) else PREFIX + name] = tensor
-    hints, metadata = told(config)
-    return without_class_token_head(found, config, metadata, hints)
+            renamed[name if name.startswith(HEADS) else PREFIX + name] = tensor
+    return without_class_token_head(Converted(renamed, *hints_of_config(config)), config)
 
 
 def from_ours(
     state: State, spec: Spec, kind: str, metadata: dict[str, Any]
 ) -> tuple[State, dict[str, Any]]:
-    """Their names for ours, and what `timm.create_model` needs to build the model.
+    """The parameters under timm's names, and what `timm.create_model` takes to build the model.
 
     Raises:
-        ValueError: they have no model that computes the same.
+        ValueError: timm has no model that computes the same.
     """
     assert isinstance(spec, SwinSpec | ViTSpec)
     arguments: dict[str, Any] = {
@@ -105,20 +97,19 @@ def from_ours(
     else:
         family = "swinv2" if isinstance(spec, SwinV2Spec) else "swin"
         arguments |= _swin_arguments(spec)
-    found = {_their_name(name, family): tensor for name, tensor in state.items()}
+    renamed = {_their_name(name, family): tensor for name, tensor in state.items()}
     if family == "vit":
-        _join_biases(found)
-    return found, {"architecture": _BASES[family], "model_args": arguments}
+        _join_biases(renamed)
+    return renamed, {"architecture": _BASES[family], "model_args": arguments}
 
 
 def left_out(state: State, spec: Spec, kind: str) -> list[str]:
-    """Our names that have no place there: of mask token and decoder."""
-    parts = ("decoder.", f"{PREFIX}mask_token") + (("fc_norm.",) if kind == "encoder" else ())
-    return [name for name in state if name.startswith(parts)]
+    """Our names that have no place in timm's models."""
+    return masking_names(state, kind)
 
 
 def family_of(spec: ViTSpec) -> str:
-    """What it is there: "vit" with absolute positions alone, "beit" with any other."""
+    """timm's model of a ViT: "vit" with absolute positions alone, "beit" with any other."""
     relative = spec.shared_relative_position or spec.layer_relative_position
     return "vit" if spec.absolute_position and not relative else "beit"
 
@@ -127,14 +118,14 @@ def _vit_arguments(spec: ViTSpec, kind: str, family: str) -> dict[str, Any]:
     if spec.norm_eps != _VIT_EPS:
         raise ValueError(f"timm's norms have an epsilon of {_VIT_EPS}, these {spec.norm_eps}")
     arguments: dict[str, Any] = {"depth": spec.depth, "num_heads": spec.num_heads}
-    # fc_norm of theirs is ours: of the mean, instead of the tokens
+    # fc_norm is the same there: a norm of the mean instead of the tokens
     pooled = kind == "classifier"
     arguments["global_pool"] = "avg" if pooled else "token"
     if family == "beit":
         if not pooled and not spec.final_norm:
             raise ValueError("timm's BEiT ends in a norm; this encoder has none")
         return arguments | {
-            "init_values": spec.layer_scale or 0.0,  # create_model passes over None
+            "init_values": spec.layer_scale or 0.0,  # create_model ignores None
             "use_abs_pos_emb": spec.absolute_position,
             "use_rel_pos_bias": spec.layer_relative_position,
             "use_shared_rel_pos_bias": spec.shared_relative_position,
@@ -177,7 +168,7 @@ def _their_name(name: str, family: str) -> str:
 
 
 def _join_biases(state: State) -> None:
-    """One bias of q, k and v for those of q and v; k's is zero. Changes `state`."""
+    """Join the biases of q and v to one of q, k and v, whose k is zero. Changes `state`."""
     for name in [name for name in state if name.endswith(".attn.q_bias")]:
         attention = name.removesuffix(".q_bias")
         q, v = state.pop(name), state.pop(f"{attention}.v_bias")

@@ -70,7 +70,7 @@ def same_tensors(first: Path, second: Path) -> bool:
 def test_to_transformers_and_back(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     code, out, err = run(checkpoint, tmp_path / "swin-v0.1", "--to", "hf")
     assert (code, err) == (0, "")
-    if not proof._missing("transformers"):
+    if not proof.why_missing("transformers"):
         assert "transformers's model gives the same outputs: largest difference" in out
     else:
         assert "names and shapes are transformers's (transformers is not here" in out
@@ -146,7 +146,7 @@ def test_what_timm_cannot_hold_is_named(checkpoint: Path, tmp_path: Path, run: R
     assert told["model_args"]["img_size"] == [32, 32]
     with pytest.raises(ValueError, match="an encoder without decoder or class head"):
         load_model(path)
-    if not proof._missing("timm"):
+    if not proof.why_missing("timm"):
         import timm
 
         model = timm.create_model(told["architecture"], **told["model_args"])
@@ -212,9 +212,9 @@ def test_wrong_usage(checkpoint: Path, tmp_path: Path, run: Run) -> None:
 def test_a_failed_proof_writes_nothing(
     checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "_missing", lambda library: "")
+    monkeypatch.setattr(proof, "why_missing", lambda library: "")
     monkeypatch.setattr(proof, "_compare", lambda *_: float("nan"))
-    monkeypatch.setitem(proof._LIBRARIES, "hf", ("transformers", lambda export: None))
+    monkeypatch.setitem(proof.LIBRARIES, "hf", ("transformers", lambda export: None))
     words = run.refused(checkpoint, tmp_path / "hf", "--to", "hf")
     assert "model.safetensors: the model that transformers builds from it gives other" in words
     assert not (tmp_path / "hf").exists()

@@ -14,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-import simmim
 from simmim import cli
 from simmim.backbone.build import build_encoder, find_preset, spec_from_dict
 from simmim.backbone.vit import ViTSpec
@@ -24,17 +23,15 @@ from simmim.config.values import config_class
 from simmim.data.open import open_source
 from simmim.downstream import finetune_config
 from simmim.downstream.finetune import finetune
-from simmim.downstream.predict import predict
 from simmim.method.build import find_method
 from simmim.method.simmim import SimMIM
 from simmim.method.simsiam import SimSiamConfig
 from simmim.model.classifier import Classifier
-from simmim.model.image_model import ImageModel
 from simmim.model.weights_file import save_weights, trained_mask
 from simmim.pretrain import pretrain
 from simmim.run_folder import RunFolder
 from simmim.sharing.card import RunFacts, write_card
-from simmim.sharing.hub import export, from_pretrained, save_pretrained
+from simmim.sharing.model_folder import export, save_pretrained
 from simmim.sharing.run_facts import read_facts
 from simmim.weights.load import load_model
 
@@ -151,10 +148,6 @@ def test_a_pretrained_model(
     newest_picture = max((pretrained / "pictures").iterdir())
     assert (tmp_path / "out/reconstruction.png").read_bytes() == newest_picture.read_bytes()
 
-    if not hasattr(ImageModel, "from_pretrained"):
-        monkeypatch.setattr(
-            SimMIM, "from_pretrained", lambda name: from_pretrained(name, SimMIM), raising=False
-        )
     values = run_snippet(text, tmp_path / "out", monkeypatch)
     assert values["features"].shape == (1, 32, 8, 8)
     assert "# [1, 32, 8, 8]" in text
@@ -205,11 +198,6 @@ def test_a_finetuned_model(
     assert "reconstruction.png" not in text
 
     Image.new("RGB", (40, 30), "red").save(tmp_path / "out" / "photo.jpg")
-    monkeypatch.setattr(simmim, "predict", predict, raising=False)
-    if not hasattr(simmim, "Classifier"):
-        monkeypatch.setattr(simmim, "Classifier", Classifier, raising=False)
-        method = staticmethod(lambda name: from_pretrained(name, Classifier))
-        monkeypatch.setattr(Classifier, "from_pretrained", method, raising=False)
     values = run_snippet(text, tmp_path / "out", monkeypatch)
     assert values["answer"].label in ("cat", "dog")
 
@@ -356,4 +344,4 @@ def test_a_preset_is_named_and_a_method_is_told(name: str, tmp_path: Path) -> No
     text = write_card(tmp_path, model).read_text()
     assert f"# {name}, pre-trained with SimSiam" in text
     assert "masked-image-modeling" not in text
-    assert "simmim.load_model" in text
+    assert 'model = simmim.load_model(".")  # this folder, or its name on the Hub' in text

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+import simmim
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
+from simmim.config.values import config_class
 from simmim.errors import RunError
+from simmim.method.build import find_method, methods
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
-from simmim.sharing.hub import FILES, from_pretrained, push_to_hub, save_pretrained
+from simmim.sharing import hub
+from simmim.sharing.hub import load_encoder, load_model, push_to_hub
+from simmim.sharing.model_folder import FILES, save_pretrained
 
 SWIN = SwinSpec(
     image_size=(32, 32), patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4
@@ -44,11 +49,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
     """huggingface_hub, which must not reach out."""
-    hub = pytest.importorskip("huggingface_hub")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
     import_module("huggingface_hub.constants")  # loaded on demand, and patched below
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    return hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return huggingface_hub
 
 
 def cached(cache: Path, name: str, model: ImageModel) -> Path:
@@ -66,7 +71,7 @@ def cached(cache: Path, name: str, model: ImageModel) -> Path:
 def test_a_folder_needs_no_hub(make: Callable[[], ImageModel], tmp_path: Path) -> None:
     model = make()
     assert save_pretrained(model, tmp_path / "out") == tmp_path / "out"
-    loaded = from_pretrained(tmp_path / "out", type(model))
+    loaded = load_model(tmp_path / "out")
     assert type(loaded) is type(model)
     assert not loaded.training
     assert loaded.encoder.spec == model.encoder.spec
@@ -75,29 +80,42 @@ def test_a_folder_needs_no_hub(make: Callable[[], ImageModel], tmp_path: Path) -
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
     if isinstance(loaded, Classifier):
         assert (loaded.classes, loaded.margin) == (("cat", "dog"), 1.25)
-    assert type(from_pretrained(str(tmp_path / "out"), ImageModel)) is type(model)
+    assert type(load_model(str(tmp_path / "out"))) is type(model)
     if isinstance(loaded, SimMIM):
-        larger = from_pretrained(tmp_path / "out", SimMIM, image_size=64)
+        larger = load_model(tmp_path / "out", image_size=64)
         assert larger.encoder.spec.image_size == (64, 64)
 
 
 @pytest.mark.usefixtures("no_hub")
 def test_one_line_without_the_package(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"user/model: no such folder .* 'simmim\[hub\]'$"):
-        from_pretrained("user/model", SimMIM)
+        load_model("user/model")
     save_pretrained(make_simmim(), tmp_path)
     with pytest.raises(RunError, match=r"'simmim\[hub\]'$"):
         push_to_hub(tmp_path, "user/model")
 
 
-def test_the_wrong_kind(tmp_path: Path) -> None:
-    save_pretrained(make_classifier(), tmp_path)
-    with pytest.raises(
-        ValueError, match=r"a Classifier, no SimMIM; Classifier\.from_pretrained loads"
-    ):
-        from_pretrained(tmp_path, SimMIM)
-    with pytest.raises(ValueError, match="is a folder here, which has no revision v1"):
-        from_pretrained(tmp_path, Classifier, revision="v1")
+def test_what_is_here_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any) -> Path:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(make_classifier(), tmp_path / "user" / "model")
+    for here in ("user/model", tmp_path / "user" / "model", "user/model/model.safetensors"):
+        assert isinstance(load_model(here), Classifier)
+    state = make_simmim().state_dict()
+    assert isinstance(load_model(state), SimMIM)
+    for place in ("user/model", tmp_path, state, "my.pth"):
+        with pytest.raises(ValueError, match="is not on the Hub, and has no revision v1"):
+            load_model(place, revision="v1")
+    for missing in (Path("runs/mine"), "mine.pth", "mine.safetensors", "runs/mine.bin"):
+        with pytest.raises(ValueError, match=rf"^{missing}: no such file or folder$"):
+            load_model(missing)
+    with pytest.raises(AssertionError, match="asked the Hub"):
+        load_model("user/another")
 
 
 def test_saved_files(tmp_path: Path) -> None:
@@ -111,21 +129,58 @@ def test_saved_files(tmp_path: Path) -> None:
     with torch.no_grad():
         model.head.bias.fill_(3.0)
     save_pretrained(model, tmp_path / "out", overwrite=True)
-    assert from_pretrained(tmp_path / "out", Classifier).head.bias.tolist() == [3.0, 3.0]
+    loaded = load_model(tmp_path / "out")
+    assert isinstance(loaded, Classifier)
+    assert loaded.head.bias.tolist() == [3.0, 3.0]
     assert not [p for p in (tmp_path / "out").iterdir() if p.name not in FILES]
 
 
-@pytest.mark.skipif(not hasattr(ImageModel, "from_pretrained"), reason="no methods yet")
-def test_methods(tmp_path: Path) -> None:
-    model = make_simmim()
-    model.save_pretrained(tmp_path / "out")
-    loaded = SimMIM.from_pretrained(tmp_path / "out")
-    assert torch.equal(loaded.decoder[0].weight, model.decoder[0].weight)
-    with pytest.raises(ValueError, match="holds a SimMIM, no Classifier"):
-        Classifier.from_pretrained(tmp_path / "out")
+def make_of(method: str) -> ImageModel:
+    """A model of any method, of its default settings."""
+    settings = methods()[method].Settings(name=method)
+    config = config_class(type(settings))(method=settings)
+    return find_method(config).build(build_encoder(VIT)).eval()
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_the_public_names_take_every_method(
+    offline: Any, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_of(method)
+    folder = simmim.save_pretrained(model, tmp_path / "out")
     with pytest.raises(ValueError, match="exists"):
-        model.save_pretrained(tmp_path / "out")
-    model.save_pretrained(tmp_path / "out", overwrite=True)
+        simmim.save_pretrained(model, folder)
+    simmim.save_pretrained(model, folder, overwrite=True)
+    monkeypatch.setattr(offline, "snapshot_download", lambda name, **options: str(folder))
+    for loaded in (simmim.load_model(folder), simmim.load_model("user/name")):
+        assert type(loaded) is type(model)
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+    encoder = simmim.load_encoder("user/name")
+    assert type(encoder) is ImageModel
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(encoder.encode(image), model.encode(image))
+    # the card's code is the same for every method, for this folder and for the name
+    (line,) = (row for row in (folder / "README.md").read_text().splitlines() if "load_" in row)
+    assert line == 'model = simmim.load_model(".")  # this folder, or its name on the Hub'
+
+
+def test_the_public_names_are_listed() -> None:
+    assert dir(simmim) == sorted(simmim.__all__)
+    assert {"load_encoder", "load_model", "push_to_hub", "save_pretrained"} <= {*dir(simmim)}
+    assert all(getattr(simmim, name) is not None for name in dir(simmim))
+    with pytest.raises(AttributeError, match="module 'simmim' has no attribute 'nothing'"):
+        _ = simmim.nothing
+
+
+def test_the_card_of_an_encoder_names_what_loads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simmim.save_pretrained(load_encoder(make_simmim().state_dict()), tmp_path)
+    assert 'model = simmim.load_encoder(".")' in (tmp_path / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert simmim.load_encoder(".").encoder.spec == SWIN
+    with pytest.raises(ValueError, match="an encoder without decoder or class head"):
+        simmim.load_model(".")
 
 
 def test_from_the_cache(offline: Any, tmp_path: Path) -> None:
@@ -133,28 +188,27 @@ def test_from_the_cache(offline: Any, tmp_path: Path) -> None:
     snapshot = cached(tmp_path / "cache", "user/model", model)
     # what else lies there is not looked at
     (snapshot / "pytorch_model.bin").write_bytes(b"\x80\x04 a pickle")
-    loaded = from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache")
+    loaded = load_model("user/model", cache_dir=tmp_path / "cache")
+    assert isinstance(loaded, SimMIM)
     assert torch.equal(loaded.decoder[0].weight, model.decoder[0].weight)
-    assert from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache", revision=COMMIT)
-    with pytest.raises(ValueError, match="user/model: holds a SimMIM, no Classifier"):
-        from_pretrained("user/model", Classifier, cache_dir=tmp_path / "cache")
+    assert load_model("user/model", cache_dir=tmp_path / "cache", revision=COMMIT)
     (snapshot / "model.safetensors").unlink()
     with pytest.raises((ValueError, RunError), match="user/model: ") as found:
-        from_pretrained("user/model", SimMIM, cache_dir=tmp_path / "cache")
+        load_model("user/model", cache_dir=tmp_path / "cache")
     assert "\n" not in str(found.value)
 
 
 def test_offline_and_unknown(offline: Any, tmp_path: Path) -> None:
     for name in ("user/nobody", "nobody"):
         with pytest.raises(RunError) as found:
-            from_pretrained(name, SimMIM, cache_dir=tmp_path)
+            load_model(name, cache_dir=tmp_path)
         assert str(found.value) == (
             f"{name}: no such folder here, not downloaded before, and the Hub cannot be reached "
             "(or HF_HUB_OFFLINE is set)"
         )
     for name in ("runs/mine/again", "/no/such", "~nobody/x", "a b/c", "", "../up"):
         with pytest.raises(ValueError, match=r"no such (file or )?folder"):
-            from_pretrained(name or "missing folder", SimMIM, cache_dir=tmp_path)
+            load_model(name or "missing folder", cache_dir=tmp_path)
 
 
 def test_only_safetensors_are_downloaded(
@@ -168,14 +222,14 @@ def test_only_safetensors_are_downloaded(
         return str(tmp_path / "repository")
 
     monkeypatch.setattr(offline, "snapshot_download", download)
-    from_pretrained("user/model", Classifier, revision="v2", token="hf_x")
+    load_model("user/model", revision="v2", token="hf_x")
     assert asked[0]["name"] == "user/model"
     assert asked[0]["revision"] == "v2"
     assert asked[0]["token"] == "hf_x"
     assert asked[0]["allow_patterns"] == ["model.safetensors", "config.json", "README.md"]
     (tmp_path / "repository" / "model.safetensors").rename(tmp_path / "repository" / "model.bin")
     with pytest.raises(ValueError, match=r"user/model: has no model\.safetensors, and nothing"):
-        from_pretrained("user/model", Classifier)
+        load_model("user/model")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +256,7 @@ def test_what_the_hub_answers(
 
     monkeypatch.setattr(offline, "snapshot_download", download)
     with pytest.raises((ValueError, RunError)) as found:
-        from_pretrained("user/model", SimMIM, revision="v9")
+        load_model("user/model", revision="v9")
     assert str(found.value).startswith("user/model: ")
     assert message in str(found.value)
     assert "\n" not in str(found.value)

@@ -2,7 +2,8 @@
 
 Its patch merging takes its 4C inputs channel by channel (index = channel · 4 + 2 · row + column)
 where ours takes them neighbour by neighbour ((0,0), (1,0), (0,1), (1,1), C channels each): shapes
-match either way, results do not. Buffers that its loader asks for are written.
+match either way, but results do not. The buffers
+that its loader asks for are written.
 """
 
 import re
@@ -14,10 +15,11 @@ from torch import Tensor
 from simmim.backbone.build import Spec
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
-from simmim.weights.official import BUFFERS, Converted
-from simmim.weights.renaming import Renaming, State, unknown_names
+from simmim.weights.our_names import BUFFERS, Converted, State
+from simmim.weights.renaming import Renaming, unknown_names
 
-# Our neighbours of a merged cell, (row, column) in the order (0,0), (1,0), (0,1), (1,1), by theirs.
+# For each neighbour of a merged cell, in mmpretrain's order (0,0), (0,1), (1,0), (1,1) of (row,
+# column), its index in ours, (0,0), (1,0), (0,1), (1,1).
 _NEIGHBOURS = [0, 2, 1, 3]
 
 _INDEX = "attn.w_msa.relative_position_index"
@@ -50,32 +52,32 @@ def matches(state: State) -> bool:
 
 
 def to_ours(state: State, config: dict[str, Any]) -> Converted:
-    """Our names and channel order for theirs; see `simmim.weights.hf.to_ours`."""
+    """The parameters under our names, in our order; see `simmim.weights.hf_layout.to_ours`."""
     stages = [int(m[1]) for name in state if (m := re.match(r"backbone\.stages\.(\d+)\.", name))]
     renaming = _renaming(max(stages))
-    found: State = {}
+    renamed: State = {}
     unknown = []
     for name, tensor in state.items():
-        # of its losses and data preprocessing
+        # buffers of its loss and its data preprocessing, which are no weights
         if name.endswith(BUFFERS) or name.startswith("data_"):
             continue
         ours = renaming.to_ours(name)
         if ours is None:
             unknown.append(name)
         else:
-            found[ours] = _merged_order(tensor, to_theirs=False) if _merges(ours) else tensor
+            renamed[ours] = _merged_order(tensor, to_theirs=False) if _merges(ours) else tensor
     if unknown:
         raise unknown_names(unknown)
-    return found, {"pads_small_maps": True}, {}
+    return Converted(renamed, {"pads_small_maps": True}, {})
 
 
 def from_ours(
     state: State, spec: Spec, kind: str, metadata: dict[str, Any]
 ) -> tuple[State, dict[str, Any]]:
-    """Their names and channel order for ours, and the settings of their backbone.
+    """The parameters under mmpretrain's names and in its order, and the model's settings.
 
     Raises:
-        ValueError: they have no model that computes the same.
+        ValueError: mmpretrain has no model that computes the same.
     """
     if not isinstance(spec, SwinSpec) or isinstance(spec, SwinV2Spec):
         raise ValueError(
@@ -86,26 +88,26 @@ def from_ours(
     if kind == "simmim" and spec.channels != 3:
         raise ValueError(f"mmpretrain's decoder has 3 channels, this one {spec.channels}")
     renaming = _renaming(len(spec.depths) - 1)
-    found: State = {}
+    renamed: State = {}
     for name, tensor in state.items():
         theirs = renaming.to_theirs(name)
         if theirs is None:
             raise ValueError(f"mmpretrain's Swin has no place for {name}")
-        found[theirs] = _merged_order(tensor, to_theirs=True) if _merges(name) else tensor
+        renamed[theirs] = _merged_order(tensor, to_theirs=True) if _merges(name) else tensor
     for stage, depth in enumerate(spec.depths):
         index = position_index(spec.window(stage))
         for block in range(depth):
-            found[f"backbone.stages.{stage}.blocks.{block}.{_INDEX}"] = index.clone()
-    return found, _settings(spec, kind, state)
+            renamed[f"backbone.stages.{stage}.blocks.{block}.{_INDEX}"] = index.clone()
+    return renamed, _settings(spec, kind, state)
 
 
 def left_out(state: State, spec: Spec, kind: str) -> list[str]:
-    """Our names that have no place there: none."""
+    """Our names that have no place in mmpretrain's models: none."""
     return []
 
 
 def _settings(spec: SwinSpec, kind: str, state: State) -> dict[str, Any]:
-    """The model, as their configuration files write it."""
+    """The model as mmpretrain's configuration files describe it."""
     backbone = _backbone(spec, masked="encoder.mask_token" in state)
     features = spec.embed_dim << (len(spec.depths) - 1)
     if kind == "simmim":
@@ -144,7 +146,7 @@ def _backbone(spec: SwinSpec, masked: bool) -> dict[str, Any]:
         "out_indices": [len(spec.depths) - 1],
         "drop_path_rate": spec.drop_path,
         "use_abs_pos_embed": spec.absolute_position,
-        # it shrinks no window by itself: a stage that is smaller must be told
+        # mmpretrain does not shrink windows by itself, so each stage gets its own size
         "stage_cfgs": [
             {"window_size": spec.window(stage), "block_cfgs": block}
             for stage in range(len(spec.depths))

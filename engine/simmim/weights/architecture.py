@@ -1,9 +1,4 @@
-"""The layout of microsoft/SimMIM checkpoints: pre-trained, which is also ours, and fine-tuned.
-
-Architecture is inferred from names and shapes. Buffers that the published code saves
-(`relative_position_index`, `attn_mask`) are dropped: they follow from the architecture. A
-fine-tuned checkpoint has no prefix (`layers.0…`, `head.weight`) where ours say `encoder.layers.0…`.
-"""
+"""The architecture of an encoder, as names and shapes of its weights tell it."""
 
 import math
 import re
@@ -11,105 +6,33 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from simmim.backbone.build import Spec
+from simmim.backbone.convnet import ConvNetSpec
+from simmim.backbone.convnext import ConvNeXtSpec
+from simmim.backbone.resnet import ResNetSpec
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec
+from simmim.weights.our_names import PREFIX, State, count_numbers
 
-State = dict[str, Tensor]
+# A name that every ResNet has, one that every ConvNeXt has, and how all names of an encoder that is
+# a model of timm begin, all three behind our prefix.
+RESNET_NAME = "layer1.0.conv1.weight"
+CONVNEXT_NAME = "stages.0.blocks.0.conv_dw.weight"
+TIMM_PREFIX = "model."
 
-# Under our names; hints for `infer_spec`; metadata of the model.
-Converted = tuple[State, dict[str, Any], dict[str, Any]]
-
-BUFFERS = ("relative_position_index", "attn_mask", "relative_coords_table")
-PREFIX = "encoder."
-
-# Parts of a model that stand beside its encoder.
-HEADS = ("head.", "fc_norm.", "decoder.")
-
-
-def kind_of(state: Mapping[str, Any]) -> str:
-    """What model the names, ours, belong to: "simmim", "classifier" or "encoder"."""
-    if "decoder.0.weight" in state:
-        return "simmim"
-    return "classifier" if "head.weight" in state else "encoder"
+# For a ConvNet without a configuration; any size that its stride divides would do.
+_CONVNET_IMAGE_SIZE = (224, 224)
 
 
-def matches(state: State) -> bool:
-    """Whether the names are those of an official pre-training checkpoint, or of ours."""
-    return f"{PREFIX}patch_embed.proj.weight" in state
-
-
-def matches_finetuned(state: State) -> bool:
-    """Whether the names are those of an official fine-tuned checkpoint."""
-    if "patch_embed.proj.weight" not in state or any(name.startswith("decoder.") for name in state):
-        return False
-    if "blocks.0.attn.qkv.weight" in state:  # a plain ViT of timm has others for these
-        return "blocks.0.attn.qkv.bias" not in state and "blocks.0.ls1.gamma" not in state
-    if "layers.0.blocks.0.attn.qkv.weight" not in state or "head.fc.weight" in state:
-        return False
-    merged = any(re.match(r"layers\.\d+\.downsample\.", name) for name in state)
-    return "layers.0.downsample.reduction.weight" in state or not merged
-
-
-def to_ours(state: State, config: dict[str, Any]) -> Converted:
-    """Our names, which are those of an official pre-training checkpoint."""
-    return parameters(state), buffer_hints(state), {}
-
-
-def from_finetuned(state: State, config: dict[str, Any]) -> Converted:
-    """Our names for those of an official fine-tuned checkpoint, or of timm's BEiT."""
-    named = {
-        name if name.startswith(HEADS) else PREFIX + name: tensor
-        for name, tensor in parameters(state).items()
-    }
-    hints, metadata = told(config)
-    hints = buffer_hints(state) | {key: value for key, value in hints.items() if value is not None}
-    if "blocks.0.attn.qkv.weight" in state:
-        return without_class_token_head(named, config, metadata, hints)
-    return named, hints, metadata
-
-
-def without_class_token_head(
-    state: State, config: dict[str, Any], metadata: dict[str, Any], hints: dict[str, Any]
-) -> Converted:
-    """A ViT without its head, where that reads the class token, as ours never does.
-
-    Args:
-        state: under our names.
-        config: of timm; {} for none. It tells what a norm of the tokens does not: how they are
-            pooled.
-        metadata: to be extended by "dropped", the names left out.
-        hints: passed on.
-    """
-    pooled = config.get("global_pool") or config.get("model_args", {}).get("global_pool")
-    if "fc_norm.weight" in state or pooled == "avg":
-        return state, hints, metadata
-    dropped = [name for name in state if name.startswith(HEADS)]
-    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
-    return kept, hints, metadata | ({"dropped": dropped} if dropped else {})
-
-
-def told(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hints and metadata from timm's configuration; ({}, {}) for none."""
-    arguments, pretrained = config.get("model_args", {}), config.get("pretrained_cfg", {})
-    size = arguments.get("img_size") or pretrained.get("input_size", [])[1:]
-    hints: dict[str, Any] = {
-        "image_size": (size, size) if isinstance(size, int) else tuple(size) or None,
-        "num_heads": arguments.get("num_heads"),
-        "window_size": arguments.get("window_size"),
-        "pretrained_window_sizes": arguments.get("pretrained_window_sizes"),
-    }
-    if not isinstance(hints["num_heads"], int):
-        del hints["num_heads"]  # of a Swin, whose tables tell
-    metadata = {key: pretrained[key] for key in ("mean", "std") if key in pretrained}
-    return hints, metadata
+def is_convnet(state: Mapping[str, Any]) -> bool:
+    """Whether names, ours, are those of a convolutional encoder."""
+    known = PREFIX + RESNET_NAME in state or PREFIX + CONVNEXT_NAME in state
+    return known or any(name.startswith(f"{PREFIX}{TIMM_PREFIX}") for name in state)
 
 
 def buffer_hints(state: State) -> dict[str, Any]:
-    """The image size that saved buffers of a Swin tell: masks of shifted windows cover all tokens.
+    """The image size that saved masks of a Swin's shifted windows tell, as they cover all tokens.
 
     Args:
         state: under the official names, with or without prefix.
@@ -124,29 +47,6 @@ def buffer_hints(state: State) -> dict[str, Any]:
         if math.isqrt(tokens) ** 2 == tokens:
             return {"image_size": (side, side)}
     return {}
-
-
-def to_finetuned(state: State, spec: Spec) -> State:
-    """The official names for ours.
-
-    Raises:
-        ValueError: the official ViT would read this head from the class token.
-    """
-    if isinstance(spec, ViTSpec) and spec.final_norm:
-        raise ValueError(
-            "the official ViT classifies by the norm of the mean, or by the class token; this one "
-            "by the mean of normalised tokens"
-        )
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-
-
-def parameters(state: State) -> State:
-    """The parameters of the model, without saved buffers and the unused head of mean pooling."""
-    return {
-        name.replace(".rpe_mlp.", ".cpb_mlp."): tensor  # as the first SwinV2 checkpoints say
-        for name, tensor in state.items()
-        if not name.endswith(BUFFERS) and not name.startswith(f"{PREFIX}fc_norm.")
-    }
 
 
 def window_hints(state: State) -> dict[str, Any]:
@@ -174,9 +74,9 @@ def window_hints(state: State) -> dict[str, Any]:
         before = round(8 * (window - 1) / reach) + 1 if reach > 0 else window
         pretrained[stage] = 0 if before == window else before
     hints: dict[str, Any] = {}
-    for key, found in (("windows", windows), ("pretrained_window_sizes", pretrained)):
-        if found and sorted(found) == list(range(len(found))):
-            hints[key] = tuple(found[stage] for stage in range(len(found)))
+    for key, by_stage in (("windows", windows), ("pretrained_window_sizes", pretrained)):
+        if by_stage and sorted(by_stage) == list(range(len(by_stage))):
+            hints[key] = tuple(by_stage[stage] for stage in range(len(by_stage)))
     return hints
 
 
@@ -196,7 +96,8 @@ def infer_spec(
 
     Args:
         state: names and tensors of the whole model.
-        image_size: (height, width) in pixels; None takes what the checkpoint tells.
+        image_size: (height, width) in pixels; None takes what the checkpoint tells (224 × 224 for a
+            ConvNet, whose shapes tell nothing).
         num_heads: heads of a ViT without any position table (shapes cannot tell); None takes one
             head per 64 channels.
         qk_scale: factor of q·k, which shapes cannot tell; None is 1/√(head width).
@@ -212,6 +113,8 @@ def infer_spec(
         ValueError: a part of the architecture cannot be told, or contradicts `image_size`.
     """
     encoder = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    if is_convnet(state):
+        return _infer_convnet(encoder, image_size or _CONVNET_IMAGE_SIZE)
     if "layers.0.blocks.0.attn.logit_scale" in encoder:
         before = tuple(pretrained_window_sizes or ())
         return _infer_swinv2(encoder, image_size, window_size, windows, before)
@@ -225,11 +128,6 @@ def infer_spec(
     raise ValueError("the encoder is neither a Swin nor a ViT of the published layout")
 
 
-def _count(encoder: State, pattern: str) -> int:
-    found = [re.match(pattern, name) for name in encoder]
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
-
-
 def _side(area: int, what: str) -> int:
     side = math.isqrt(area)
     if side * side != area:
@@ -240,7 +138,7 @@ def _side(area: int, what: str) -> int:
 def _infer_swin(encoder: State, image_size: tuple[int, int] | None) -> SwinSpec:
     tables = [
         encoder[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"].shape
-        for stage in range(_count(encoder, r"layers\.(\d+)\."))
+        for stage in range(count_numbers(encoder, r"layers\.(\d+)\."))
     ]
     windows = [(_side(rows, "the rows of a position table") + 1) // 2 for rows, _ in tables]
     spec = SwinSpec(
@@ -260,7 +158,7 @@ def _infer_swinv2(
     windows: tuple[int, ...] | None,
     pretrained_window_sizes: tuple[int, ...],
 ) -> SwinV2Spec:
-    stages = range(_count(encoder, r"layers\.(\d+)\."))
+    stages = range(count_numbers(encoder, r"layers\.(\d+)\."))
     if windows is None or len(windows) != len(stages):
         if window_size is None:
             raise ValueError("shapes cannot tell the window of this SwinV2: say window_size=")
@@ -279,7 +177,8 @@ def _swin_fields(
 ) -> dict[str, Any]:
     width, channels, patch_size, _ = encoder["patch_embed.proj.weight"].shape
     depths = tuple(
-        _count(encoder, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(len(windows))
+        count_numbers(encoder, rf"layers\.{stage}\.blocks\.(\d+)\.")
+        for stage in range(len(windows))
     )
     if image_size is None:
         side = _swin_image_side(encoder, windows, patch_size, patch_size << (len(depths) - 1))
@@ -310,11 +209,13 @@ def _check_windows(spec: SwinSpec, windows: list[int]) -> None:
 def _refuse_padding(encoder: State, image_size: tuple[int, int] | None) -> None:
     tables = [v for k, v in encoder.items() if k.endswith("relative_position_bias_table")]
     window = max((math.isqrt(len(table)) + 1) // 2 for table in tables)
-    last = _count(encoder, r"layers\.(\d+)\.") - 1
+    last = count_numbers(encoder, r"layers\.(\d+)\.") - 1
     stride = encoder["patch_embed.proj.weight"].shape[-1] << last
     # windows of 6 and 7 tokens are those of models whose last stage is one window
-    told = image_size is not None or "absolute_pos_embed" in encoder
-    if (window > 7 and not told) or (image_size is not None and min(image_size) < window * stride):
+    size_is_known = image_size is not None or "absolute_pos_embed" in encoder
+    if (window > 7 and not size_is_known) or (
+        image_size is not None and min(image_size) < window * stride
+    ):
         raise ValueError(
             f"windows of {window} tokens are padded where a feature map is smaller (images below "
             f"{window * stride} px), which no encoder here computes; if this one was trained on "
@@ -358,7 +259,7 @@ def _infer_vit(
         patch_size=patch_size,
         channels=channels,
         embed_dim=width,
-        depth=_count(encoder, r"blocks\.(\d+)\."),
+        depth=count_numbers(encoder, r"blocks\.(\d+)\."),
         num_heads=num_heads,
         class_token="cls_token" in encoder,
         mlp_ratio=encoder["blocks.0.mlp.fc1.weight"].shape[0] / width,
@@ -368,4 +269,28 @@ def _infer_vit(
         layer_relative_position=own is not None,
         layer_scale=0.1 if "blocks.0.gamma_1" in encoder else None,
         final_norm="norm.weight" in encoder,
+    )
+
+
+def _infer_convnet(encoder: State, image_size: tuple[int, int]) -> ConvNetSpec:
+    if RESNET_NAME in encoder:
+        width, channels = encoder["conv1.weight"].shape[:2]
+        return ResNetSpec(
+            image_size=image_size,
+            channels=channels,
+            depths=tuple(
+                count_numbers(encoder, rf"layer{stage}\.(\d+)\.") for stage in range(1, 5)
+            ),
+            bottleneck="layer1.0.conv3.weight" in encoder,
+            width=width,
+        )
+    if CONVNEXT_NAME not in encoder:
+        raise ValueError("which model of timm this is, only the metadata of our own files tells")
+    blocks = [f"stages.{stage}.blocks." for stage in range(4)]
+    return ConvNeXtSpec(
+        image_size=image_size,
+        channels=encoder["stem.0.weight"].shape[1],
+        depths=tuple(count_numbers(encoder, rf"{re.escape(block)}(\d+)\.") for block in blocks),
+        widths=tuple(len(encoder[f"{block}0.conv_dw.weight"]) for block in blocks),
+        layer_scale=1e-6 if f"{blocks[0]}0.gamma" in encoder else None,
     )
