@@ -104,7 +104,7 @@ def check_loss(dtype: torch.dtype, stride: int, grid: tuple[int, int], target: s
         return error / (hidden.sum() + 1e-5) / 3
 
     value, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
-    grad = loss.backward(per_pixel * 0.5, signs, shape, dtype)
+    grad = loss.backward(torch.tensor(0.5), per_pixel, signs, shape, dtype)
     expected = gradients(exact, torch.tensor(0.5), prediction)
     assert_as_exact_as([value, grad], expected, dtype)
 
@@ -125,7 +125,9 @@ def check_linear(dtype: torch.dtype, stride: int, grid: tuple[int, int], D: int 
     value, per_pixel, signs = linear.forward(
         features, weight, bias, image, mask, None, None, stride, 0, True
     )
-    grads = linear.backward(per_pixel * 0.5, signs, features, weight, mask, stride, True, True)
+    grads = linear.backward(
+        torch.tensor(0.5), per_pixel, signs, features, weight, mask, stride, True, True
+    )
     expected = gradients(exact, torch.tensor(0.5), features, weight, bias)
     assert_as_exact_as([value, *grads], expected, dtype)
 

@@ -175,7 +175,7 @@ def test_opcheck(parts: str) -> None:
     )
     weight = weight.detach().to(native.product_dtype(torch.float32)).requires_grad_()
     image, mask = inputs["image"], inputs["mask"]
-    arguments = (image, mask, weight, *vectors, MEAN, STD, 1e-5, torch.float32, visible)
+    arguments = (image, mask, weight, *vectors, MEAN, STD, 1e-5, torch.float32, visible, "native")
     torch.library.opcheck(torch.ops.simmim.embed_patches, arguments)
     with torch.no_grad():
         out, *kept = torch.ops.simmim.embed_patches(*arguments)
@@ -187,6 +187,7 @@ def test_opcheck(parts: str) -> None:
             *(None if v is None else v.detach() for v in (vectors[1], MEAN, STD)),
             *kept,
             1e-5,
+            "native",
         ),
     )
 

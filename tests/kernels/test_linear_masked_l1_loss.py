@@ -202,12 +202,13 @@ def test_opcheck(backend: str) -> None:
     for offset in (bias, None):
         arguments = (features, weight, offset, image, mask, None, None, stride, 0, True, backend)
         torch.library.opcheck(torch.ops.simmim.linear_masked_l1_loss.default, arguments)
-    _, step, signs = torch.ops.simmim.linear_masked_l1_loss(*arguments)
+    loss, step, signs = torch.ops.simmim.linear_masked_l1_loss(*arguments)
+    scalars = torch.ones_like(loss), step
     features, weight = features.detach(), weight.detach()
     for of_features, of_weight in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(
             torch.ops.simmim.linear_masked_l1_loss_backward.default,
-            (step, signs, features, weight, mask, stride, of_features, of_weight, backend),
+            (*scalars, signs, features, weight, mask, stride, of_features, of_weight, backend),
         )
 
 

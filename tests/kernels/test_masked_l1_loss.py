@@ -278,7 +278,8 @@ def test_opcheck(backend: str) -> None:
         arguments = (prediction, image, mask, *constants, stride, 0, True, backend)
         torch.library.opcheck(torch.ops.simmim.masked_l1_loss.default, arguments)
     signs = torch.randint(0, 2**16, (2, 1, 2, 24, 1), dtype=torch.int32)
-    arguments = (torch.tensor(0.5), signs, (2, 1, 2, 192), torch.bfloat16, backend)
+    scalars = (torch.tensor(0.5), torch.tensor(0.1))
+    arguments = (*scalars, signs, (2, 1, 2, 192), torch.bfloat16, backend)
     torch.library.opcheck(
         torch.ops.simmim.masked_l1_loss_backward.default,
         arguments,

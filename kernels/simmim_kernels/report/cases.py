@@ -124,7 +124,7 @@ def loss_case(model: Model, from_tokens: bool, dtype: torch.dtype) -> Case:
         mean, std = (torch.empty(3) if of_bytes else None for _ in range(2))
         prediction = torch.empty(shape, dtype=dtype)
         _, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
-        loss.backward(per_pixel, signs, shape, dtype)
+        loss.backward(torch.empty(()), per_pixel, signs, shape, dtype)
 
     pixels, hidden = math.prod(image_shape), model.hidden_pixels
     image_size = 1 if of_bytes else 4
@@ -163,7 +163,8 @@ def linear_loss_case(model: Model) -> Case:
             0,
             True,
         )
-        linear.backward(per_pixel, signs, features, weight, mask, model.stride, True, True)
+        scalars = torch.empty(()), per_pixel
+        linear.backward(*scalars, signs, features, weight, mask, model.stride, True, True)
 
     share, feature_bytes = model.hidden_share, B * cells**2 * D * 2
     needed = (
