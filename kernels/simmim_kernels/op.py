@@ -7,7 +7,17 @@ with, what autograd keeps for the backward, and which gradients it returns.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, Generic, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    ParamSpec,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
@@ -57,8 +67,11 @@ class Op(Generic[P, R]):
     - `of_NAME`, whether the gradient of that argument is wanted, and `of_parameters`, whether that
       of any but the first of `gradients` is.
 
-    Its outputs are the gradients of `gradients`, in that order; what an unwanted one holds does not
-    matter. Differentiating them again raises NotImplementedError.
+    Its outputs are the gradients of `gradients`, in that order, or None for those that are not
+    wanted or of a tensor that is None. Differentiating them again raises NotImplementedError.
+
+    Attributes:
+        name: of the op.
     """
 
     def __init__(
@@ -86,6 +99,7 @@ class Op(Generic[P, R]):
                 is that of None, they are called forward and backward, in another one NAME_forward
                 and NAME_backward.
         """
+        self.name = name
         home, prefix = (name, "") if folder is None else (folder, f"{name}_")
         inputs, outputs = _arguments(forward), _part(get_type_hints(forward)["return"])
         self._input_names, self._output_names = list(_leaves(inputs)), list(_leaves(outputs))
@@ -117,10 +131,7 @@ class Op(Generic[P, R]):
         assert not unused
         flat: list[Any] = []
         for argument, is_group in zip(arguments, self._is_group, strict=True):
-            if is_group:
-                flat.extend(argument)
-            else:
-                flat.append(argument)
+            flat += cast("tuple[Any, ...]", argument) if is_group else (argument,)
         outputs = self._run(*flat, backend)
         if isinstance(outputs, Tensor):
             outputs = (outputs,)
@@ -213,10 +224,13 @@ def _build(part: _Leaf | _Group, values: Iterator[Any]) -> Any:
     return part.make(**{name: _build(inner, values) for name, inner in part.parts.items()})
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _tensors(outputs: Any, nothing: Tensor) -> list[Tensor]:
+    """All tensors of a launcher's outputs; a schema has no None, `nothing` stands for it."""
+    if outputs is None:
+        return [torch.empty_like(nothing)]
     if isinstance(outputs, Tensor):
         return [outputs]
-    return [tensor for part in outputs for tensor in _tensors(part)]
+    return [tensor for part in outputs for tensor in _tensors(part, nothing)]
 
 
 def _register(
@@ -233,19 +247,20 @@ def _register(
     returned = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
     torch.library.define(f"simmim::{name}", f"({arguments}, str backend) -> {returned}")
 
-    def as_returned(outputs: Any) -> Tensor | list[Tensor]:
-        tensors = _tensors(outputs)
+    def as_returned(outputs: Any, first: Tensor) -> Tensor | list[Tensor]:
+        tensors = _tensors(outputs, first.new_empty(0, dtype=torch.float32))
         return tensors[0] if num_outputs == 1 else tensors
 
     def run(*flat: Any) -> Tensor | list[Tensor]:
         *values, backend = flat
         prepared = (leaf.prepare(v) for leaf, v in zip(leaves.values(), values, strict=True))
         module = import_module(f"simmim_kernels.{folder}.{backend}_kernel")
-        return as_returned(getattr(module, launcher)(**_build(inputs, prepared)))
+        outputs = getattr(module, launcher)(**_build(inputs, prepared))
+        return as_returned(outputs, values[0])
 
     def run_without_values(*flat: Any) -> Tensor | list[Tensor]:
         *values, _ = flat
-        return as_returned(shapes(**_build(inputs, iter(values))))
+        return as_returned(shapes(**_build(inputs, iter(values))), values[0])
 
     torch.library.impl(f"simmim::{name}", "CompositeExplicitAutograd", run)
     torch.library.register_fake(f"simmim::{name}", run_without_values)
@@ -258,18 +273,8 @@ def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
 
 
 def gradients_like(
-    x: Tensor, *parameters: Tensor | None, of_parameters: bool = True
-) -> list[Tensor]:
-    """Contiguous gradients without values, of x and of the parameters in their dtypes.
-
-    Float32 [0] stands for that of a parameter that is None, and for all of them unless
-    `of_parameters`.
-    """
-    nothing = x.new_empty(0, dtype=torch.float32)
-    return [
-        x.new_empty(x.shape),
-        *(
-            p.new_empty(p.shape) if of_parameters and p is not None else torch.empty_like(nothing)
-            for p in parameters
-        ),
-    ]
+    x: Tensor, *parameters: Tensor | None, of_parameters: bool
+) -> list[Tensor | None]:
+    """Gradients without values: that of x, and those of parameters that are there, if wanted."""
+    wanted = (p if of_parameters else None for p in parameters)
+    return [x.new_empty(x.shape), *(None if p is None else p.new_empty(p.shape) for p in wanted)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from simmim_kernels import native
 from simmim_kernels.dispatch import Backend, choose, describe, never
+from simmim_kernels.dtypes import in_float32
 from simmim_kernels.embed_patches import reference
 from simmim_kernels.masked_l1_loss import check_pixels
 from simmim_kernels.op import AnyStrides, Op
@@ -127,8 +128,11 @@ def embed_patches(
         image,
         mask,
         weight.to(native.product_dtype(dtype)),
-        *(None if v is None else v.float() for v in vectors),
-        None if pos_embed is None else pos_embed.float(),
+        in_float32(bias),
+        in_float32(norm_weight),
+        in_float32(norm_bias),
+        in_float32(mask_token),
+        in_float32(pos_embed),
         mean,
         std,
         eps,

@@ -94,9 +94,19 @@ def linear_masked_l1_loss(
         t is not None and t.requires_grad for t in (features, weight, bias)
     )
     dtype = product_dtype(chosen, features.dtype)
-    head = weight.to(dtype), None if bias is None else bias.to(dtype)
-    target = image.detach(), mask, mean, std
-    return _op(chosen, features, *head, *target, stride, norm_target or 0, keep_signs).loss
+    return _loss(
+        chosen,
+        features,
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        image.detach(),
+        mask,
+        mean,
+        std,
+        stride,
+        norm_target or 0,
+        keep_signs,
+    ).loss
 
 
 def _shapes(
@@ -133,7 +143,7 @@ def _gradient_shapes(
     )
 
 
-_op = Op(
+_loss = Op(
     "linear_masked_l1_loss",
     _shapes,
     _gradient_shapes,

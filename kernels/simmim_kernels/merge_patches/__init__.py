@@ -103,7 +103,7 @@ def _gradient_shapes(
     mean: Tensor,
     rstd: Tensor,
     of_parameters: bool,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     return gradients_like(x, norm_weight, norm_bias, weight, of_parameters=of_parameters)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simmim_kernels import dispatch
 from simmim_kernels.dispatch import Backend, choose, describe
+from simmim_kernels.dtypes import in_float32
 from simmim_kernels.op import Op
 from simmim_kernels.window_attention import reference, xformers_kernel
 from simmim_kernels.window_attention.reference import relative_position_bias
@@ -98,8 +99,7 @@ def window_attention(
         return xformers_kernel.window_attention(qkv, bias, num_heads, window, shift, scale)
     if chosen == "reference":
         return reference.window_attention(qkv, bias, num_heads, window, shift, scale, factors)
-    bias = None if bias is None else bias.float()
-    factors = None if factors is None else factors.float()
+    bias, factors = in_float32(bias), in_float32(factors)
     return _attend(chosen, qkv, bias, factors, num_heads, window, shift, scale).out
 
 
