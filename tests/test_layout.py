@@ -26,13 +26,19 @@ FLOORS_OF_KERNELS: Floors = (
         ("simmim_kernels.native", "simmim_kernels.splitmix", "simmim_kernels.triton_backend"),
     ),
     (
-        "how an op finds its backend and its dtypes",
-        ("simmim_kernels.dispatch", "simmim_kernels.dtypes"),
+        "how an op is declared, and finds its backend and its dtypes",
+        ("simmim_kernels.dispatch", "simmim_kernels.dtypes", "simmim_kernels.op"),
     ),
+    ("what ops take and keep", ("simmim_kernels.*.arguments",)),
     ("definitions of the ops in plain PyTorch", ("simmim_kernels.*.reference",)),
     (
         "what the kernels of several ops share",
-        ("simmim_kernels.*.signs", "simmim_kernels.*.triton_rows"),
+        (
+            "simmim_kernels.*.native_rows",
+            "simmim_kernels.*.signs",
+            "simmim_kernels.*.triton_norms",
+            "simmim_kernels.*.triton_rows",
+        ),
     ),
     (
         "kernels, one file for each backend",

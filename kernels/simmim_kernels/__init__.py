@@ -7,10 +7,14 @@ from simmim_kernels.gradient_norm import gradient_norm
 from simmim_kernels.linear_masked_l1_loss import linear_masked_l1_loss
 from simmim_kernels.masked_l1_loss import masked_l1_loss, masked_l1_loss_from_tokens
 from simmim_kernels.merge_patches import merge_patches
-from simmim_kernels.post_norm_block import post_norm_attention, post_norm_mlp
 from simmim_kernels.random_patch_mask import random_patch_mask
 from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
-from simmim_kernels.transformer_block import residual_attention, residual_mlp
+from simmim_kernels.transformer_block import (
+    post_norm_attention,
+    post_norm_mlp,
+    residual_attention,
+    residual_mlp,
+)
 from simmim_kernels.window_attention import window_attention
 
 __all__ = [

@@ -3,8 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
@@ -89,13 +87,3 @@ def choose(
             return backend.name
         rejected.append(f"{backend.name}: {'; '.join(reasons)}")
     raise RuntimeError(f"{op}: no backend can run. {' | '.join(rejected)}")
-
-
-def implementation(op: str, backend: str) -> Any:
-    """The module of `op` that launches the kernels of `backend`; both kinds have one interface."""
-    return import_module(f"simmim_kernels.{op}.{backend}_kernel")
-
-
-def no_second_order(ctx: Any, *grads: Tensor) -> None:
-    """The autograd formula of the backward ops: a loud no instead of a silent zero."""
-    raise NotImplementedError("the ops of simmim_kernels have gradients of first order only")

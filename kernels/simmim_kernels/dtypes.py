@@ -15,6 +15,18 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def in_float32(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in float32, if there is one."""
+    return None if tensor is None else tensor.float()
+
+
+def of_kernels(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:
+    """Parameters as kernels take them: matrices in the dtype of products, all others float32."""
+    return [
+        None if p is None else p.to(dtype if p.dim() == 2 else torch.float32) for p in parameters
+    ]
+
+
 def of_reference(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Any:
     """Parameters as plain PyTorch wants them beside `x`: under autocast it casts them itself."""
     if torch.is_autocast_enabled(x.device.type):

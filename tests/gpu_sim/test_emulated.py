@@ -24,7 +24,8 @@ from simmim_kernels.substitute_mask_tokens import reference as substitute_refere
 from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
 from simmim_kernels.transformer_block import reference as block_reference
 from simmim_kernels.transformer_block import triton_kernel as block
-from simmim_kernels.transformer_block import triton_rows
+from simmim_kernels.transformer_block import triton_norms, triton_rows
+from simmim_kernels.transformer_block.arguments import MlpParameters
 from simmim_kernels.window_attention import reference as attention_reference
 from simmim_kernels.window_attention import triton_kernel as attention
 
@@ -104,7 +105,7 @@ def check_loss(dtype: torch.dtype, stride: int, grid: tuple[int, int], target: s
         return error / (hidden.sum() + 1e-5) / 3
 
     value, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
-    grad = loss.backward(per_pixel * 0.5, signs, shape, dtype)
+    grad = loss.backward(torch.tensor(0.5), per_pixel, signs, shape, dtype)
     expected = gradients(exact, torch.tensor(0.5), prediction)
     assert_as_exact_as([value, grad], expected, dtype)
 
@@ -125,7 +126,9 @@ def check_linear(dtype: torch.dtype, stride: int, grid: tuple[int, int], D: int 
     value, per_pixel, signs = linear.forward(
         features, weight, bias, image, mask, None, None, stride, 0, True
     )
-    grads = linear.backward(per_pixel * 0.5, signs, features, weight, mask, stride, True, True)
+    grads = linear.backward(
+        torch.tensor(0.5), per_pixel, signs, features, weight, mask, stride, True, True
+    )
     expected = gradients(exact, torch.tensor(0.5), features, weight, bias)
     assert_as_exact_as([value, *grads], expected, dtype)
 
@@ -138,21 +141,24 @@ def check_mlp(dtype: torch.dtype, shape: tuple[int, int, int, int], scaled: bool
     leaves = [x, torch.rand(C) + 0.5, torch.randn(C), fc1, torch.randn(M), fc2, torch.randn(C)]
     branch_scale = torch.tensor([1.25, 0.0, 1.25])[:B] if scaled else None
     leaves += [torch.randn(C)] if scaled else []
-    options = (*([] if scaled else [None]), branch_scale)
 
-    def exact(*leaves: Tensor) -> Tensor:
-        return block_reference.residual_mlp(*leaves, *options, 1e-5)
+    def parameters(*leaves: Tensor) -> MlpParameters:
+        return MlpParameters(*leaves, *([] if scaled else [None]))
 
-    out, *kept = block.mlp_forward(*leaves, *options, 1e-5)
-    grads = block.mlp_backward(grad, *leaves, *options, *kept, True)[: len(leaves)]
+    def exact(x: Tensor, *leaves: Tensor) -> Tensor:
+        return block_reference.residual_mlp(x, parameters(*leaves), branch_scale, 1e-5)
+
+    given = x, parameters(*leaves[1:]), branch_scale
+    out, *kept = block.residual_mlp_forward(*given, 1e-5)
+    grads = block.residual_mlp_backward(grad, *given, *kept, True)[: len(leaves)]
     assert_as_exact_as([out, *grads], gradients(exact, grad, *leaves), dtype)
 
 
 def check_norm(dtype: torch.dtype, T: int, C: int) -> None:
     x, grad, dy = (torch.randn(T, C).to(dtype) for _ in range(3))
     weight, bias, scale = torch.rand(C) + 0.5, torch.randn(C), torch.tensor([2.0])
-    y, *statistics = triton_rows.layer_norm(x, weight, bias, 1e-5)
-    found = triton_rows.layer_norm_backward(
+    y, *statistics = triton_norms.layer_norm(x, weight, bias, 1e-5)
+    found = triton_norms.layer_norm_backward(
         grad, y_again := dy.clone(), x, *statistics, weight, bias, scale, None, True
     )
 

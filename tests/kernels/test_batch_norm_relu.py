@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from numerics import assert_no_worse
+from op_samples import Inputs, batch_norm_inputs, channels_last, wave
 from simmim_kernels import batch_norm_relu, native
 
 NEEDS_NATIVE = pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
@@ -25,31 +26,10 @@ SHAPES = [
 ]
 SMALL = (3, 20, 4, 5)
 
-Inputs = dict[str, Tensor]
-
 
 @pytest.fixture(params=[False, True], ids=["alone", "residual"])
 def added(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def make(shape: tuple, dtype: torch.dtype, added: bool, offset: float = 1.0) -> Inputs:
-    inputs = {
-        "x": channels_last(torch.randn(shape) * 2 + offset),
-        "weight": torch.rand(shape[1]) + 0.5,
-        "bias": torch.randn(shape[1]),
-    }
-    if added:
-        inputs["residual"] = channels_last(torch.randn(shape))
-    return {name: t.to(dtype) for name, t in inputs.items()}
-
-
-def wave(out: Tensor) -> Tensor:
-    return torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin().to(out.dtype)
 
 
 def results(inputs: Inputs, **options: Any) -> Inputs:
@@ -84,7 +64,7 @@ def wide(inputs: Inputs) -> Inputs:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_reference_is_pytorch(shape: tuple, added: bool) -> None:
-    inputs = wide(make(shape, torch.float32, added))
+    inputs = wide(batch_norm_inputs(shape, torch.float32, added))
     expected, found = torch_results(inputs), results(inputs, backend="reference")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
@@ -95,7 +75,7 @@ def test_the_reference_is_pytorch(shape: tuple, added: bool) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_float64(shape: tuple, dtype: torch.dtype, added: bool) -> None:
-    inputs = make(shape, dtype, added)
+    inputs = batch_norm_inputs(shape, dtype, added)
     exact = results(wide(inputs), backend="reference")
     plain, found = torch_results(inputs), results(inputs, backend="native")
     for name, value in inputs.items():
@@ -108,7 +88,7 @@ def test_against_float64(shape: tuple, dtype: torch.dtype, added: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_mean_costs_no_digits(dtype: torch.dtype, added: bool) -> None:
     """The variance as a difference of two sums would lose thirteen bits here."""
-    inputs = make((3, 20, 9, 11), dtype, added, 200.0)
+    inputs = batch_norm_inputs((3, 20, 9, 11), dtype, added, 200.0)
     exact = results(wide(inputs), backend="reference")
     plain = results(inputs, backend="reference")
     assert_no_worse(results(inputs, backend="native"), plain, exact, dtype)
@@ -117,7 +97,7 @@ def test_a_large_mean_costs_no_digits(dtype: torch.dtype, added: bool) -> None:
 @NEEDS_NATIVE
 def test_one_value_far_away(added: bool) -> None:
     """The first rows of a section tell what to take away before squaring; these mislead."""
-    inputs = make((4, 16, 9, 11), torch.float32, added)
+    inputs = batch_norm_inputs((4, 16, 9, 11), torch.float32, added)
     inputs["x"][0, :, 0, 0] = 1e4
     exact = results(wide(inputs), backend="reference")
     found = results(inputs, backend="native")
@@ -134,7 +114,7 @@ def test_every_instruction_set(target: str, dtype: torch.dtype, added: bool) -> 
     if not native.extension.use_target(target):
         pytest.skip(f"no {target} here")
     try:
-        inputs = make((5, 38, 57, 61), dtype, added)
+        inputs = batch_norm_inputs((5, 38, 57, 61), dtype, added)
         exact = results(wide(inputs), backend="reference")
         plain = results(inputs, backend="reference")
         assert_no_worse(results(inputs, backend="native"), plain, exact, dtype)
@@ -145,7 +125,10 @@ def test_every_instruction_set(target: str, dtype: torch.dtype, added: bool) -> 
 @NEEDS_NATIVE
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_same_bits_with_any_number_of_threads(threads: int, added: bool) -> None:
-    inputs, before = make((5, 38, 17, 21), torch.bfloat16, added), torch.get_num_threads()
+    inputs, before = (
+        batch_norm_inputs((5, 38, 17, 21), torch.bfloat16, added),
+        torch.get_num_threads(),
+    )
     expected = results(inputs, backend="native")
     torch.set_num_threads(threads)
     try:
@@ -158,7 +141,7 @@ def test_the_same_bits_with_any_number_of_threads(threads: int, added: bool) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_eps(backend: str, added: bool) -> None:
-    inputs = make(SMALL, torch.float32, added)
+    inputs = batch_norm_inputs(SMALL, torch.float32, added)
     inputs["x"] *= 1e-2
     expected = results(wide(inputs), eps=1e-1, backend="reference")
     found = results(inputs, eps=1e-1, backend=backend)
@@ -169,7 +152,7 @@ def test_eps(backend: str, added: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_vectors_beside_16_bit_maps(dtype: torch.dtype, backend: str, added: bool) -> None:
-    inputs = make(SMALL, dtype, added)
+    inputs = batch_norm_inputs(SMALL, dtype, added)
     exact = results(wide(inputs), backend="reference")
     plain = results(inputs, backend="reference")
     mixed = {k: t.float() if t.dim() == 1 else t for k, t in inputs.items()}
@@ -193,7 +176,7 @@ def test_constant_channels(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_not_cut_away(backend: str, added: bool) -> None:
-    inputs = make(SMALL, torch.float32, added)
+    inputs = batch_norm_inputs(SMALL, torch.float32, added)
     inputs["x"][1, 4, 2, 3] = torch.nan
     out, mean, variance = batch_norm_relu(**inputs, backend=backend)
     for found in (out[:, 4], mean[4], variance[4]):
@@ -203,7 +186,7 @@ def test_nan_is_not_cut_away(backend: str, added: bool) -> None:
 
 @NEEDS_NATIVE
 def test_other_orders_go_to_the_reference(added: bool) -> None:
-    inputs = make(SMALL, torch.float32, added)
+    inputs = batch_norm_inputs(SMALL, torch.float32, added)
     expected = results(inputs)
     plain = {k: t.contiguous() for k, t in inputs.items()}
     for name, value in results(plain).items():
@@ -212,24 +195,10 @@ def test_other_orders_go_to_the_reference(added: bool) -> None:
         batch_norm_relu(**plain, backend="native")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_what_is_wanted_has_a_gradient(backend: str) -> None:
-    inputs = make(SMALL, torch.float32, True)
-    expected = results(inputs, backend="reference")
-    for wanted in ({"x"}, {"weight"}, {"residual"}, {"x", "bias"}):
-        leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in inputs.items()}
-        out, *_ = batch_norm_relu(**leaves, backend=backend)
-        out.backward(wave(out))
-        for name, leaf in leaves.items():
-            assert (leaf.grad is not None) == (name in wanted), name
-            if name in wanted:
-                torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-3, atol=1e-4)
-
-
 @NEEDS_NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_kept_for_the_backward(dtype: torch.dtype, added: bool) -> None:
-    leaves = {k: t.requires_grad_() for k, t in make(SMALL, dtype, added).items()}
+    leaves = {k: t.requires_grad_() for k, t in batch_norm_inputs(SMALL, dtype, added).items()}
     kept: dict[int, Tensor] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -244,21 +213,6 @@ def test_what_is_kept_for_the_backward(dtype: torch.dtype, added: bool) -> None:
     assert (out.data_ptr() in kept) == added
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpointing(backend: str) -> None:
-    """Its hooks hand out each kept tensor once."""
-    leaves = {k: t.requires_grad_() for k, t in make(SMALL, torch.float32, True).items()}
-    expected = results(leaves, backend=backend)
-
-    def run(x: Tensor) -> Tensor:
-        return batch_norm_relu(**leaves | {"x": x}, backend=backend)[0]
-
-    out = torch.utils.checkpoint.checkpoint(run, leaves["x"], use_reentrant=False)
-    out.backward(wave(out))
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(leaf.grad, expected[name])
-
-
 @NEEDS_NATIVE
 def test_gradients_are_added_up_in_place() -> None:
     """Those of a residual meet those of the branch that it bridges, without another map."""
@@ -270,63 +224,3 @@ def test_gradients_are_added_up_in_place() -> None:
     names = [event.key for event in seen.key_averages()]
     assert "aten::add_" in names
     assert "aten::add" not in names
-
-
-@NEEDS_NATIVE
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck(added: bool) -> None:
-    ops = torch.ops.simmim
-    maps = make((2, 5, 3, 2), torch.bfloat16, added)
-    tensors = maps["x"], maps["weight"].float(), maps["bias"].float(), maps.get("residual")
-    inputs = [None if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(ops.batch_norm_relu.default, (*inputs, 1e-5, "native"))
-    x, weight, bias, residual = (None if t is None else t.detach() for t in inputs)
-    out, *statistics = ops.batch_norm_relu(x, weight, bias, residual, 1e-5, "native")
-    torch.library.opcheck(
-        ops.batch_norm_relu_backward.default,
-        (
-            torch.ones_like(out),
-            x,
-            out if added else None,
-            weight,
-            bias,
-            *statistics,
-            1e-5,
-            "native",
-        ),
-    )
-
-
-@NEEDS_NATIVE
-def test_second_order_is_refused() -> None:
-    inputs = make(SMALL, torch.float32, False)
-    inputs["x"].requires_grad_()
-    out, *_ = batch_norm_relu(**inputs, backend="native")
-    (gradient,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="first order only"):
-        gradient.sum().backward()
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": zeros(20)}, r"x \(20,\)"),
-        ({"x": zeros(0, 20, 4, 5)}, r"with values: x \(0, 20, 4, 5\)"),
-        ({"x": zeros(3, 19, 4, 5)}, r"weight \[C\].*x \(3, 19, 4, 5\).*weight \(20,\)"),
-        ({"weight": zeros(20, 1)}, r"weight \(20, 1\)"),
-        ({"bias": zeros(1)}, r"bias \(1,\)"),
-        ({"x": zeros(3, 20, 4, 5).long()}, "floating point"),
-        ({"residual": zeros(3, 20, 5, 4)}, r"a residual like x.*residual \(3, 20, 5, 4\)"),
-        ({"residual": zeros(3, 20, 4, 5).bfloat16()}, "a residual like x"),
-        ({"bias": zeros(20).bfloat16()}, "of x's dtype or float32"),
-        ({"weight": torch.zeros(20, device="meta")}, "of one device"),
-        ({"backend": "triton"}, "it has native, reference"),
-    ],
-)
-def test_wrong_arguments(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        batch_norm_relu(**make(SMALL, torch.float32, True) | change)

@@ -1,12 +1,11 @@
 """embed_patches: every backend against the reference in float64, forward and gradients."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from numerics import assert_no_worse, relative_error
+from op_samples import Inputs, embed_inputs, wave
 from simmim_kernels import embed_patches, native
 from simmim_kernels.embed_patches import reference
 
@@ -17,26 +16,6 @@ SHAPES = [(2, (4, 6), 4, 48), (1, (1, 1), 2, 5), (3, (7, 5), 3, 100)]
 # what the embedding has beside a projection and a mask
 PARTS = ["plain", "norm", "norm and position"]
 
-Inputs = dict[str, Tensor]
-
-
-def make(shape: tuple, parts: str, *, pixels: str = "float", hidden: float = 0.6) -> Inputs:
-    B, (h, w), p, D = shape
-    found = {
-        "image": torch.randn(B, 3, h * p, w * p),
-        "mask": torch.rand(B, h, w) < hidden,
-        "weight": torch.randn(D, 3, p, p) / p,
-        "bias": torch.randn(D) + 3,
-        "mask_token": torch.randn(D),
-    }
-    if pixels == "bytes":
-        found["image"] = torch.randint(0, 256, found["image"].shape, dtype=torch.uint8)
-    if "norm" in parts:
-        found |= {"norm_weight": torch.rand(D) + 0.5, "norm_bias": torch.randn(D)}
-    if "position" in parts:
-        found["pos_embed"] = torch.randn(h * w, D)
-    return found
-
 
 def gradients(inputs: Inputs, backend: str, **options: object) -> Inputs:
     leaves = {
@@ -45,7 +24,7 @@ def gradients(inputs: Inputs, backend: str, **options: object) -> Inputs:
     }
     statistics = {"mean": MEAN, "std": STD} if inputs["image"].dtype == torch.uint8 else {}
     out = embed_patches(**{"mask": None} | leaves, **statistics, backend=backend, **options)
-    out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin().to(out.dtype))
+    out.backward(wave(out))
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"out": out.detach()} | grads
 
@@ -59,7 +38,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_float64(shape: tuple, parts: str, dtype: torch.dtype, backend: str) -> None:
-    inputs = make(shape, parts)
+    inputs = embed_inputs(shape, parts)
     inputs["mask"].view(-1)[0] = False  # the mean of nothing would be a gradient of 0 / 0
     exact = gradients(cast(inputs, torch.float64), "reference")
     plain = gradients(cast(inputs, dtype), "reference")
@@ -69,7 +48,7 @@ def test_against_float64(shape: tuple, parts: str, dtype: torch.dtype, backend: 
 
 
 def test_bytes_are_normalised_on_the_way(backend: str) -> None:
-    inputs = make(SHAPES[0], "norm", pixels="bytes")
+    inputs = embed_inputs(SHAPES[0], "norm", pixels="bytes")
     normal = reference.normalise_pixels(inputs["image"].double(), MEAN.double(), STD.double())
     exact = gradients(cast(inputs | {"image": normal}, torch.float64), "reference")
     found = gradients(inputs, backend)
@@ -79,7 +58,7 @@ def test_bytes_are_normalised_on_the_way(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["channels last", "crop"])
 def test_images_of_any_strides(layout: str, backend: str) -> None:
-    inputs = make(SHAPES[0], "norm", pixels="bytes")
+    inputs = embed_inputs(SHAPES[0], "norm", pixels="bytes")
     expected = gradients(inputs, "reference")
     image = inputs["image"]
     if layout == "channels last":
@@ -95,7 +74,7 @@ def test_images_of_any_strides(layout: str, backend: str) -> None:
 @pytest.mark.parametrize("hidden", [0.0, 1.0], ids=["nothing", "everything"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_all_or_nothing_hidden(hidden: float, parts: str, backend: str) -> None:
-    inputs = make(SHAPES[0], parts, hidden=hidden)
+    inputs = embed_inputs(SHAPES[0], parts, hidden=hidden)
     found, expected = gradients(inputs, backend), gradients(inputs, "reference")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
@@ -111,7 +90,7 @@ def test_all_or_nothing_hidden(hidden: float, parts: str, backend: str) -> None:
 def test_what_hidden_pixels_hold_does_not_matter(backend: str) -> None:
     if backend != "native":
         pytest.skip("a convolution of all patches multiplies hidden pixels by gradients of 0")
-    inputs = make(SHAPES[0], "norm")
+    inputs = embed_inputs(SHAPES[0], "norm")
     expected = gradients(inputs, backend)
     pixels = inputs["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
     inputs["image"] = inputs["image"].masked_fill(pixels, float("nan"))
@@ -122,7 +101,7 @@ def test_what_hidden_pixels_hold_does_not_matter(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_autocast(dtype: torch.dtype, backend: str) -> None:
-    inputs = make(SHAPES[0], "norm", pixels="bytes")
+    inputs = embed_inputs(SHAPES[0], "norm", pixels="bytes")
     exact = gradients(cast(inputs, torch.float64), "reference")
     with torch.autocast("cpu", dtype):
         plain, found = gradients(inputs, "reference"), gradients(inputs, backend)
@@ -135,7 +114,7 @@ def test_kept_for_the_backward() -> None:
     """The projection of the visible patches and two numbers each; no pixels, no tokens."""
     if native.extension is None:
         pytest.skip(str(native.missing_reason))
-    inputs = make(SHAPES[0], "norm", pixels="bytes")
+    inputs = embed_inputs(SHAPES[0], "norm", pixels="bytes")
     visible, D = int((~inputs["mask"]).sum()), len(inputs["bias"])
     kept: dict[int, Tensor] = {}
 
@@ -155,62 +134,8 @@ def test_kept_for_the_backward() -> None:
 
 
 def test_empty_batch(backend: str) -> None:
-    inputs = make(SHAPES[0], "norm")
+    inputs = embed_inputs(SHAPES[0], "norm")
     inputs["image"], inputs["mask"] = inputs["image"][:0], inputs["mask"][:0]
     found = gradients(inputs, backend)
     assert found["out"].shape == (0, 24, 48)
     assert all((grad == 0).all() for name, grad in found.items() if name != "out")
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("parts", PARTS)
-def test_opcheck(parts: str) -> None:
-    if native.extension is None:
-        pytest.skip(str(native.missing_reason))
-    inputs = make(SHAPES[0], parts, pixels="bytes")
-    visible = int((~inputs["mask"]).sum())
-    names = ["weight", "bias", "norm_weight", "norm_bias", "mask_token", "pos_embed"]
-    weight, *vectors = (
-        None if (t := inputs.get(name)) is None else t.requires_grad_() for name in names
-    )
-    weight = weight.detach().to(native.product_dtype(torch.float32)).requires_grad_()
-    image, mask = inputs["image"], inputs["mask"]
-    arguments = (image, mask, weight, *vectors, MEAN, STD, 1e-5, torch.float32, visible)
-    torch.library.opcheck(torch.ops.simmim.embed_patches, arguments)
-    with torch.no_grad():
-        out, *kept = torch.ops.simmim.embed_patches(*arguments)
-    torch.library.opcheck(
-        torch.ops.simmim.embed_patches_backward,
-        (
-            torch.randn_like(out),
-            *(image, mask, weight.detach(), vectors[0].detach()),
-            *(None if v is None else v.detach() for v in (vectors[1], MEAN, STD)),
-            *kept,
-            1e-5,
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda i: i | {"weight": i["weight"][:, :2]}, r"weight \[D, C, p, p\]"),
-        (lambda i: i | {"weight": i["weight"][..., :3]}, "square"),
-        (lambda i: i | {"image": i["image"][..., :-1]}, "fill the image"),
-        (lambda i: i | {"bias": i["bias"][1:]}, r"must be \[D\]"),
-        (lambda i: i | {"norm_bias": i["bias"]}, "come together"),
-        (lambda i: i | {"pos_embed": i["bias"]}, r"pos_embed \[L, D\]"),
-        (lambda i: i | {"mask": i["mask"].flatten(1)}, r"mask \[B, h, w\]"),
-        (lambda i: i | {"mask": i["mask"].int()}, "bool mask"),
-        (lambda i: i | {"mask_token": None}, "needs a mask_token"),
-        (lambda i: i | {"image": i["image"].to(torch.uint8)}, "uint8 with mean and std"),
-        (lambda i: i | {"mean": MEAN, "std": STD}, "go with a uint8 image"),
-        (
-            lambda i: i | {"image": i["image"].to(torch.uint8), "mean": MEAN[:2], "std": STD},
-            "one value per channel",
-        ),
-    ],
-)
-def test_wrong_input(change: Callable[[Inputs], dict], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        embed_patches(**change(make(SHAPES[0], "plain")))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from op_samples import head_inputs
 from simmim_kernels import linear_masked_l1_loss, masked_l1_loss_from_tokens, native
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
 
@@ -35,26 +36,11 @@ def loss_and_gradients(function: Callable[..., Tensor], *leaves: Tensor | None) 
     return [loss.detach(), *(t.grad for t in leaves if t is not None)]
 
 
-def make(shape: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    B, (h, w), C, stride, grid, D = shape
-    outputs = C * stride**2
-    mask = torch.rand(B, *grid) < 0.6
-    mask[0, 0, 0] = True
-    return (
-        torch.randn(B, h, w, D).to(dtype),
-        (torch.randn(outputs, D) / D**0.5).to(dtype),
-        torch.randn(outputs).to(dtype),
-        torch.randn(B, C, h * stride, w * stride),
-        mask,
-        stride,
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_float64(shape: tuple, dtype: torch.dtype, backend: str) -> None:
-    features, weight, bias, image, mask, stride = make(shape, dtype)
+    features, weight, bias, image, mask, stride = head_inputs(shape, dtype).values()
 
     def ours(*leaves: Tensor) -> Tensor:
         return linear_masked_l1_loss(*leaves, image, mask, stride, backend=backend)
@@ -76,7 +62,9 @@ def test_against_float64(shape: tuple, dtype: torch.dtype, backend: str) -> None
 
 
 def test_bytes_without_bias_and_with_a_convolutions_weight(backend: str) -> None:
-    features, weight, _, _, mask, stride = make((2, (2, 2), 3, 16, (2, 2), 12), torch.float32)
+    features, weight, _, _, mask, stride = head_inputs(
+        (2, (2, 2), 3, 16, (2, 2), 12), torch.float32
+    ).values()
     image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     expected = loss_and_gradients(
@@ -99,7 +87,7 @@ def test_bytes_without_bias_and_with_a_convolutions_weight(backend: str) -> None
 def test_autocast_leaves_the_native_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs are cast, but the products run in the dtype that the processor is fast in."""
 
-    features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
+    features, weight, bias, image, mask, stride = head_inputs(SHAPES[0], torch.float32).values()
     seen, product = [], torch.addmm
 
     def addmm(*arguments: Tensor) -> Tensor:
@@ -113,7 +101,7 @@ def test_autocast_leaves_the_native_products_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_normalised_target(backend: str) -> None:
-    features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
+    features, weight, bias, image, mask, stride = head_inputs(SHAPES[0], torch.float32).values()
     options = {"norm_target": 5, "backend": backend}
     prediction = torch.nn.functional.linear(features, weight, bias)
     expected = masked_l1_loss_from_tokens(
@@ -124,7 +112,9 @@ def test_normalised_target(backend: str) -> None:
 
 
 def test_cells_that_are_not_projected_may_hold_anything(backend: str) -> None:
-    features, weight, bias, image, _, stride = make((2, (2, 3), 3, 16, (2, 3), 8), torch.float32)
+    features, weight, bias, image, _, stride = head_inputs(
+        (2, (2, 3), 3, 16, (2, 3), 8), torch.float32
+    ).values()
     mask = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [0, 0, 1]]]).bool()
     features[~mask] = float("nan")
     image[~mask.repeat_interleave(16, 1).repeat_interleave(16, 2).unsqueeze(1).expand_as(image)] = (
@@ -145,27 +135,9 @@ def test_cells_that_are_not_projected_may_hold_anything(backend: str) -> None:
     assert (found[1][mask] != 0).any(-1).all()
 
 
-def test_frozen_parts_get_no_gradient(backend: str) -> None:
-    features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
-    expected = loss_and_gradients(
-        lambda *leaves: two_steps(*leaves, image, mask, stride), features, weight, bias
-    )
-    for wanted in ((0,), (1,), (2,), (0, 2)):
-        leaves = [
-            t.clone().requires_grad_(i in wanted) for i, t in enumerate((features, weight, bias))
-        ]
-        loss = linear_masked_l1_loss(*leaves, image, mask, stride, backend=backend)
-        (loss * 3).backward()
-        for i, leaf in enumerate(leaves):
-            if i in wanted:
-                torch.testing.assert_close(leaf.grad, expected[i + 1], rtol=1e-4, atol=1e-6)
-            else:
-                assert leaf.grad is None
-
-
 @pytest.mark.parametrize("case", ["nothing hidden", "no images"])
 def test_degenerate(case: str, backend: str) -> None:
-    features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
+    features, weight, bias, image, mask, stride = head_inputs(SHAPES[0], torch.float32).values()
     if case == "nothing hidden":
         mask = torch.zeros_like(mask)
     else:
@@ -182,7 +154,7 @@ def test_degenerate(case: str, backend: str) -> None:
 
 def test_strided_features_and_image(backend: str) -> None:
     """An encoder's [B, D, h, w] in either memory format, and a channels-last image."""
-    features, weight, bias, image, mask, stride = make(SHAPES[0], torch.float32)
+    features, weight, bias, image, mask, stride = head_inputs(SHAPES[0], torch.float32).values()
     expected = two_steps(features, weight, bias, image, mask, stride)
     contiguous = features.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     last = image.to(memory_format=torch.channels_last)
@@ -192,30 +164,13 @@ def test_strided_features_and_image(backend: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no registered op")
-    features, weight, bias, image, mask, stride = make((2, (1, 2), 3, 8, (1, 2), 6), torch.float32)
-    for t in (features, weight, bias):
-        t.requires_grad_()
-    for offset in (bias, None):
-        arguments = (features, weight, offset, image, mask, None, None, stride, 0, True, backend)
-        torch.library.opcheck(torch.ops.simmim.linear_masked_l1_loss.default, arguments)
-    _, step, signs = torch.ops.simmim.linear_masked_l1_loss(*arguments)
-    features, weight = features.detach(), weight.detach()
-    for of_features, of_weight in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(
-            torch.ops.simmim.linear_masked_l1_loss_backward.default,
-            (step, signs, features, weight, mask, stride, of_features, of_weight, backend),
-        )
-
-
 @pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
 def test_native_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from simmim_kernels.linear_masked_l1_loss import native_kernel
 
-    features, weight, bias, image, mask, stride = make((9, (2, 3), 3, 8, (8, 3), 6), torch.float32)
+    features, weight, bias, image, mask, stride = head_inputs(
+        (9, (2, 3), 3, 8, (8, 3), 6), torch.float32
+    ).values()
     mask[4] = False  # an image without a hidden pixel
 
     def found() -> list[Tensor]:
@@ -241,28 +196,3 @@ def test_hidden_cells(stride: int, cell: int) -> None:
     expected = pixels.unflatten(1, (24 // stride, stride)).unflatten(3, (12 // stride, stride))
     found = hidden_cells(mask, (24 // stride, 12 // stride), stride)
     assert torch.equal(found, expected.any(4).any(2))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"features": torch.zeros(1, 5, 4)}, r"features \(1, 5, 4\)"),
-        ({"weight": torch.zeros(48, 6)}, r"weight \(48, 6\)"),
-        ({"bias": torch.zeros(47)}, r"bias \(47,\)"),
-        ({"stride": 3}, "image must be .*stride 3"),
-        ({"weight": torch.zeros(48, 5, dtype=torch.bfloat16)}, "of their dtype or float32"),
-        ({"mask": torch.zeros(1, 3, 2, dtype=torch.bool)}, "divide the image"),
-        ({"backend": "fast"}, "it has triton, native, reference"),
-    ],
-)
-def test_wrong_arguments(change: dict, message: str) -> None:
-    arguments = {
-        "features": torch.zeros(1, 2, 2, 5),
-        "weight": torch.zeros(48, 5),
-        "bias": torch.zeros(48),
-        "image": torch.zeros(1, 3, 8, 8),
-        "mask": torch.zeros(1, 2, 2, dtype=torch.bool),
-        "stride": 4,
-    } | change
-    with pytest.raises(ValueError, match=message):
-        linear_masked_l1_loss(**arguments)

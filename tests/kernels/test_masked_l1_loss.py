@@ -266,25 +266,6 @@ def test_no_gradient_wanted_keeps_no_signs(backend: str) -> None:
     torch.testing.assert_close(loss, (prediction - image).abs().mean().detach())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no registered op")
-    image, mask = torch.randint(0, 256, (2, 3, 8, 16), dtype=torch.uint8), torch.rand(2, 2, 4) < 0.6
-    constants = (torch.tensor(MEAN), torch.tensor(STD))
-    as_image = torch.randn(2, 3, 8, 16, requires_grad=True)
-    as_tokens = torch.randn(2, 1, 2, 192, requires_grad=True)
-    for prediction, stride in ((as_image, 0), (as_tokens, 8)):
-        arguments = (prediction, image, mask, *constants, stride, 0, True, backend)
-        torch.library.opcheck(torch.ops.simmim.masked_l1_loss.default, arguments)
-    signs = torch.randint(0, 2**16, (2, 1, 2, 24, 1), dtype=torch.int32)
-    arguments = (torch.tensor(0.5), signs, (2, 1, 2, 192), torch.bfloat16, backend)
-    torch.library.opcheck(
-        torch.ops.simmim.masked_l1_loss_backward.default,
-        arguments,
-    )
-
-
 @pytest.mark.skipif(native.extension is None, reason=str(native.missing_reason))
 def test_loss_ignores_the_thread_count() -> None:
     prediction, image = torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64)
@@ -311,51 +292,3 @@ def test_normalised_target_is_the_published_one() -> None:
             assert_close_to(actual[index], expected[index], tolerance, f"{name} image {index}")
         checked += 1
     assert checked > 0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"image": torch.zeros(1, 3, 8, 4)}, r"image \(1, 3, 8, 4\)"),
-        ({"mask": torch.zeros(1, 2, 1, dtype=torch.bool)}, r"mask \(1, 2, 1\)"),
-        ({"patch_size": 3}, "patch_size must divide"),
-        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, "uint8 with mean and std"),
-        ({"norm_target": 4}, "must be odd"),
-        ({"backend": "fast"}, "it has triton, native, reference"),
-        ({"mean": MEAN, "std": STD}, "go with a uint8 image"),
-        ({"image": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "uint8 with mean and std"),
-        ({"prediction": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "must be floating point"),
-        ({"mask": torch.zeros(1, 2, 2)}, "mask must be bool"),
-        ({"mask": torch.zeros(1, 2, 2, dtype=torch.bool, device="meta")}, "one device"),
-    ],
-)
-def test_wrong_arguments(change: dict, message: str) -> None:
-    arguments = {
-        "prediction": torch.zeros(1, 3, 8, 8),
-        "image": torch.zeros(1, 3, 8, 8),
-        "mask": torch.zeros(1, 2, 2, dtype=torch.bool),
-        "patch_size": 4,
-    } | change
-    with pytest.raises(ValueError, match=message):
-        masked_l1_loss(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"stride": 3}, r"image must be .*stride 3"),
-        ({"prediction": torch.zeros(1, 2, 2, 47)}, r"prediction \(1, 2, 2, 47\)"),
-        ({"mask": torch.zeros(1, 3, 2, dtype=torch.bool)}, "divide the image"),
-        ({"mask": torch.zeros(2, 2, 2, dtype=torch.bool)}, r"mask \(2, 2, 2\)"),
-        ({"mean": MEAN[:2], "std": STD[:2], "image": torch.zeros(1, 3, 8, 8).byte()}, "one value"),
-    ],
-)
-def test_wrong_token_arguments(change: dict, message: str) -> None:
-    arguments = {
-        "prediction": torch.zeros(1, 2, 2, 48),
-        "image": torch.zeros(1, 3, 8, 8),
-        "mask": torch.zeros(1, 2, 2, dtype=torch.bool),
-        "stride": 4,
-    } | change
-    with pytest.raises(ValueError, match=message):
-        masked_l1_loss_from_tokens(**arguments)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from numerics import assert_no_worse
+from op_samples import Inputs, merge_inputs, wave
 from simmim_kernels import merge_patches
-from simmim_kernels.dtypes import product_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, H, W, C, M
@@ -21,26 +21,13 @@ SHAPES = [
 ]
 SMALL = (2, 4, 6, 24, 40)
 
-Inputs = dict[str, Tensor]
-
-
-def make(shape: tuple, dtype: torch.dtype, offset: float = 1.0) -> Inputs:
-    B, H, W, C, M = shape
-    inputs = {
-        "x": torch.randn(B, H, W, C) * 2 + offset,
-        "norm_weight": torch.rand(4 * C) + 0.5,
-        "norm_bias": torch.randn(4 * C),
-        "weight": torch.randn(M, 4 * C) / C**0.5,
-    }
-    return {name: t.to(dtype) for name, t in inputs.items()}
-
 
 def gradients(inputs: Inputs, autocast: torch.dtype | None = None, **options: Any) -> Inputs:
     """The output and the gradient of every input."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = merge_patches(**leaves, **options)
-    out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin().to(out.dtype))
+    out.backward(wave(out))
     return {"out": out.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 
 
@@ -56,12 +43,12 @@ def assert_as_exact_as_torch(inputs: Inputs, backend: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_against_float64(shape: tuple, dtype: torch.dtype, backend: str) -> None:
-    assert_as_exact_as_torch(make(shape, dtype), backend)
+    assert_as_exact_as_torch(merge_inputs(shape, dtype), backend)
 
 
 def test_the_published_order_of_neighbours(backend: str) -> None:
     """As the source slices: even and odd rows of the even columns, then of the odd ones."""
-    inputs = make(SMALL, torch.float32)
+    inputs = merge_inputs(SMALL, torch.float32)
     x = inputs["x"]
     merged = torch.cat(
         [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], dim=-1
@@ -76,21 +63,21 @@ def test_the_published_order_of_neighbours(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_mean_costs_no_digits(dtype: torch.dtype, backend: str) -> None:
     """The variance as a difference of two sums would lose ten bits here."""
-    assert_as_exact_as_torch(make(SMALL, dtype, 100.0), backend)
+    assert_as_exact_as_torch(merge_inputs(SMALL, dtype, 100.0), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_over_many_rows(dtype: torch.dtype, backend: str) -> None:
     """More rows than one program or section takes."""
-    assert_as_exact_as_torch(make((3, 10, 14, 12, 20), dtype), backend)
+    assert_as_exact_as_torch(merge_inputs((3, 10, 14, 12, 20), dtype), backend)
 
 
 def test_rows_that_several_warps_share(backend: str) -> None:
-    assert_as_exact_as_torch(make((1, 2, 4, 330, 20), torch.bfloat16), backend)
+    assert_as_exact_as_torch(merge_inputs((1, 2, 4, 330, 20), torch.bfloat16), backend)
 
 
 def test_eps(backend: str) -> None:
-    inputs = make(SMALL, torch.float32)
+    inputs = merge_inputs(SMALL, torch.float32)
     inputs["x"] *= 1e-3
     expected = gradients(inputs, eps=1e-2, backend="reference")
     found = gradients(inputs, eps=1e-2, backend=backend)
@@ -100,7 +87,7 @@ def test_eps(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_vectors_beside_16_bit_matrices(dtype: torch.dtype, backend: str) -> None:
-    inputs = make(SMALL, dtype)
+    inputs = merge_inputs(SMALL, dtype)
     exact = gradients({k: t.double() for k, t in inputs.items()}, backend="reference")
     plain = gradients(inputs, backend="reference")
     mixed = {k: t.float() if t.dim() == 1 else t for k, t in inputs.items()}
@@ -114,7 +101,7 @@ def test_float32_vectors_beside_16_bit_matrices(dtype: torch.dtype, backend: str
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(dtype: torch.dtype, x_dtype: torch.dtype, backend: str) -> None:
     """Parameters stay float32; the result is as exact as the reference's under autocast."""
-    inputs = make(SMALL, torch.float32)
+    inputs = merge_inputs(SMALL, torch.float32)
     inputs["x"] = inputs["x"].to(x_dtype)
     exact = gradients({k: t.double() for k, t in inputs.items()}, backend="reference")
     plain = gradients(inputs, dtype, backend="reference")
@@ -126,7 +113,7 @@ def test_autocast(dtype: torch.dtype, x_dtype: torch.dtype, backend: str) -> Non
 
 
 def test_strided_tensors(backend: str) -> None:
-    inputs = make(SMALL, torch.float32)
+    inputs = merge_inputs(SMALL, torch.float32)
     strided = {k: t.mT.contiguous().mT if t.dim() > 1 else t for k, t in inputs.items()}
     strided["norm_bias"] = torch.stack([inputs["norm_bias"]] * 2, 1)[:, 0]
     strided["x"] = inputs["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -139,7 +126,7 @@ def test_strided_tensors(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4, 6), (2, 0, 4), (2, 4, 0)], ids=str)
 def test_nothing_to_merge(shape: tuple, backend: str) -> None:
-    inputs = make(SMALL, torch.float32)
+    inputs = merge_inputs(SMALL, torch.float32)
     inputs["x"] = torch.zeros(*shape, 24)
     found = gradients(inputs, backend=backend)
     assert found.pop("out").shape == (shape[0], shape[1] // 2, shape[2] // 2, 40)
@@ -148,22 +135,9 @@ def test_nothing_to_merge(shape: tuple, backend: str) -> None:
         assert (grad == 0).all(), name
 
 
-def test_only_what_is_wanted_has_a_gradient(backend: str) -> None:
-    inputs = make(SMALL, torch.float32)
-    expected = gradients(inputs, backend="reference")
-    for wanted in ({"x"}, {"weight"}, {"x", "norm_bias"}):
-        leaves = {k: t.clone().requires_grad_(k in wanted) for k, t in inputs.items()}
-        out = merge_patches(**leaves, backend=backend)
-        out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin())
-        for name, leaf in leaves.items():
-            assert (leaf.grad is not None) == (name in wanted), name
-            if name in wanted:
-                torch.testing.assert_close(leaf.grad, expected[name], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_same_bits_with_any_number_of_threads(threads: int) -> None:
-    inputs = make((3, 10, 14, 12, 20), torch.float32)
+    inputs = merge_inputs((3, 10, 14, 12, 20), torch.float32)
     before = torch.get_num_threads()
     expected = gradients(inputs)
     torch.set_num_threads(threads)
@@ -179,7 +153,7 @@ def test_the_same_bits_with_any_number_of_threads(threads: int) -> None:
 def test_what_is_kept_for_the_backward(dtype: torch.dtype, backend: str) -> None:
     if backend == "reference":
         pytest.skip("the reference keeps what autograd keeps")
-    leaves = {k: t.requires_grad_() for k, t in make(SMALL, dtype).items()}
+    leaves = {k: t.requires_grad_() for k, t in merge_inputs(SMALL, dtype).items()}
     # parameters in the form in which the op gets them
     parameters = {tuple(t.shape) for k, t in leaves.items() if k != "x"}
     kept: dict[int, Tensor] = {}
@@ -194,73 +168,3 @@ def test_what_is_kept_for_the_backward(dtype: torch.dtype, backend: str) -> None
     B, H, W, C, _ = SMALL
     expected = B * H * W * C * dtype.itemsize + B * H * W // 4 * 2 * 4
     assert sum(t.numel() * t.element_size() for t in kept.values()) == expected
-
-
-def test_checkpointing(backend: str) -> None:
-    """Its hooks hand out each kept tensor once."""
-    leaves = {k: t.requires_grad_() for k, t in make(SMALL, torch.float32).items()}
-    expected = gradients(leaves, backend=backend)
-
-    def run(x: Tensor) -> Tensor:
-        return merge_patches(**leaves | {"x": x}, backend=backend)
-
-    out = torch.utils.checkpoint.checkpoint(run, leaves["x"], use_reentrant=False)
-    out.backward(torch.linspace(-1, 1.5, out.numel()).view(out.shape).sin())
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(leaf.grad, expected[name])
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no registered op")
-    ops = torch.ops.simmim
-    tensors = make((1, 4, 2, 3, 5), torch.float32)
-    tensors["x"] = tensors["x"].bfloat16()
-    tensors["weight"] = tensors["weight"].to(product_dtype(backend, torch.bfloat16))
-    inputs = [t.requires_grad_() for t in tensors.values()]
-    torch.library.opcheck(ops.merge_patches.default, (*inputs, 1e-5, backend))
-    inputs = [t.detach() for t in inputs]
-    out, *kept = ops.merge_patches(*inputs, 1e-5, backend)
-    for of_parameters in (True, False):
-        torch.library.opcheck(
-            ops.merge_patches_backward.default,
-            (torch.ones_like(out), *inputs, *kept, of_parameters, backend),
-        )
-
-
-def test_second_order_is_refused(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference has gradients of any order")
-    inputs = make(SMALL, torch.float32)
-    inputs["x"].requires_grad_()
-    out = merge_patches(**inputs, backend=backend)
-    (gradient,) = torch.autograd.grad(out.square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="first order only"):
-        gradient.sum().backward()
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": zeros(4, 6, 24)}, r"x \(4, 6, 24\)"),
-        ({"x": zeros(2, 3, 6, 24)}, r"H and W even: x \(2, 3, 6, 24\)"),
-        ({"x": zeros(2, 4, 5, 24)}, r"H and W even: x \(2, 4, 5, 24\)"),
-        ({"x": zeros(2, 4, 6, 23)}, r"weight \[M, 4C\]: x \(2, 4, 6, 23\).*weight \(40, 96\)"),
-        ({"weight": zeros(96, 40)}, r"weight \(96, 40\)"),
-        ({"weight": zeros(96)}, r"weight \(96,\)"),
-        ({"norm_weight": zeros(24)}, r"norm_weight \(24,\)"),
-        ({"norm_bias": zeros(1)}, r"norm_bias \(1,\)"),
-        ({"x": zeros(2, 4, 6, 24).long()}, "floating point"),
-        ({"norm_bias": zeros(96).bfloat16()}, "of their dtype or float32"),
-        ({"weight": torch.zeros(40, 96, device="meta")}, "on the activations' device"),
-        ({"backend": "fast"}, "it has triton, native, reference"),
-    ],
-)
-def test_wrong_arguments(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        merge_patches(**make(SMALL, torch.float32) | change)

@@ -113,13 +113,6 @@ def test_every_backend_makes_the_same_mask(grid: tuple[int, int], backend: str) 
         assert torch.equal(random_patch_mask(3, grid, **arguments, backend=backend), expected)
 
 
-def test_opcheck(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no registered op")
-    arguments = (torch.arange(3), torch.tensor(1), 5, 4, 3, 2, 7, backend)
-    torch.library.opcheck(torch.ops.simmim.random_patch_mask.default, arguments)
-
-
 def test_too_many_units_for_one_triton_program() -> None:
     assert random_patch_mask(1, (96, 96), seed=0).sum() == 5530
     with pytest.raises(ValueError, match="'triton' is unknown here"):
@@ -128,17 +121,3 @@ def test_too_many_units_for_one_triton_program() -> None:
 
 def test_empty_batch(backend: str) -> None:
     assert random_patch_mask(0, (6, 6), seed=0, backend=backend).shape == (0, 6, 6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"grid": (6, 6), "unit": 4}, "unit=4 does not divide the token grid 6×6"),
-        ({"grid": (6, 6), "ratio": 1.1}, "ratio=1.1 is outside"),
-        ({"grid": (6, 6), "ids": [1, 2, 3]}, r"ids \(3,\)"),
-        ({"grid": (6, 6), "epoch": torch.zeros(3, dtype=torch.int64)}, "must be"),
-    ],
-)
-def test_wrong_arguments(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        random_patch_mask(2, seed=0, **arguments)

@@ -97,26 +97,6 @@ def test_mask_token_in_another_dtype() -> None:
     assert parameter.grad.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
-def test_opcheck(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference is no registered op")
-    for position in (False, True):
-        tokens, mask, token, pos_embed, _ = make((2, 9, 5), torch.float32)
-        arguments = (
-            tokens.requires_grad_(),
-            mask,
-            token.requires_grad_(),
-            pos_embed.requires_grad_() if position else None,
-            backend,
-        )
-        torch.library.opcheck(torch.ops.simmim.substitute_mask_tokens.default, arguments)
-    torch.library.opcheck(
-        torch.ops.simmim.substitute_mask_tokens_backward.default,
-        (torch.randn(2, 9, 5), mask, backend),
-    )
-
-
 @NEEDS_EXTENSION
 def test_mask_token_gradient_ignores_the_thread_count() -> None:
     tokens, mask, token, _, grad = make((8, 300, 33), torch.float32)
@@ -130,24 +110,3 @@ def test_mask_token_gradient_ignores_the_thread_count() -> None:
     torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mask": torch.zeros(2, 8, dtype=torch.bool)}, r"mask \(2, 8\)"),
-        ({"mask": torch.zeros(2, 9, dtype=torch.int64)}, "bool mask"),
-        ({"mask_token": torch.zeros(4)}, r"mask_token \(4,\)"),
-        ({"tokens": torch.zeros(2, 9)}, r"tokens \(2, 9\)"),
-        ({"pos_embed": torch.zeros(8, 5)}, r"pos_embed \(8, 5\)"),
-        ({"mask": torch.zeros(2, 9, dtype=torch.bool, device="meta")}, "one device"),
-    ],
-)
-def test_wrong_arguments(change: dict, message: str) -> None:
-    arguments = {
-        "tokens": torch.zeros(2, 9, 5),
-        "mask": torch.zeros(2, 9, dtype=torch.bool),
-        "mask_token": torch.zeros(5),
-    } | change
-    with pytest.raises(ValueError, match=message):
-        substitute_mask_tokens(**arguments)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simmim.backbone.layers import MlpLayers
 from simmim.backbone.swin import NORM_EPS, Swin, SwinBlock, SwinSpec, SwinStage
-from simmim_kernels.post_norm_block import post_norm_attention, post_norm_mlp
+from simmim_kernels import post_norm_attention, post_norm_mlp
 
 # Hidden width of the network of position biases, and the largest bias it gives.
 POSITION_HIDDEN, LARGEST_BIAS = 512, 16.0

@@ -13,9 +13,8 @@ from simmim_kernels.crop_resize import BACKENDS as CROP_BACKENDS
 from simmim_kernels.dispatch import BACKENDS, ENVIRONMENT_VARIABLE, choose
 from simmim_kernels.embed_patches import BACKENDS as EMBED_BACKENDS
 from simmim_kernels.gradient_norm import BACKENDS as NORM_BACKENDS
-from simmim_kernels.post_norm_block import ATTENTION_BACKENDS as COSINE_BACKENDS
 from simmim_kernels.window_attention import BACKENDS as ATTENTION_BACKENDS
-from simmim_kernels.window_attention import xformers_kernel
+from simmim_kernels.window_attention import COSINE_BACKENDS, xformers_kernel
 
 # An op's backends reject an input for its device and dtype alone.
 OPS = {

@@ -3,20 +3,14 @@
 B batch, C channels, N values of a channel in the batch.
 """
 
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from simmim_kernels.batch_norm_relu import native_kernel, reference
-from simmim_kernels.dispatch import (
-    Backend,
-    choose,
-    describe,
-    implementation,
-    never,
-    no_second_order,
-)
+from simmim_kernels.dispatch import Backend, choose, describe, never
+from simmim_kernels.op import Op
 
 __all__ = ["BACKENDS", "batch_norm_relu"]
 
@@ -81,82 +75,53 @@ def batch_norm_relu(
     chosen = choose("batch_norm_relu", BACKENDS, (x, residual, weight, bias), backend)
     if chosen == "reference":
         return reference.batch_norm_relu(x, weight, bias, residual, eps)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.simmim.batch_norm_relu(
-        x, weight.float(), bias.float(), residual, eps, chosen
-    )
-    return found
+    return _normalise(chosen, x, weight.float(), bias.float(), residual, eps)
 
 
-# Maps [B, C, …] in channels-last order, also those that come out; vectors are float32.
-torch.library.define(
-    "simmim::batch_norm_relu",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-# `out` only where there was a residual; the gradient of one is [0] without.
-torch.library.define(
-    "simmim::batch_norm_relu_backward",
-    "(Tensor grad_out, Tensor x, Tensor? out, Tensor weight, Tensor bias, Tensor mean, "
-    "Tensor variance, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("simmim::batch_norm_relu", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, eps, backend = arguments
-    kernel = implementation("batch_norm_relu", backend)
-    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(*map(_in_order, tensors), eps)
-    return found
-
-
-@torch.library.impl("simmim::batch_norm_relu_backward", "CompositeExplicitAutograd")
-def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, eps, backend = arguments
-    kernel = implementation("batch_norm_relu", backend)
-    grads: tuple[Tensor, ...] = kernel.backward(*map(_in_order, tensors), eps)
-    return grads
-
-
-def _in_order(tensor: Tensor | None) -> Tensor | None:
-    """A vector contiguous, a map in channels-last order."""
-    if tensor is None or tensor.dim() < 2:
-        return None if tensor is None else tensor.contiguous()
+def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _fake(x: Tensor, weight: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+Map = Annotated[Tensor, _channels_last]
+OptionalMap = Annotated[Tensor | None, _channels_last]
 
 
-torch.library.register_fake("simmim::batch_norm_relu", _fake)
+class Normalised(NamedTuple):
+    """The output, in channels-last order, and mean and biased variance of every channel."""
+
+    out: Tensor
+    mean: Tensor
+    variance: Tensor
 
 
-def _backward_fake(
-    grad_out: Tensor, x: Tensor, out: Tensor | None, weight: Tensor, *unused: Any
-) -> tuple[Tensor, ...]:
+def _shapes(x: Map, weight: Tensor, bias: Tensor, residual: OptionalMap, eps: float) -> Normalised:
+    """Vectors are float32."""
+    return Normalised(torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight))
+
+
+def _gradient_shapes(
+    grad_out: Map,
+    x: Map,
+    out: OptionalMap,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_residual = x.new_empty(0) if out is None else torch.empty_like(x)
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight), of_residual
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), of_residual
 
 
-torch.library.register_fake("simmim::batch_norm_relu_backward", _backward_fake)
+def _context(out: Tensor, residual: Tensor | None, **unused: Any) -> dict[str, Any]:
+    """Keeps the output beside a residual only: else the sign that it tells is computed again."""
+    return {"out": None if residual is None else out}
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, residual, ctx.eps, ctx.backend = inputs
-    out, *statistics = output
-    ctx.mark_non_differentiable(*statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, None if residual is None else out, weight, bias, *statistics)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 6
-    saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor one time only
-    found = torch.ops.simmim.batch_norm_relu_backward(grad_out, *saved, ctx.eps, ctx.backend)
-    wanted = ctx.needs_input_grad[:4]
-    return *(g if w else None for g, w in zip(found, wanted)), None, None
-
-
-torch.library.register_autograd("simmim::batch_norm_relu", _backward, setup_context=_context)
-torch.library.register_autograd("simmim::batch_norm_relu_backward", no_second_order)
+_normalise = Op(
+    "batch_norm_relu",
+    _shapes,
+    _gradient_shapes,
+    gradients=("x", "weight", "bias", "residual"),
+    context=_context,
+)

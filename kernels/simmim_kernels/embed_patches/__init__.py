@@ -4,22 +4,17 @@ B batch, C channels, H W pixels, p side of a patch, h w grid of patches, L = h·
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.dispatch import (
-    Backend,
-    choose,
-    describe,
-    implementation,
-    never,
-    no_second_order,
-)
+from simmim_kernels.dispatch import Backend, choose, describe, never
+from simmim_kernels.dtypes import in_float32
 from simmim_kernels.embed_patches import reference
 from simmim_kernels.masked_l1_loss import check_pixels
+from simmim_kernels.op import AnyStrides, Op
 from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
 
 __all__ = ["BACKENDS", "embed_patches"]
@@ -128,19 +123,22 @@ def embed_patches(
     device = image.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    out: Tensor = torch.ops.simmim.embed_patches(
+    return _embed(
+        chosen,
         image,
         mask,
         weight.to(native.product_dtype(dtype)),
-        *(None if v is None else v.float() for v in vectors),
-        None if pos_embed is None else pos_embed.float(),
+        in_float32(bias),
+        in_float32(norm_weight),
+        in_float32(norm_bias),
+        in_float32(mask_token),
+        in_float32(pos_embed),
         mean,
         std,
         eps,
         dtype,
         _room(mask, B * h * w),
-    )[0]
-    return out
+    ).out
 
 
 def _room(mask: Tensor | None, tokens: int) -> int:
@@ -150,86 +148,65 @@ def _room(mask: Tensor | None, tokens: int) -> int:
     return tokens - int(mask.numpy().sum())  # a look at CPU memory, nothing to wait for
 
 
-# Tokens, and for the backward, with room for `visible` rows: the projection without its bias, mean
-# and reciprocal deviation ([0] without a norm). Vectors come as float32, weight in the dtype of
-# the products.
-torch.library.define(
-    "simmim::embed_patches",
-    "(Tensor image, Tensor? mask, Tensor weight, Tensor? bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? mask_token, Tensor? pos_embed, Tensor? mean, Tensor? std, "
-    "float eps, ScalarType dtype, SymInt visible) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-# Gradients of weight, bias, norm_weight, norm_bias and mask_token; float32 but for the weight's.
-torch.library.define(
-    "simmim::embed_patches_backward",
-    "(Tensor grad_out, Tensor image, Tensor? mask, Tensor weight, Tensor? bias, "
-    "Tensor? norm_weight, Tensor? mean, Tensor? std, Tensor kept, Tensor norm_mean, "
-    "Tensor norm_rstd, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+class Embedded(NamedTuple):
+    """Tokens [B, L, D], and for the backward of a norm, else [0], with room for `visible` rows:
+
+    the projection without its bias, and mean and reciprocal deviation of each, float32.
+    """
+
+    out: Tensor
+    projected: Tensor
+    norm_mean: Tensor
+    norm_rstd: Tensor
 
 
-@torch.library.impl("simmim::embed_patches", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = implementation("embed_patches", "native").forward(*arguments)
-    return found
-
-
-@torch.library.impl("simmim::embed_patches_backward", "CompositeExplicitAutograd")
-def _backward_kernel(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    kernel = implementation("embed_patches", "native")
-    grads: tuple[Tensor, ...] = kernel.backward(grad_out.contiguous(), *arguments)
-    return grads
-
-
-def _forward_fake(
-    image: Tensor, mask: Tensor | None, weight: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    norm_weight, dtype, visible = arguments[1], arguments[-2], arguments[-1]
+def _shapes(
+    image: AnyStrides,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mask_token: Tensor | None,
+    pos_embed: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    visible: int,
+) -> Embedded:
+    """Vectors come as float32, the weight in the dtype of the products."""
     B, D, patch = image.shape[0], weight.shape[0], weight.shape[2]
     L = (image.shape[2] // patch) * (image.shape[3] // patch)
     rows = 0 if norm_weight is None else visible
     per_row = weight.new_empty((rows,), dtype=torch.float32)
-    return (
-        weight.new_empty((B, L, D), dtype=dtype),
-        weight.new_empty((rows, D), dtype=dtype),
-        per_row,
-        torch.empty_like(per_row),
-    )
+    out, projected = (weight.new_empty(shape, dtype=dtype) for shape in ((B, L, D), (rows, D)))
+    return Embedded(out, projected, per_row, torch.empty_like(per_row))
 
 
-torch.library.register_fake("simmim::embed_patches", _forward_fake)
-
-
-def _backward_fake(
-    grad_out: Tensor, image: Tensor, mask: Tensor | None, weight: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
+def _gradient_shapes(
+    grad_out: Tensor,
+    image: AnyStrides,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    projected: Tensor,
+    norm_mean: Tensor,
+    norm_rstd: Tensor,
+    eps: float,
+) -> list[Tensor]:
+    """All vectors have a gradient, those that are None too."""
     vectors = [weight.new_empty(weight.shape[:1], dtype=torch.float32) for _ in range(4)]
-    return weight.new_empty(weight.shape), *vectors
+    return [weight.new_empty(weight.shape), *vectors]
 
 
-torch.library.register_fake("simmim::embed_patches_backward", _backward_fake)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    image, mask, weight, bias, norm_weight, _, mask_token, pos_embed, mean, std, ctx.eps, *_ = (
-        inputs
-    )
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image, mask, weight, bias, norm_weight, mean, std, *kept)
-    ctx.has = [t is not None for t in (weight, bias, norm_weight, norm_weight, mask_token)]
-    ctx.has_position = pos_embed is not None
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 13
-    found = torch.ops.simmim.embed_patches_backward(grad_out, *ctx.saved_tensors, ctx.eps)
-    of_position = grad_out.sum(0, dtype=torch.float32) if ctx.has_position else None
-    grads = (g if there else None for g, there in zip(found, ctx.has, strict=True))
-    return None, None, *grads, of_position, *(None,) * 5
-
-
-torch.library.register_autograd("simmim::embed_patches", _backward, setup_context=_setup_context)
-torch.library.register_autograd("simmim::embed_patches_backward", no_second_order)
+_embed = Op(
+    "embed_patches",
+    _shapes,
+    _gradient_shapes,
+    gradients=("weight", "bias", "norm_weight", "norm_bias", "mask_token"),
+    torch_gradients={"pos_embed": lambda grad_out: grad_out.sum(0, dtype=torch.float32)},
+)

@@ -31,7 +31,7 @@ def forward(
     rows, place = _rows_of_visible(image, mask, weight, mean, std)
     product = multiply(rows, weight.reshape(D, -1).t())
     room = 0 if norm_weight is None else visible
-    kept = native.empty((room, D), dtype)
+    projected = native.empty((room, D), dtype)
     norm_mean, norm_rstd = torch.zeros(room), torch.ones(room)
     out = native.empty((B, L, D), dtype)
     mask_token = None if mask_token is None else mask_token.to(dtype)
@@ -45,13 +45,13 @@ def forward(
         eps,
         product.data_ptr(),
         address(mask_token),
-        address(None if pos_embed is None else pos_embed.contiguous()),
-        kept.data_ptr() if room else 0,
+        address(pos_embed),
+        projected.data_ptr() if room else 0,
         norm_mean.data_ptr(),
         norm_rstd.data_ptr(),
         out.data_ptr(),
     )
-    return out, kept, norm_mean, norm_rstd
+    return out, projected, norm_mean, norm_rstd
 
 
 def backward(
@@ -63,7 +63,7 @@ def backward(
     norm_weight: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    kept: Tensor,
+    projected: Tensor,
     norm_mean: Tensor,
     norm_rstd: Tensor,
     eps: float,
@@ -84,7 +84,7 @@ def backward(
         0,
         eps,
         grad_out.data_ptr(),
-        kept.data_ptr(),
+        projected.data_ptr(),
         norm_mean.data_ptr(),
         norm_rstd.data_ptr(),
         grad_product.data_ptr(),

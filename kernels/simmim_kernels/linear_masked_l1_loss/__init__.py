@@ -1,23 +1,16 @@
 """Linear head and masked L1 loss in one: only cells with a hidden pixel are projected."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import (
-    BACKENDS,
-    choose,
-    describe,
-    implementation,
-    no_second_order,
-)
+from simmim_kernels.dispatch import BACKENDS, choose, describe
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.linear_masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss import check_target
+from simmim_kernels.masked_l1_loss import Loss, check_target, loss_shapes
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.op import AnyStrides, Op
 
 __all__ = ["BACKENDS", "linear_masked_l1_loss"]
 
@@ -97,11 +90,12 @@ def linear_masked_l1_loss(
         return reference.linear_masked_l1_loss(
             features, weight, bias, image.detach(), mask, stride, norm_target
         )
-    needs_gradient = torch.is_grad_enabled() and any(
+    keep_signs = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (features, weight, bias)
     )
     dtype = product_dtype(chosen, features.dtype)
-    loss: Tensor = torch.ops.simmim.linear_masked_l1_loss(
+    return _loss(
+        chosen,
         features,
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
@@ -111,155 +105,47 @@ def linear_masked_l1_loss(
         std,
         stride,
         norm_target or 0,
-        needs_gradient,
-        chosen,
-    )[0]
-    return loss
-
-
-# Outputs as of simmim::masked_l1_loss; sign words of cells that are not projected are 0.
-torch.library.define(
-    "simmim::linear_masked_l1_loss",
-    "(Tensor features, Tensor weight, Tensor? bias, Tensor image, Tensor mask, Tensor? mean, "
-    "Tensor? std, SymInt stride, SymInt norm_target, bool keep_signs, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-# Gradients of features, weight and bias; [0] where it is not wanted.
-torch.library.define(
-    "simmim::linear_masked_l1_loss_backward",
-    "(Tensor step, Tensor signs, Tensor features, Tensor weight, Tensor mask, SymInt stride, "
-    "bool of_features, bool of_weight, str backend) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("simmim::linear_masked_l1_loss", "CompositeExplicitAutograd")
-def _forward(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = implementation("linear_masked_l1_loss", backend)
-    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(
-        features.contiguous(),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        image,
-        mask.contiguous(),
-        mean,
-        std,
-        stride,
-        norm_target,
         keep_signs,
-    )
-    return found
+    ).loss
 
 
-@torch.library.impl("simmim::linear_masked_l1_loss_backward", "CompositeExplicitAutograd")
-def _backward_kernel(
-    step: Tensor,
-    signs: Tensor,
-    features: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    stride: int,
-    of_features: bool,
-    of_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = implementation("linear_masked_l1_loss", backend)
-    grads: tuple[Tensor, Tensor, Tensor] = kernel.backward(
-        step,
-        signs,
-        features.contiguous(),
-        weight.contiguous(),
-        mask.contiguous(),
-        stride,
-        of_features,
-        of_weight,
-    )
-    return grads
-
-
-def _forward_fake(
+def _shapes(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    image: Tensor,
+    image: AnyStrides,
     mask: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
     stride: int,
     norm_target: int,
     keep_signs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
-    scalar = features.new_empty((), dtype=torch.float32)
-    return scalar, torch.empty_like(scalar), features.new_empty(shape, dtype=torch.int32)
+) -> Loss:
+    """Sign words of cells that are not projected are 0."""
+    return loss_shapes(features, image.shape[1], stride, keep_signs)
 
 
-torch.library.register_fake("simmim::linear_masked_l1_loss", _forward_fake)
-
-
-def _backward_fake(
-    step: Tensor,
+def _gradient_shapes(
+    grad_out: Tensor,
+    per_pixel: Tensor,
     signs: Tensor,
     features: Tensor,
     weight: Tensor,
     mask: Tensor,
     stride: int,
     of_features: bool,
-    of_weight: bool,
-    backend: str,
+    of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         features.new_empty(features.shape if of_features else (0,)),
-        weight.new_empty(weight.shape if of_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if of_weight else (0,)),
+        weight.new_empty(weight.shape if of_parameters else (0,)),
+        weight.new_empty(weight.shape[:1] if of_parameters else (0,)),
     )
 
 
-torch.library.register_fake("simmim::linear_masked_l1_loss_backward", _backward_fake)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, weight, _, _, mask, _, _, stride, _, _, backend = inputs
-    _, per_pixel, signs = output
-    ctx.mark_non_differentiable(per_pixel, signs)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(per_pixel, signs, features, weight, mask)
-    ctx.stride, ctx.backend = stride, backend
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 11
-    per_pixel, signs, features, weight, mask = ctx.saved_tensors
-    of_features, of_weight, of_bias = ctx.needs_input_grad[:3]
-    found = torch.ops.simmim.linear_masked_l1_loss_backward(
-        grad_loss * per_pixel,
-        signs,
-        features,
-        weight,
-        mask,
-        ctx.stride,
-        of_features,
-        of_weight or of_bias,
-        ctx.backend,
-    )
-    wanted = (of_features, of_weight, of_bias)
-    return *(g if needed else None for g, needed in zip(found, wanted)), *(None,) * 8
-
-
-torch.library.register_autograd(
-    "simmim::linear_masked_l1_loss", _backward, setup_context=_setup_context
+_loss = Op(
+    "linear_masked_l1_loss",
+    _shapes,
+    _gradient_shapes,
+    gradients=("features", "weight", "bias"),
 )
-torch.library.register_autograd("simmim::linear_masked_l1_loss_backward", no_second_order)

@@ -85,25 +85,26 @@ def forward(
 
 
 def backward(
-    step: Tensor,
+    grad_out: Tensor,
+    per_pixel: Tensor,
     signs: Tensor,
     features: Tensor,
     weight: Tensor,
     mask: Tensor,
     stride: int,
     of_features: bool,
-    of_weight: bool,
+    of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features, weight and bias; [0] where it is not wanted."""
     assert native.extension is not None
     _, h, w, D = features.shape
     outputs = weight.shape[0]
     dtype = weight.dtype
-    value = float(step.detach())
+    value = float(grad_out * per_pixel)
     flat = features.view(-1, D)
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
-    total_weight = native.empty((outputs, D), torch.float32).zero_() if of_weight else None
-    total_bias = torch.zeros(outputs) if of_weight else None
+    total_weight = native.empty((outputs, D), torch.float32).zero_() if of_parameters else None
+    total_bias = torch.zeros(outputs) if of_parameters else None
     for _, _, rows in _chunks(hidden_cells(mask, (h, w), stride)):
         sign = torch.empty(len(rows), outputs, dtype=dtype)
         native.extension.expand_signs(

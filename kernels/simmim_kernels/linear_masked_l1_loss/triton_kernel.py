@@ -288,16 +288,18 @@ def forward(
 
 
 def backward(
-    step: Tensor,
+    grad_out: Tensor,
+    per_pixel: Tensor,
     signs: Tensor,
     features: Tensor,
     weight: Tensor,
     mask: Tensor,
     stride: int,
     of_features: bool,
-    of_weight: bool,
+    of_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features, weight and bias; [0] where it is not wanted."""
+    step = grad_out * per_pixel
     B, h, w, D = features.shape
     channels = weight.shape[0] // stride**2
     columns = channels * stride * (-(-stride // 16) * 16)
@@ -323,9 +325,9 @@ def backward(
             num_warps=8,
             num_stages=3,
         )
-    grad_weight = weight.new_empty(weight.shape if of_weight else (0,))
-    grad_bias = weight.new_empty(weight.shape[:1] if of_weight else (0,))
-    if of_weight:
+    grad_weight = weight.new_empty(weight.shape if of_parameters else (0,))
+    grad_bias = weight.new_empty(weight.shape[:1] if of_parameters else (0,))
+    if of_parameters:
         _grad_weight[(triton.cdiv(columns, M), triton.cdiv(D, N))](
             step,
             signs,

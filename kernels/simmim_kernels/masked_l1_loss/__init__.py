@@ -1,20 +1,15 @@
 """The SimMIM loss: mean absolute error of the reconstruction over the hidden pixels only."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import (
-    BACKENDS,
-    choose,
-    describe,
-    implementation,
-    no_second_order,
-)
+from simmim_kernels.dispatch import BACKENDS, choose, describe
 from simmim_kernels.masked_l1_loss import reference
 from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.op import AnyStrides, Op
 
 __all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
 
@@ -199,111 +194,58 @@ def _loss(
     norm_target: int | None,
     backend: str,
 ) -> Tensor:
-    loss: Tensor = torch.ops.simmim.masked_l1_loss(
-        prediction,
-        image.detach(),
-        mask,
-        mean,
-        std,
-        stride,
-        norm_target or 0,
-        prediction.requires_grad and torch.is_grad_enabled(),
-        backend,
-    )[0]
-    return loss
+    keep_signs = prediction.requires_grad and torch.is_grad_enabled()
+    target = image.detach(), mask, mean, std
+    return _op(backend, prediction, *target, stride, norm_target or 0, keep_signs).loss
 
 
-# `stride` 0 is a prediction of image layout. Besides the loss: the gradient per hidden pixel (a
-# scalar) and its signs, 16 pixels of a run in an int32: bit e where the prediction of pixel e is
-# too high, bit 16 + e where it is too low, neither where it is exact, NaN or visible.
-torch.library.define(
-    "simmim::masked_l1_loss",
-    "(Tensor prediction, Tensor image, Tensor mask, Tensor? mean, Tensor? std, SymInt stride, "
-    "SymInt norm_target, bool keep_signs, str backend) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "simmim::masked_l1_loss_backward",
-    "(Tensor step, Tensor signs, SymInt[] shape, ScalarType dtype, str backend) -> Tensor",
-)
+class Loss(NamedTuple):
+    """The loss, and what its gradient needs.
+
+    Attributes:
+        loss: float32 scalar.
+        per_pixel: float32 scalar, the size of the gradient at a hidden pixel.
+        signs: int32, of `signs_shape`, or [0] where they are not kept. A word has 16 pixels of a
+            run: bit e where the prediction of pixel e is too high, bit 16 + e where it is too low,
+            neither where it is exact, NaN or visible.
+    """
+
+    loss: Tensor
+    per_pixel: Tensor
+    signs: Tensor
 
 
-@torch.library.impl("simmim::masked_l1_loss", "CompositeExplicitAutograd")
-def _forward(
-    prediction: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = implementation("masked_l1_loss", backend)
-    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(
-        prediction, image, mask, mean, std, stride, norm_target, keep_signs
-    )
-    return found
-
-
-@torch.library.impl("simmim::masked_l1_loss_backward", "CompositeExplicitAutograd")
-def _backward_kernel(
-    step: Tensor, signs: Tensor, shape: list[int], dtype: torch.dtype, backend: str
-) -> Tensor:
-    grad: Tensor = implementation("masked_l1_loss", backend).backward(step, signs, shape, dtype)
-    return grad
-
-
-def _forward_fake(
-    prediction: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = signs_shape(prediction.shape, image.shape[1], stride) if keep_signs else [0]
+def loss_shapes(prediction: Tensor, channels: int, stride: int, keep_signs: bool) -> Loss:
+    """Outputs without values, of a prediction or of the features that one is made from."""
+    shape = signs_shape(prediction.shape, channels, stride) if keep_signs else [0]
     scalar = prediction.new_empty((), dtype=torch.float32)
-    return (
-        scalar,
-        torch.empty_like(scalar),
-        prediction.new_empty(shape, dtype=torch.int32),
-    )
+    signs = prediction.new_empty(shape, dtype=torch.int32)
+    return Loss(scalar, torch.empty_like(scalar), signs)
 
 
-torch.library.register_fake("simmim::masked_l1_loss", _forward_fake)
+def _shapes(
+    prediction: AnyStrides,
+    image: AnyStrides,
+    mask: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    stride: int,
+    norm_target: int,
+    keep_signs: bool,
+) -> Loss:
+    """A prediction in the layout of an image has the stride 0."""
+    return loss_shapes(prediction, image.shape[1], stride, keep_signs)
 
 
-def _backward_fake(
-    step: Tensor, signs: Tensor, shape: list[int], dtype: torch.dtype, backend: str
+def _gradient_shapes(
+    grad_out: Tensor, per_pixel: Tensor, signs: Tensor, shape: torch.Size, dtype: torch.dtype
 ) -> Tensor:
-    return step.new_empty(shape, dtype=dtype)
+    return grad_out.new_empty(shape, dtype=dtype)
 
 
-torch.library.register_fake("simmim::masked_l1_loss_backward", _backward_fake)
+def _context(prediction: Tensor, **unused: Any) -> dict[str, Any]:
+    """Keeps what the prediction is like and not the prediction."""
+    return {"shape": prediction.shape, "dtype": prediction.dtype}
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    prediction, *_, backend = inputs
-    _, per_pixel, signs = output
-    ctx.mark_non_differentiable(per_pixel, signs)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(per_pixel, signs)
-    ctx.shape, ctx.dtype, ctx.backend = prediction.shape, prediction.dtype, backend
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 9
-    per_pixel, signs = ctx.saved_tensors
-    grad = torch.ops.simmim.masked_l1_loss_backward(
-        grad_loss * per_pixel, signs, ctx.shape, ctx.dtype, ctx.backend
-    )
-    return grad, *(None,) * 8
-
-
-torch.library.register_autograd("simmim::masked_l1_loss", _backward, setup_context=_setup_context)
-torch.library.register_autograd("simmim::masked_l1_loss_backward", no_second_order)
+_op = Op("masked_l1_loss", _shapes, _gradient_shapes, gradients=("prediction",), context=_context)

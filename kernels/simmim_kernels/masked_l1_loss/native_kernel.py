@@ -24,7 +24,6 @@ def forward(
     assert native.extension is not None
     if stride:
         prediction = prediction.contiguous()
-    mask = mask.contiguous()
     shape = signs_shape(prediction.shape, image.shape[1], stride) if keep_signs else [0]
     signs = native.empty(shape, torch.int32)
     total, hidden_cells = native.extension.masked_l1_loss_forward(
@@ -64,8 +63,10 @@ def image_arguments(
     )
 
 
-def backward(step: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Signs times `step` (a scalar) in the layout of the prediction."""
+def backward(
+    grad_out: Tensor, per_pixel: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Signs times both scalars in the layout of the prediction."""
     assert native.extension is not None
     grad = native.empty(shape, dtype)
     runs = signs.numel() // signs.shape[-1] if signs.numel() else 0
@@ -79,7 +80,7 @@ def backward(step: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dty
         runs // max(runs_per_row, 1),
         runs_per_row,
         grad.numel() // max(runs, 1),
-        float(step.detach()),
+        float(grad_out * per_pixel),
         torch.get_num_threads(),
     )
     return grad

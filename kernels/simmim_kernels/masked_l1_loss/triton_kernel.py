@@ -192,7 +192,6 @@ def forward(
     """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
     _, C, H, W = image.shape
     image, is_bytes = plain_target(image, mean, std, norm_target)
-    mask = mask.contiguous()
     if stride:
         prediction = prediction.contiguous()
     shape = signs_shape(prediction.shape, C, stride)
@@ -228,13 +227,15 @@ def forward(
     return *finish(partial, image, mask), signs
 
 
-def backward(step: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Signs times `step` (a scalar on the device) in the layout of the prediction."""
+def backward(
+    grad_out: Tensor, per_pixel: Tensor, signs: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Signs times both scalars, which stay on the device, in the layout of the prediction."""
     grad = signs.new_empty(tuple(shape), dtype=dtype)
     groups = signs.numel()
     if groups:
         _masked_l1_backward[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
-            step,
+            grad_out * per_pixel,
             signs,
             grad,
             groups,

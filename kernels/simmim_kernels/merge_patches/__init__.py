@@ -3,14 +3,15 @@
 B batch, H W token rows and columns, C width, M width of the output, T = B · H/2 · W/2.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import BACKENDS, choose, describe, implementation, no_second_order
+from simmim_kernels.dispatch import BACKENDS, choose, describe
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.merge_patches import reference
+from simmim_kernels.op import Op, gradients_like
 
 __all__ = ["BACKENDS", "merge_patches"]
 
@@ -71,89 +72,44 @@ def merge_patches(
     if chosen == "reference":
         norm_weight, norm_bias, weight = of_reference(x, parameters)
         return reference.merge_patches(x, norm_weight, norm_bias, weight, eps)
-    out: Tensor = torch.ops.simmim.merge_patches(
-        x,
-        norm_weight.float(),
-        norm_bias.float(),
-        weight.to(product_dtype(chosen, x.dtype)),
-        eps,
-        chosen,
-    )[0]
-    return out
+    weight = weight.to(product_dtype(chosen, x.dtype))
+    return _merge(chosen, x, norm_weight.float(), norm_bias.float(), weight, eps).out
 
 
-# Outputs beyond the result are what the backward needs: mean and reciprocal deviation of every
-# block, float32 [T]. Vectors come as float32, the matrix in the dtype of the products.
-torch.library.define(
-    "simmim::merge_patches",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, float eps, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-# Gradients of x, norm_weight, norm_bias and weight, each in the dtype of its tensor; [0] for all
-# but x unless `of_parameters`.
-torch.library.define(
-    "simmim::merge_patches_backward",
-    "(Tensor grad_out, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-    "Tensor mean, Tensor rstd, bool of_parameters, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
+class Merged(NamedTuple):
+    """The output, and mean and reciprocal deviation of every row of four, float32 [T]."""
+
+    out: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
-@torch.library.impl("simmim::merge_patches", "CompositeExplicitAutograd")
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, eps, backend = arguments
-    kernel = implementation("merge_patches", backend)
-    found: tuple[Tensor, Tensor, Tensor] = kernel.forward(*(t.contiguous() for t in tensors), eps)
-    return found
-
-
-@torch.library.impl("simmim::merge_patches_backward", "CompositeExplicitAutograd")
-def _backward_kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, of_parameters, backend = arguments
-    kernel = implementation("merge_patches", backend)
-    grads: tuple[Tensor, ...] = kernel.backward(*(t.contiguous() for t in tensors), of_parameters)
-    return grads
-
-
-def _fake(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *unused: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
+) -> Merged:
+    """Vectors come as float32, the matrix in the dtype of the products."""
     B, H, W, _ = x.shape
     per_row = x.new_empty((B * (H // 2) * (W // 2),), dtype=torch.float32)
     out = x.new_empty((B, H // 2, W // 2, weight.shape[0]))
-    return out, per_row, torch.empty_like(per_row)
+    return Merged(out, per_row, torch.empty_like(per_row))
 
 
-torch.library.register_fake("simmim::merge_patches", _fake)
+def _gradient_shapes(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    of_parameters: bool,
+) -> list[Tensor | None]:
+    return gradients_like(x, norm_weight, norm_bias, weight, of_parameters=of_parameters)
 
 
-def _backward_fake(grad_out: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *parameters, _, _, of_parameters, _ = arguments
-    return x.new_empty(x.shape), *(
-        p.new_empty(p.shape) if of_parameters else x.new_empty(0, dtype=torch.float32)
-        for p in parameters
-    )
-
-
-torch.library.register_fake("simmim::merge_patches_backward", _backward_fake)
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, ctx.backend = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *kept)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 6
-    wanted = ctx.needs_input_grad[:4]
-    saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor one time only
-    found = torch.ops.simmim.merge_patches_backward(grad_out, *saved, any(wanted[1:]), ctx.backend)
-    return *(g if w else None for g, w in zip(found, wanted)), None, None
-
-
-torch.library.register_autograd("simmim::merge_patches", _backward, setup_context=_context)
-torch.library.register_autograd("simmim::merge_patches_backward", no_second_order)
+_merge = Op(
+    "merge_patches",
+    _shapes,
+    _gradient_shapes,
+    gradients=("x", "norm_weight", "norm_bias", "weight"),
+)

@@ -45,8 +45,8 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, norm_weight, norm_bias and weight; [0] where it is not wanted."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, norm_weight, norm_bias and weight; None where it is not wanted."""
     assert native.extension is not None
     M, width = weight.shape
     grad_out = converted(grad_out, weight.dtype).view(len(mean), M)
@@ -68,5 +68,5 @@ def backward(
         grad_norm_bias.data_ptr(),
     )
     y = grad_y  # whose place it took
-    grad_weight = multiply(grad_out.t(), y) if of_parameters else torch.zeros(0)
+    grad_weight = multiply(grad_out.t(), y) if of_parameters else None
     return grad_x, grad_norm_weight, grad_norm_bias, grad_weight

@@ -141,17 +141,15 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, norm_weight, norm_bias and weight; [0] where it is not wanted."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, norm_weight, norm_bias and weight; None where it is not wanted."""
     grad_rows = grad_out.view(mean.numel(), len(weight))
     dy = triton_rows.product(grad_rows, weight)
     dx, grad_norm_weight, grad_norm_bias = scatter(
         dy, x, mean, rstd, norm_weight, norm_bias, of_parameters
     )
     y = dy  # whose place it took
-    grad_weight = (
-        triton_rows.product(grad_rows.t(), y) if of_parameters else triton_rows.nothing(x, 1)[0]
-    )
+    grad_weight = triton_rows.product(grad_rows.t(), y) if of_parameters else None
     return dx, grad_norm_weight, grad_norm_bias, grad_weight
 
 
@@ -177,10 +175,10 @@ def scatter(
     weight: Tensor,
     bias: Tensor,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias from dy [T, 4C], that of `gather`'s rows.
 
-    With `of_parameters` the rows take the place of dy; without, the last two are [0].
+    With `of_parameters` the rows take the place of dy; without, the last two are None.
     """
     T, C, columns = mean.numel(), x.shape[3], x.shape[2] // 2
     dx = x.new_empty(x.shape)
@@ -208,7 +206,6 @@ def scatter(
             num_warps=num_warps,
         )
     if not of_parameters:
-        grad_weight, grad_bias = triton_rows.nothing(x, 2)
-        return dx, grad_weight, grad_bias
+        return dx, None, None
     grad_weight, grad_bias = triton_rows.added(partial)
     return dx, grad_weight, grad_bias

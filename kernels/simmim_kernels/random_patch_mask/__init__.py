@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import BACKENDS, choose, implementation
+from simmim_kernels.dispatch import BACKENDS, choose
+from simmim_kernels.op import Op
 from simmim_kernels.random_patch_mask import reference
 from simmim_kernels.splitmix import fold, signed
 
@@ -83,48 +84,13 @@ def random_patch_mask(
     chosen = choose("random_patch_mask", backends, (ids, epochs), backend)
     if chosen == "reference":
         return reference.random_patch_mask(ids, epochs, key, rows, columns, unit, num_hidden)
-    mask: Tensor = torch.ops.simmim.random_patch_mask(
-        ids, epochs, key, rows, columns, unit, num_hidden, chosen
-    )
-    return mask
+    return _draw(chosen, ids, epochs, key, rows, columns, unit, num_hidden)
 
 
-torch.library.define(
-    "simmim::random_patch_mask",
-    "(Tensor ids, Tensor epochs, int key, SymInt rows, SymInt columns, SymInt unit, "
-    "SymInt num_hidden, str backend) -> Tensor",
-)
-
-
-@torch.library.impl("simmim::random_patch_mask", "CompositeExplicitAutograd")
-def _forward(
-    ids: Tensor,
-    epochs: Tensor,
-    key: int,
-    rows: int,
-    columns: int,
-    unit: int,
-    num_hidden: int,
-    backend: str,
-) -> Tensor:
-    kernel = implementation("random_patch_mask", backend)
-    mask: Tensor = kernel.forward(
-        ids.contiguous(), epochs.contiguous(), key, rows, columns, unit, num_hidden
-    )
-    return mask
-
-
-def _forward_fake(
-    ids: Tensor,
-    epochs: Tensor,
-    key: int,
-    rows: int,
-    columns: int,
-    unit: int,
-    num_hidden: int,
-    backend: str,
+def _shapes(
+    ids: Tensor, epochs: Tensor, key: int, rows: int, columns: int, unit: int, num_hidden: int
 ) -> Tensor:
     return ids.new_empty((ids.shape[0], rows * unit, columns * unit), dtype=torch.bool)
 
 
-torch.library.register_fake("simmim::random_patch_mask", _forward_fake)
+_draw = Op("random_patch_mask", _shapes)

@@ -9,7 +9,6 @@ import torch
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import triton_kernel as loss
 from simmim_kernels.merge_patches import triton_kernel as merge_kernel
-from simmim_kernels.post_norm_block import triton_rows as post_norm_rows
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
 from simmim_kernels.report.models import (
     ATTENTIONS,
@@ -23,6 +22,7 @@ from simmim_kernels.report.models import (
     Model,
 )
 from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
+from simmim_kernels.transformer_block import triton_norms as norms
 from simmim_kernels.transformer_block import triton_rows as rows
 from simmim_kernels.window_attention import triton_kernel as attention_kernel
 
@@ -124,7 +124,7 @@ def loss_case(model: Model, from_tokens: bool, dtype: torch.dtype) -> Case:
         mean, std = (torch.empty(3) if of_bytes else None for _ in range(2))
         prediction = torch.empty(shape, dtype=dtype)
         _, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
-        loss.backward(per_pixel, signs, shape, dtype)
+        loss.backward(torch.empty(()), per_pixel, signs, shape, dtype)
 
     pixels, hidden = math.prod(image_shape), model.hidden_pixels
     image_size = 1 if of_bytes else 4
@@ -163,7 +163,8 @@ def linear_loss_case(model: Model) -> Case:
             0,
             True,
         )
-        linear.backward(per_pixel, signs, features, weight, mask, model.stride, True, True)
+        scalars = torch.empty(()), per_pixel
+        linear.backward(*scalars, signs, features, weight, mask, model.stride, True, True)
 
     share, feature_bytes = model.hidden_share, B * cells**2 * D * 2
     needed = (
@@ -190,10 +191,10 @@ def block_cases(block: Block) -> list[Case]:
 
     def norm_and_sum() -> None:
         weight, bias = torch.empty(vector), torch.empty(vector)
-        _, mean, rstd = rows.layer_norm(tokens, weight, bias, 1e-5)
+        _, mean, rstd = norms.layer_norm(tokens, weight, bias, 1e-5)
         rows.add_branch(torch.empty_like(tokens), tokens, bias, gamma, branch_scale)
         grad_out, dy = torch.empty_like(tokens), torch.empty_like(tokens)
-        rows.layer_norm_backward(
+        norms.layer_norm_backward(
             grad_out, dy, tokens, mean, rstd, weight, bias, branch_scale, None, True
         )
 
@@ -249,10 +250,10 @@ def post_norm_case(block: Block) -> Case:
         vector, bias = torch.empty(C), torch.empty(M)
         branch_scale = torch.empty(block.batch) if block.scaled else None
         rows.gelu(wide, bias)
-        _, mean, rstd = post_norm_rows.add_normalised(
+        _, mean, rstd = norms.add_normalised(
             tokens, tokens, vector, vector, vector, branch_scale, 1e-5
         )
-        post_norm_rows.add_normalised_backward(
+        norms.add_normalised_backward(
             tokens, tokens, mean, rstd, vector, vector, branch_scale, True
         )
         rows.gelu_backward(torch.empty_like(wide), wide, bias, None, True)

@@ -1,17 +1,10 @@
 """Puts the learned mask token in place of hidden tokens."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import (
-    BACKENDS,
-    choose,
-    describe,
-    implementation,
-    no_second_order,
-)
+from simmim_kernels.dispatch import BACKENDS, choose, describe
+from simmim_kernels.op import Op
 from simmim_kernels.substitute_mask_tokens import reference
 
 __all__ = ["BACKENDS", "substitute_mask_tokens"]
@@ -65,76 +58,22 @@ def substitute_mask_tokens(
     )
     if chosen == "reference":
         return reference.substitute_mask_tokens(tokens, mask, mask_token, pos_embed)
-    out: Tensor = torch.ops.simmim.substitute_mask_tokens(
-        tokens, mask, mask_token, pos_embed, chosen
-    )
-    return out
+    return _substitute(chosen, tokens, mask, mask_token, pos_embed)
 
 
-torch.library.define(
-    "simmim::substitute_mask_tokens",
-    "(Tensor tokens, Tensor mask, Tensor mask_token, Tensor? pos_embed, str backend) -> Tensor",
-)
-torch.library.define(
-    "simmim::substitute_mask_tokens_backward",
-    "(Tensor grad_out, Tensor mask, str backend) -> (Tensor, Tensor)",
-)
-
-
-@torch.library.impl("simmim::substitute_mask_tokens", "CompositeExplicitAutograd")
-def _forward(
-    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
-) -> Tensor:
-    kernel = implementation("substitute_mask_tokens", backend)
-    out: Tensor = kernel.forward(
-        tokens.contiguous(),
-        mask.contiguous(),
-        mask_token.contiguous(),
-        None if pos_embed is None else pos_embed.contiguous(),
-    )
-    return out
-
-
-@torch.library.impl("simmim::substitute_mask_tokens_backward", "CompositeExplicitAutograd")
-def _backward_kernel(grad_out: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    kernel = implementation("substitute_mask_tokens", backend)
-    grads: tuple[Tensor, Tensor] = kernel.backward(grad_out.contiguous(), mask.contiguous())
-    return grads
-
-
-def _forward_fake(
-    tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None, backend: str
-) -> Tensor:
+def _shapes(tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> Tensor:
     return torch.empty_like(tokens, memory_format=torch.contiguous_format)
 
 
-torch.library.register_fake("simmim::substitute_mask_tokens", _forward_fake)
-
-
-def _backward_fake(grad_out: Tensor, mask: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _gradient_shapes(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     grad_tokens = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     return grad_tokens, grad_out.new_empty(grad_out.shape[-1])
 
 
-torch.library.register_fake("simmim::substitute_mask_tokens_backward", _backward_fake)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask, _, pos_embed, backend = inputs
-    ctx.save_for_backward(mask)
-    ctx.has_position, ctx.backend = pos_embed is not None, backend
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    (mask,) = ctx.saved_tensors
-    grad_tokens, grad_mask_token = torch.ops.simmim.substitute_mask_tokens_backward(
-        grad_out, mask, ctx.backend
-    )
-    grad_position = grad_out.sum(0) if ctx.has_position else None
-    return grad_tokens, None, grad_mask_token, grad_position, None
-
-
-torch.library.register_autograd(
-    "simmim::substitute_mask_tokens", _backward, setup_context=_setup_context
+_substitute = Op(
+    "substitute_mask_tokens",
+    _shapes,
+    _gradient_shapes,
+    gradients=("tokens", "mask_token"),
+    torch_gradients={"pos_embed": lambda grad_out: grad_out.sum(0)},
 )
-torch.library.register_autograd("simmim::substitute_mask_tokens_backward", no_second_order)

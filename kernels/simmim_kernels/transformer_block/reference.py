@@ -1,7 +1,7 @@
-"""The two residual branches of a pre-norm transformer block in plain PyTorch.
+"""The residual branches of a transformer block in PyTorch, normalised at their start or end.
 
-B batch, H W token rows and columns, C width, N heads, M hidden width of the MLP, S tokens of a
-window. Under autocast each operation casts as autocast casts it.
+B batch, H W token rows and columns, C width. Under autocast each operation casts as autocast casts
+it. Parameters are those of arguments.py, in the dtype of x or, under autocast, in any.
 """
 
 from collections.abc import Callable
@@ -9,50 +9,72 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from simmim_kernels.transformer_block.arguments import AttentionParameters, MlpParameters, Windows
 from simmim_kernels.window_attention import reference
+
+Attend = Callable[..., Tensor]
 
 
 def residual_attention(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    gamma: Tensor | None,
+    parameters: AttentionParameters,
     branch_scale: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     eps: float,
-    attend: Callable[..., Tensor] = reference.window_attention,
+    attend: Attend = reference.window_attention,
 ) -> Tensor:
-    """x [B, H, W, C], bias [N, S, S] or None, gamma [C], branch_scale [B] → [B, H, W, C]."""
-    y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    qkv = F.linear(y, qkv_weight, qkv_bias)
-    attended = attend(qkv, bias, num_heads, window, shift, scale)
-    return _add(x, F.linear(attended, proj_weight, proj_bias), gamma, branch_scale)
+    """x [B, H, W, C], branch_scale [B] or None → [B, H, W, C]."""
+    y = _layer_norm(x, parameters, eps)
+    return _add(x, _attention(y, parameters, windows, attend), parameters.gamma, branch_scale)
+
+
+def post_norm_attention(
+    x: Tensor,
+    parameters: AttentionParameters,
+    branch_scale: Tensor | None,
+    windows: Windows,
+    eps: float,
+    attend: Attend = reference.window_attention,
+) -> Tensor:
+    """x [B, H, W, C], branch_scale [B] or None → [B, H, W, C]."""
+    branch = _layer_norm(_attention(x, parameters, windows, attend), parameters, eps)
+    return _add(x, branch, parameters.gamma, branch_scale)
 
 
 def residual_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    gamma: Tensor | None,
-    branch_scale: Tensor | None,
-    eps: float,
+    x: Tensor, parameters: MlpParameters, branch_scale: Tensor | None, eps: float
 ) -> Tensor:
-    """x [B, …, C], fc1_weight [M, C], fc2_weight [C, M], gamma [C], branch_scale [B]; like x."""
-    y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    branch = F.linear(F.gelu(F.linear(y, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    return _add(x, branch, gamma, branch_scale)
+    """x [B, …, C], branch_scale [B] or None; like x."""
+    branch = _mlp(_layer_norm(x, parameters, eps), parameters)
+    return _add(x, branch, parameters.gamma, branch_scale)
+
+
+def post_norm_mlp(
+    x: Tensor, parameters: MlpParameters, branch_scale: Tensor | None, eps: float
+) -> Tensor:
+    """x [B, …, C], branch_scale [B] or None; like x."""
+    branch = _layer_norm(_mlp(x, parameters), parameters, eps)
+    return _add(x, branch, parameters.gamma, branch_scale)
+
+
+def _layer_norm(x: Tensor, parameters: AttentionParameters | MlpParameters, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], parameters.norm_weight, parameters.norm_bias, eps)
+
+
+def _attention(
+    x: Tensor, parameters: AttentionParameters, windows: Windows, attend: Attend
+) -> Tensor:
+    qkv = F.linear(x, parameters.qkv_weight, parameters.qkv_bias)
+    if parameters.factors is None:
+        attended = attend(qkv, parameters.bias, *windows)
+    else:
+        attended = attend(qkv, parameters.bias, *windows, parameters.factors)
+    return F.linear(attended, parameters.proj_weight, parameters.proj_bias)
+
+
+def _mlp(x: Tensor, parameters: MlpParameters) -> Tensor:
+    hidden = F.gelu(F.linear(x, parameters.fc1_weight, parameters.fc1_bias))
+    return F.linear(hidden, parameters.fc2_weight, parameters.fc2_bias)
 
 
 def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, branch_scale: Tensor | None) -> Tensor:
@@ -60,4 +82,5 @@ def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, branch_scale: Tensor |
         branch = gamma * branch
     if branch_scale is not None:
         branch = branch * branch_scale.view(-1, *(1,) * (x.dim() - 1)).to(branch.dtype)
-    return (x + branch).to(x.dtype)  # under autocast a float32 gamma widens the branch
+    # under autocast a float32 gamma widens the branch, and a GPU normalises in float32
+    return (x + branch).to(x.dtype)

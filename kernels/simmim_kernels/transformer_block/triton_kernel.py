@@ -1,160 +1,261 @@
-"""The residual branches on a GPU: matrix products by torch, row passes and attention in Triton.
+"""Transformer blocks on a GPU: matrix products by torch, row passes and attention in Triton.
 
-B batch, H W token rows and columns, C width, N heads, M hidden width of the MLP, T = B·H·W.
+B batch, H W token rows and columns, C width, M hidden width of the MLP, T = B·H·W. Gradients that
+are not wanted are None.
 """
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.transformer_block import triton_rows
+from simmim_kernels.transformer_block import triton_norms, triton_rows
+from simmim_kernels.transformer_block.arguments import (
+    Attended,
+    AttentionParameters,
+    MlpParameters,
+    NormalisedBranch,
+    Statistics,
+    Windows,
+)
+from simmim_kernels.transformer_block.triton_rows import product
 from simmim_kernels.window_attention import triton_kernel as window_attention
 
+Gradients = tuple[Tensor | None, ...]
 
-def attention_forward(
+
+def residual_attention_forward(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    gamma: Tensor | None,
+    parameters: AttentionParameters,
     branch_scale: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     eps: float,
-) -> tuple[Tensor, ...]:
-    """The output, qkv, the attended values, log_sums, mean and rstd; all inputs contiguous."""
-    B, H, W, C = x.shape
-    rows = x.view(B * H * W, C)
-    y, mean, rstd = triton_rows.layer_norm(rows, norm_weight, norm_bias, eps)
-    qkv = triton_rows.product(y, qkv_weight.t(), qkv_bias).view(B, H, W, 3 * C)
+) -> tuple[Tensor, Attended, Statistics]:
+    """The output and what is kept; all inputs contiguous."""
+    p, rows = parameters, _rows(x)
+    y, *norm = triton_norms.layer_norm(rows, p.norm_weight, p.norm_bias, eps)
+    qkv = product(y, p.qkv_weight.t(), p.qkv_bias)
     del y
-    attended, log_sums = window_attention.forward(qkv, bias, num_heads, window, shift, scale)
-    out = triton_rows.product(attended.view(rows.shape), proj_weight.t())
-    triton_rows.add_branch(out, rows, proj_bias, gamma, branch_scale)
-    return out.view(x.shape), qkv, attended, log_sums, mean, rstd
+    attention = _attend(qkv, x, p, windows)
+    out = product(_rows(attention.attended), p.proj_weight.t())
+    triton_rows.add_branch(out, rows, p.proj_bias, p.gamma, branch_scale)
+    return out.view(x.shape), attention, Statistics(*norm)
 
 
-def attention_backward(
+def residual_attention_backward(
     grad_out: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    gamma: Tensor | None,
+    parameters: AttentionParameters,
     branch_scale: Tensor | None,
-    qkv: Tensor,
-    attended: Tensor,
-    log_sums: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    attention: Attended,
+    norm: Statistics,
+    windows: Windows,
     of_parameters: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x and of the eight parameters up to gamma; [0] where it is not wanted."""
-    rows = x.view(mean.numel(), x.shape[3])
-    grad_rows = grad_out.view(rows.shape)
+) -> Gradients:
+    """Gradients of x and of the parameters."""
+    p, grad_rows = parameters, _rows(grad_out)
     # the attention backward is linear in each image, but sums the gradient of its bias over them
     grad_branch = grad_rows
     if branch_scale is not None:
         grad_branch = triton_rows.scale_images(grad_rows, branch_scale)
-    folded, unit = _fold(gamma, proj_weight)
-    grad_attended = triton_rows.product(grad_branch, folded).view(x.shape)
-    of_bias = of_parameters and bias is not None
-    grad_qkv, grad_bias, _ = window_attention.backward(
-        grad_attended, qkv, bias, attended, log_sums, num_heads, window, shift, scale, of_bias
+    folded, unit = _fold(p.gamma, p.proj_weight)
+    grad_qkv, *of_attention = _attention_gradient(
+        product(grad_branch, folded), attention, p, windows, of_parameters
     )
-    del grad_attended
-    grad_qkv = grad_qkv.view(-1, qkv.shape[3])
-    dy = triton_rows.product(grad_qkv, qkv_weight)
-    dx, *grad_norm, branch_sum = triton_rows.layer_norm_backward(
-        grad_rows, dy, rows, mean, rstd, norm_weight, norm_bias, branch_scale, unit, of_parameters
+    dy = product(grad_qkv, p.qkv_weight)
+    dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
+        grad_rows,
+        dy,
+        _rows(x),
+        *norm,
+        p.norm_weight,
+        p.norm_bias,
+        branch_scale,
+        unit,
+        of_parameters,
     )
     if not of_parameters:
-        return dx.view(x.shape), *triton_rows.nothing(x, 8)
+        return dx.view(x.shape), *(None,) * len(p)
     y = dy  # whose place it took
-    grad_qkv_weight = triton_rows.product(grad_qkv.t(), y)
-    none = triton_rows.nothing(x, 1)
-    grad_qkv_bias = none[0] if qkv_bias is None else triton_rows.column_sum(grad_qkv)
-    product = triton_rows.product(grad_branch.t(), attended.view(rows.shape))
-    grads = _with_unit(unit, grad_qkv_weight, grad_qkv_bias, grad_bias)
-    last = _layer_scale_backward(product, branch_sum, gamma, proj_weight, proj_bias)
-    return dx.view(x.shape), *grad_norm, *grads, *last
+    of_qkv = product(grad_qkv.t(), y), _bias_gradient(p.qkv_bias, grad_qkv), *of_attention
+    of_weight = product(grad_branch.t(), _rows(attention.attended))
+    of_proj = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.proj_weight, p.proj_bias)
+    return dx.view(x.shape), *of_norm, *_with_unit(unit, *of_qkv), *of_proj
 
 
-def mlp_forward(
+def post_norm_attention_forward(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    gamma: Tensor | None,
+    parameters: AttentionParameters,
     branch_scale: Tensor | None,
+    windows: Windows,
     eps: float,
-) -> tuple[Tensor, ...]:
-    """The output, the output of fc1 without its bias [T, M], mean and rstd; inputs contiguous."""
-    rows = _rows(x)
-    y, mean, rstd = triton_rows.layer_norm(rows, norm_weight, norm_bias, eps)
-    hidden = triton_rows.product(y, fc1_weight.t())
-    del y
-    out = triton_rows.product(triton_rows.gelu(hidden, fc1_bias), fc2_weight.t())
-    triton_rows.add_branch(out, rows, fc2_bias, gamma, branch_scale)
-    return out.view(x.shape), hidden, mean, rstd
+) -> tuple[Tensor, Attended, NormalisedBranch]:
+    """The output and what is kept; all inputs contiguous."""
+    p, rows = parameters, _rows(x)
+    attention = _attend(product(rows, p.qkv_weight.t(), p.qkv_bias), x, p, windows)
+    branch = product(_rows(attention.attended), p.proj_weight.t())
+    out, *norm = triton_norms.add_normalised(
+        branch, rows, p.proj_bias, p.norm_weight, p.norm_bias, branch_scale, eps
+    )
+    return out.view(x.shape), attention, NormalisedBranch(branch, *norm)
 
 
-def mlp_backward(
+def post_norm_attention_backward(
     grad_out: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    gamma: Tensor | None,
+    parameters: AttentionParameters,
+    branch_scale: Tensor | None,
+    attention: Attended,
+    norm: NormalisedBranch,
+    windows: Windows,
+    of_parameters: bool,
+) -> Gradients:
+    """Gradients of x and of the parameters."""
+    p, grad_rows = parameters, _rows(grad_out)
+    grad_branch, grad_proj_bias, *of_norm = triton_norms.add_normalised_backward(
+        grad_rows, *norm, p.proj_bias, p.norm_weight, branch_scale, of_parameters
+    )
+    grad_qkv, *of_attention = _attention_gradient(
+        product(grad_branch, p.proj_weight), attention, p, windows, of_parameters
+    )
+    grad_x = _added(grad_rows, grad_qkv, p.qkv_weight).view(x.shape)
+    if not of_parameters:
+        return grad_x, *(None,) * len(p)
+    of_qkv = product(grad_qkv.t(), _rows(x)), _bias_gradient(p.qkv_bias, grad_qkv), *of_attention
+    of_proj = product(grad_branch.t(), _rows(attention.attended)), grad_proj_bias, None
+    return grad_x, *of_norm, *of_qkv, *of_proj
+
+
+def residual_mlp_forward(
+    x: Tensor, parameters: MlpParameters, branch_scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Statistics]:
+    """The output, that of fc1 without its bias [T, M], mean and rstd; inputs contiguous."""
+    p, rows = parameters, _rows(x)
+    y, *norm = triton_norms.layer_norm(rows, p.norm_weight, p.norm_bias, eps)
+    hidden = product(y, p.fc1_weight.t())
+    del y
+    out = product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight.t())
+    triton_rows.add_branch(out, rows, p.fc2_bias, p.gamma, branch_scale)
+    return out.view(x.shape), hidden, Statistics(*norm)
+
+
+def residual_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    parameters: MlpParameters,
     branch_scale: Tensor | None,
     hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    norm: Statistics,
     of_parameters: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x and of the seven parameters up to gamma; [0] where it is not wanted."""
-    rows, grad_rows = _rows(x), _rows(grad_out)
-    folded, unit = _fold(gamma, fc2_weight)
-    grad_hidden = triton_rows.product(grad_rows, folded)
+) -> Gradients:
+    """Gradients of x and of the parameters."""
+    p, grad_rows = parameters, _rows(grad_out)
+    folded, unit = _fold(p.gamma, p.fc2_weight)
+    grad_hidden = product(grad_rows, folded)
     # both factors of the products below come with branch_scale, so grad_out stays as it is
     activated, grad_fc1_bias = triton_rows.gelu_backward(
-        grad_hidden, hidden, fc1_bias, branch_scale, of_parameters
+        grad_hidden, hidden, p.fc1_bias, branch_scale, of_parameters
     )
-    product = triton_rows.product(grad_rows.t(), activated) if of_parameters else activated
+    of_weight = product(grad_rows.t(), activated) if of_parameters else activated
     del activated
-    dy = triton_rows.product(grad_hidden, fc1_weight)
-    dx, *grad_norm, branch_sum = triton_rows.layer_norm_backward(
-        grad_rows, dy, rows, mean, rstd, norm_weight, norm_bias, branch_scale, unit, of_parameters
+    dy = product(grad_hidden, p.fc1_weight)
+    dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
+        grad_rows,
+        dy,
+        _rows(x),
+        *norm,
+        p.norm_weight,
+        p.norm_bias,
+        branch_scale,
+        unit,
+        of_parameters,
     )
     if not of_parameters:
-        return dx.view(x.shape), *triton_rows.nothing(x, 7)
+        return dx.view(x.shape), *(None,) * len(p)
     y = dy  # whose place it took
-    grads = _with_unit(unit, triton_rows.product(grad_hidden.t(), y), grad_fc1_bias)
-    last = _layer_scale_backward(product, branch_sum, gamma, fc2_weight, fc2_bias)
-    return dx.view(x.shape), *grad_norm, *grads, *last
+    of_fc1 = _with_unit(unit, product(grad_hidden.t(), y), grad_fc1_bias)
+    of_fc2 = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.fc2_weight, p.fc2_bias)
+    return dx.view(x.shape), *of_norm, *of_fc1, *of_fc2
+
+
+def post_norm_mlp_forward(
+    x: Tensor, parameters: MlpParameters, branch_scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, NormalisedBranch]:
+    """The output, that of fc1 without its bias [T, M], and what was normalised."""
+    p, rows = parameters, _rows(x)
+    hidden = product(rows, p.fc1_weight.t())
+    branch = product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight.t())
+    out, *norm = triton_norms.add_normalised(
+        branch, rows, p.fc2_bias, p.norm_weight, p.norm_bias, branch_scale, eps
+    )
+    return out.view(x.shape), hidden, NormalisedBranch(branch, *norm)
+
+
+def post_norm_mlp_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    parameters: MlpParameters,
+    branch_scale: Tensor | None,
+    hidden: Tensor,
+    norm: NormalisedBranch,
+    of_parameters: bool,
+) -> Gradients:
+    """Gradients of x and of the parameters."""
+    p, grad_rows = parameters, _rows(grad_out)
+    grad_branch, grad_fc2_bias, *of_norm = triton_norms.add_normalised_backward(
+        grad_rows, *norm, p.fc2_bias, p.norm_weight, branch_scale, of_parameters
+    )
+    grad_hidden = product(grad_branch, p.fc2_weight)
+    activated, grad_fc1_bias = triton_rows.gelu_backward(
+        grad_hidden, hidden, p.fc1_bias, None, of_parameters
+    )
+    grad_x = _added(grad_rows, grad_hidden, p.fc1_weight).view(x.shape)
+    if not of_parameters:
+        return grad_x, *(None,) * len(p)
+    of_fc1 = product(grad_hidden.t(), _rows(x)), grad_fc1_bias
+    of_fc2 = product(grad_branch.t(), activated), grad_fc2_bias, None
+    return grad_x, *of_norm, *of_fc1, *of_fc2
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
+
+
+def _attend(qkv: Tensor, x: Tensor, parameters: AttentionParameters, windows: Windows) -> Attended:
+    qkv = qkv.view(*x.shape[:3], qkv.shape[1])
+    return Attended(
+        qkv, *window_attention.forward(qkv, parameters.bias, *windows, parameters.factors)
+    )
+
+
+def _attention_gradient(
+    grad_attended: Tensor,
+    attention: Attended,
+    parameters: AttentionParameters,
+    windows: Windows,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of qkv [T, 3C], of the factors and of the bias."""
+    qkv, attended, log_sums = attention
+    grad_qkv, grad_bias, grad_factors = window_attention.backward(
+        grad_attended.view(attended.shape),
+        qkv,
+        parameters.bias,
+        attended,
+        log_sums,
+        *windows,
+        of_parameters and parameters.bias is not None,
+        parameters.factors,
+    )
+    return _rows(grad_qkv), grad_factors, grad_bias
+
+
+def _bias_gradient(bias: Tensor | None, grad: Tensor) -> Tensor | None:
+    return None if bias is None else triton_rows.column_sum(grad)
+
+
+def _added(grad_out: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient that reaches x past the branch, and the one through its first product."""
+    with torch.autocast(grad.device.type, enabled=False):
+        return torch.addmm(grad_out, grad, weight)
 
 
 def _fold(gamma: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -172,13 +273,13 @@ def _fold(gamma: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     return (gamma.unsqueeze(1) * weight).to(weight.dtype), unit
 
 
-def _with_unit(unit: Tensor | None, *grads: Tensor) -> list[Tensor]:
-    return list(grads) if unit is None else [grad * unit for grad in grads]
+def _with_unit(unit: Tensor | None, *grads: Tensor | None) -> Gradients:
+    return grads if unit is None else tuple(None if g is None else g * unit for g in grads)
 
 
 def _layer_scale_backward(
     product: Tensor, branch_sum: Tensor, gamma: Tensor | None, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of weight, bias and gamma.
 
     With g the gradient of gamma · (a · weightᵀ + bias) for every token, `product` is gᵀ · a and
@@ -186,7 +287,7 @@ def _layer_scale_backward(
     branch's output itself is not kept.
     """
     if gamma is None:
-        return product, branch_sum, bias.new_empty(0)
+        return product, branch_sum, None
     wide = product.float()
     grad_gamma = (wide * weight).sum(1) + branch_sum * bias
     return (wide * gamma.unsqueeze(1)).to(weight.dtype), branch_sum * gamma, grad_gamma

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from simmim_kernels import dispatch
-from simmim_kernels.dispatch import Backend, choose, describe, implementation, no_second_order
+from simmim_kernels.dispatch import Backend, choose, describe
+from simmim_kernels.dtypes import in_float32
+from simmim_kernels.op import Op
 from simmim_kernels.window_attention import reference, xformers_kernel
 from simmim_kernels.window_attention.reference import relative_position_bias
 
@@ -97,17 +99,8 @@ def window_attention(
         return xformers_kernel.window_attention(qkv, bias, num_heads, window, shift, scale)
     if chosen == "reference":
         return reference.window_attention(qkv, bias, num_heads, window, shift, scale, factors)
-    out: Tensor = torch.ops.simmim.window_attention(
-        qkv,
-        None if bias is None else bias.float(),
-        None if factors is None else factors.float(),
-        num_heads,
-        list(window),
-        list(shift),
-        scale,
-        chosen,
-    )[0]
-    return out
+    bias, factors = in_float32(bias), in_float32(factors)
+    return _attend(chosen, qkv, bias, factors, num_heads, window, shift, scale).out
 
 
 def plain(backend: str) -> Callable[..., Tensor]:
@@ -158,98 +151,32 @@ def cosine_factors(logit_scale: Tensor, num_heads: int, beside: Tensor, error: A
     return logit_scale.to(wide).clamp(max=LARGEST_LOGIT_SCALE).exp()
 
 
-# The attended values and, for the backward, the logarithm of each query's sum of exponentials
-# (float32 [B, H, W, N]).
-torch.library.define(
-    "simmim::window_attention",
-    "(Tensor qkv, Tensor? bias, Tensor? factors, SymInt num_heads, SymInt[] window, "
-    "SymInt[] shift, float scale, str backend) -> (Tensor, Tensor)",
-)
-# Gradients of qkv, of the pair bias (float32, [0] where it is not wanted) and of the factors of
-# cosines (float32, [0] where there are none).
-torch.library.define(
-    "simmim::window_attention_backward",
-    "(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor? factors, Tensor out, Tensor log_sums, "
-    "SymInt num_heads, SymInt[] window, SymInt[] shift, float scale, bool of_bias, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-)
+class Attended(NamedTuple):
+    """The attended values, and the logarithm of each query's sum of exponentials.
+
+    The latter is float32 [B, H, W, N].
+    """
+
+    out: Tensor
+    log_sums: Tensor
 
 
-@torch.library.impl("simmim::window_attention", "CompositeExplicitAutograd")
-def _forward(
+def _shapes(
     qkv: Tensor,
     bias: Tensor | None,
     factors: Tensor | None,
     num_heads: int,
-    window: list[int],
-    shift: list[int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
     scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    kernel = implementation("window_attention", backend)
-    found: tuple[Tensor, Tensor] = kernel.forward(
-        qkv.contiguous(),
-        None if bias is None else bias.contiguous(),
-        num_heads,
-        (window[0], window[1]),
-        (shift[0], shift[1]),
-        scale,
-        factors=factors,
-    )
-    return found
-
-
-@torch.library.impl("simmim::window_attention_backward", "CompositeExplicitAutograd")
-def _backward_kernel(
-    grad_out: Tensor,
-    qkv: Tensor,
-    bias: Tensor | None,
-    factors: Tensor | None,
-    out: Tensor,
-    log_sums: Tensor,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    of_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = implementation("window_attention", backend)
-    grads: tuple[Tensor, Tensor, Tensor] = kernel.backward(
-        grad_out.contiguous(),
-        qkv.contiguous(),
-        None if bias is None else bias.contiguous(),
-        out,
-        log_sums,
-        num_heads,
-        (window[0], window[1]),
-        (shift[0], shift[1]),
-        scale,
-        of_bias,
-        factors=factors,
-    )
-    return grads
-
-
-def _forward_fake(
-    qkv: Tensor,
-    bias: Tensor | None,
-    factors: Tensor | None,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> Attended:
+    """The bias of pairs and the factors of cosines come as float32."""
     B, H, W, C3 = qkv.shape
     log_sums = qkv.new_empty((B, H, W, num_heads), dtype=torch.float32)
-    return qkv.new_empty((B, H, W, C3 // 3)), log_sums
+    return Attended(qkv.new_empty((B, H, W, C3 // 3)), log_sums)
 
 
-torch.library.register_fake("simmim::window_attention", _forward_fake)
-
-
-def _backward_fake(
+def _gradient_shapes(
     grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
@@ -257,11 +184,10 @@ def _backward_fake(
     out: Tensor,
     log_sums: Tensor,
     num_heads: int,
-    window: list[int],
-    shift: list[int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
     scale: float,
     of_bias: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs = window[0] * window[1]
     shape = (num_heads, pairs, pairs) if of_bias else (0,)
@@ -269,29 +195,4 @@ def _backward_fake(
     return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=torch.float32), grad_factors
 
 
-torch.library.register_fake("simmim::window_attention_backward", _backward_fake)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, factors, *ctx.settings = inputs
-    out, log_sums = output
-    ctx.mark_non_differentiable(log_sums)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, bias, factors, out, log_sums)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, unused: None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 8
-    qkv, bias, factors, out, log_sums = ctx.saved_tensors
-    *settings, backend = ctx.settings
-    of_bias = bias is not None and ctx.needs_input_grad[1]
-    grad_qkv, grad_bias, grad_factors = torch.ops.simmim.window_attention_backward(
-        grad_out, qkv, bias, factors, out, log_sums, *settings, of_bias, backend
-    )
-    grads = grad_qkv, grad_bias if of_bias else None, None if factors is None else grad_factors
-    return *grads, None, None, None, None, None
-
-
-torch.library.register_autograd("simmim::window_attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("simmim::window_attention_backward", no_second_order)
+_attend = Op("window_attention", _shapes, _gradient_shapes, gradients=("qkv", "bias", "factors"))

@@ -1,7 +1,7 @@
-"""x + branch_scale · layer_norm(branch + bias) and its gradient in Triton, one pass each.
+"""The norms of a transformer block and what is added beside them, in Triton: one pass each way.
 
 T tokens, C width; R rows and K columns of a tile, as wide as a row. Arithmetic is float32 in
-registers; sums over tokens take the two steps of transformer_block/triton_rows.py.
+registers; sums over tokens take the two steps of triton_rows.py.
 """
 
 import torch
@@ -10,6 +10,107 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.transformer_block.triton_rows import added, rows_per_program, whole_rows
+
+
+@triton.jit
+def _layer_norm(
+    p_x,
+    p_weight,
+    p_bias,
+    p_y,
+    p_mean,
+    p_rstd,
+    rows,
+    C,
+    eps,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_row = tl.program_id(0) * R + tl.arange(0, R)
+    o_column = tl.arange(0, K)
+    m_row, m_column = o_row < rows, o_column < C
+    m_tile = m_row[:, None] & m_column[None, :]
+    o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+    b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+    weight = tl.load(p_weight + o_column, mask=m_column, other=0.0)
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    mean = tl.sum(b_x, axis=1) / C
+    # deviations from the mean: a difference of sums would cancel where the mean is large
+    b_x = tl.where(m_tile, b_x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / C + eps)
+    b_y = b_x * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(p_y + o_tile, b_y.to(p_y.dtype.element_ty), mask=m_tile)
+    tl.store(p_mean + o_row, mean, mask=m_row)
+    tl.store(p_rstd + o_row, rstd, mask=m_row)
+
+
+@triton.jit
+def _layer_norm_backward(
+    p_grad_out,
+    p_dy,
+    p_x,
+    p_mean,
+    p_rstd,
+    p_weight,
+    p_bias,
+    p_branch_scale,
+    p_unit,
+    p_dx,
+    p_partial,
+    rows,
+    rows_per_program,
+    tokens_per_image,
+    C,
+    HAS_BRANCH_SCALE: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    OF_PARAMETERS: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    o_column = tl.arange(0, K)
+    m_column = o_column < C
+    weight = tl.load(p_weight + o_column, mask=m_column, other=0.0)
+    bias = tl.load(p_bias + o_column, mask=m_column, other=0.0)
+    b_weight = tl.zeros((R, K), dtype=tl.float32)
+    b_bias = tl.zeros((R, K), dtype=tl.float32)
+    b_branch = tl.zeros((R, K), dtype=tl.float32)
+    for start in range(0, rows_per_program, R):
+        o_row = tl.program_id(0) * rows_per_program + start + tl.arange(0, R)
+        m_row = o_row < rows
+        m_tile = m_row[:, None] & m_column[None, :]
+        o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
+        b_x = tl.load(p_x + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dy + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        b_grad = tl.load(p_grad_out + o_tile, mask=m_tile, other=0.0).to(tl.float32)
+        mean = tl.load(p_mean + o_row, mask=m_row, other=0.0)
+        rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)
+        b_x = (b_x - mean[:, None]) * rstd[:, None]
+        if HAS_UNIT:
+            b_dy *= tl.load(p_unit)
+        if OF_PARAMETERS:
+            # the input of the product whose weight gradient comes next takes the place of dy
+            b_y = b_x * weight[None, :] + bias[None, :]
+            tl.store(p_dy + o_tile, b_y.to(p_dy.dtype.element_ty), mask=m_tile)
+            b_weight += b_dy * b_x
+            b_bias += b_dy
+            if HAS_BRANCH_SCALE:
+                o_image = o_row // tokens_per_image
+                branch_scale = tl.load(p_branch_scale + o_image, mask=m_row, other=0.0)
+                b_branch += b_grad * branch_scale[:, None]
+            else:
+                b_branch += b_grad
+        # beyond the width dy is 0, and so are its products
+        b_dy *= weight[None, :]
+        shift = tl.sum(b_dy, axis=1) / C
+        slope = tl.sum(b_dy * b_x, axis=1) / C
+        b_dx = b_grad + (b_dy - shift[:, None] - b_x * slope[:, None]) * rstd[:, None]
+        tl.store(p_dx + o_tile, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+    if OF_PARAMETERS:
+        size = tl.num_programs(0).to(tl.int64) * C
+        o_partial = tl.program_id(0).to(tl.int64) * C + o_column
+        tl.store(p_partial + o_partial, tl.sum(b_weight, axis=0), mask=m_column)
+        tl.store(p_partial + size + o_partial, tl.sum(b_bias, axis=0), mask=m_column)
+        tl.store(p_partial + 2 * size + o_partial, tl.sum(b_branch, axis=0), mask=m_column)
 
 
 @triton.jit
@@ -111,6 +212,86 @@ def _add_normalised_backward(
         tl.store(p_partial + o_partial, tl.sum(b_bias, axis=0), mask=m_column)
         tl.store(p_partial + size + o_partial, tl.sum(b_weight, axis=0), mask=m_column)
         tl.store(p_partial + 2 * size + o_partial, tl.sum(b_norm_bias, axis=0), mask=m_column)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised rows of x [T, C], and the mean and reciprocal deviation of each."""
+    T, C = x.shape
+    y = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
+    if T:
+        R, K, num_warps = whole_rows(C, 16)
+        _layer_norm[(triton.cdiv(T, R),)](
+            x, weight, bias, y, mean, rstd, T, C, eps, R=R, K=K, num_warps=num_warps
+        )
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    grad_out: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_scale: Tensor | None,
+    unit: Tensor | None,
+    of_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of x, to which grad_out goes both directly and by the branch.
+
+    Args:
+        grad_out: [T, C], gradient of the block's output.
+        dy: [T, C], gradient of the normalised rows; with `of_parameters` these take its place.
+        x: [T, C], with its statistics mean and rstd.
+        mean: [T].
+        rstd: [T].
+        weight: [C].
+        bias: [C].
+        branch_scale: [B]; T/B rows share one.
+        unit: a factor of dy that it does not contain yet.
+        of_parameters: whether the last three are wanted ([0] if not).
+
+    Returns:
+        Gradients of x, weight and bias, and the column sums of branch_scale · grad_out.
+    """
+    T, C = x.shape
+    dx = x.new_empty(x.shape)
+    R, K, num_warps = whole_rows(C, 8)
+    per_program = rows_per_program(T, 1)
+    programs = triton.cdiv(T, per_program)
+    partial = x.new_empty((3, programs, C) if of_parameters else 0, dtype=torch.float32)
+    if T:
+        _layer_norm_backward[(programs,)](
+            grad_out,
+            dy,
+            x,
+            mean,
+            rstd,
+            weight,
+            bias,
+            weight if branch_scale is None else branch_scale,
+            weight if unit is None else unit,
+            dx,
+            partial,
+            T,
+            per_program,
+            1 if branch_scale is None else T // branch_scale.numel(),
+            C,
+            HAS_BRANCH_SCALE=branch_scale is not None,
+            HAS_UNIT=unit is not None,
+            OF_PARAMETERS=of_parameters,
+            R=R,
+            K=K,
+            num_warps=num_warps,
+        )
+    if not of_parameters:
+        return dx, partial, partial, partial
+    first, second, third = added(partial)
+    return dx, first, second, third
 
 
 def add_normalised(

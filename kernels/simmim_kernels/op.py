@@ -1,0 +1,280 @@
+"""Declares an op of torch.library once, by typed functions that state the shapes of its outputs.
+
+The names and types of their arguments say the rest: the schema, what a backend's launcher is called
+with, what autograd keeps for the backward, and which gradients it returns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    ParamSpec,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# Launchers get contiguous tensors. A tensor that they take in another layout is annotated with the
+# function that brings it there; this one leaves it alone.
+AnyStrides = Annotated[Tensor, _as_it_is]
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    tuple[int, int]: "SymInt[]",
+    torch.Size: "SymInt[]",
+    torch.dtype: "ScalarType",
+}
+
+
+class Op(Generic[P, R]):
+    """An op `simmim::NAME` and, where it has gradients, `simmim::NAME_backward`.
+
+    `forward` and `backward` name and type the arguments of these two and return tensors with the
+    shapes, dtypes and strides of their outputs: torch.compile and torch.export call them in place
+    of a kernel. A NamedTuple among arguments or outputs stands for its fields, whose names no other
+    argument has. Every backend has a launcher for each of the two: a function that takes the same
+    arguments by name, in the module BACKEND_kernel of the op's folder.
+
+    `forward` returns a tensor, or a NamedTuple of the result and of what the backward needs, which
+    has no gradient. `backward` takes, by name:
+
+    - `grad_out`, the gradient of the result;
+    - arguments and outputs of `forward`, which autograd then keeps, and what `context` returns;
+    - `of_NAME`, whether the gradient of that argument is wanted, and `of_parameters`, whether that
+      of any but the first of `gradients` is.
+
+    Its outputs are the gradients of `gradients`, in that order, or None for those that are not
+    wanted or of a tensor that is None. Differentiating them again raises NotImplementedError.
+
+    Attributes:
+        name: of the op.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[P, R],
+        backward: Callable[..., object] | None = None,
+        *,
+        gradients: Sequence[str] = (),
+        torch_gradients: dict[str, Callable[[Tensor], Tensor]] | None = None,
+        context: Callable[..., dict[str, Any]] | None = None,
+        folder: str | None = None,
+    ) -> None:
+        """Registers the op; nothing of a backend is imported before it runs.
+
+        Args:
+            name: of the op.
+            forward: its outputs, without values.
+            backward: its gradients, without values; None where nothing has one.
+            gradients: the arguments of `forward` that the outputs of `backward` belong to.
+            torch_gradients: arguments whose gradient PyTorch computes from that of the result.
+            context: takes the arguments and outputs of the forward by name; returns what the
+                backward gets under a name of its own, or in place of one of them.
+            folder: that of the launchers in simmim_kernels. In the folder of the op's name, which
+                is that of None, they are called forward and backward, in another one NAME_forward
+                and NAME_backward.
+        """
+        self.name = name
+        home, prefix = (name, "") if folder is None else (folder, f"{name}_")
+        inputs, outputs = _arguments(forward), _part(get_type_hints(forward)["return"])
+        self._input_names, self._output_names = list(_leaves(inputs)), list(_leaves(outputs))
+        self._outputs = outputs
+        self._is_group = [isinstance(part, _Group) for part in inputs.parts.values()]
+        count = len(self._output_names)
+        self._run = _register(name, inputs, count, forward, home, f"{prefix}forward")
+        if backward is None:
+            return
+        self._gradient_names = [n for key in gradients for n in _leaves(inputs.parts[key], key)]
+        self._torch_gradients, self._context = torch_gradients or {}, context
+        needs = _arguments(backward)
+        self._needs = _leaves(needs)
+        self._flags = {
+            flag: self._gradient_names[1:] if flag == "of_parameters" else [flag[3:]]
+            for flag in self._needs
+            if flag.startswith("of_")
+        }
+        gradient = f"{name}_backward"
+        count = len(self._gradient_names)
+        self._run_backward = _register(gradient, needs, count, backward, home, f"{prefix}backward")
+        torch.library.register_autograd(
+            f"simmim::{name}", self._backward, setup_context=self._setup_context
+        )
+        torch.library.register_autograd(f"simmim::{gradient}", _refuse_second_order)
+
+    def __call__(self, backend: str, /, *arguments: P.args, **unused: P.kwargs) -> R:
+        """Runs the op on a backend, with the arguments of `forward` by position."""
+        assert not unused
+        flat: list[Any] = []
+        for argument, is_group in zip(arguments, self._is_group, strict=True):
+            flat += cast("tuple[Any, ...]", argument) if is_group else (argument,)
+        outputs = self._run(*flat, backend)
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        result: R = _build(self._outputs, iter(outputs))
+        return result
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        *arguments, ctx.backend = inputs
+        values = dict(zip(self._input_names, arguments, strict=True))
+        values |= dict(zip(self._output_names, outputs, strict=True))
+        if self._context is not None:
+            values |= self._context(**values)
+        kept = {name: values[name] for name in self._needs if name in values}
+        tensors = {n: v for n, v in kept.items() if self._needs[n].is_tensor}
+        ctx.kept_names, ctx.settings = list(tensors), {n: kept[n] for n in kept.keys() - tensors}
+        ctx.save_for_backward(*tensors.values())
+
+    def _backward(self, ctx: Any, grad_out: Tensor | None, *unused: None) -> Any:
+        names = self._input_names
+        if grad_out is None:
+            return (None,) * (len(names) + 1)
+        wanted = {n for n, needed in zip(names, ctx.needs_input_grad) if needed}
+        values = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True)) | ctx.settings
+        values["grad_out"] = grad_out
+        for flag, of_names in self._flags.items():
+            values[flag] = any(name in wanted for name in of_names)
+        found = self._run_backward(*(values[name] for name in self._needs), ctx.backend)
+        gradients = (found,) if isinstance(found, Tensor) else found
+        by_name = dict(zip(self._gradient_names, gradients, strict=True))
+        for name in wanted & self._torch_gradients.keys():
+            by_name[name] = self._torch_gradients[name](grad_out)
+        return *(by_name.get(name) if name in wanted else None for name in names), None
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """An argument or output that the schema has: its type there, and how launchers want it."""
+
+    type: str
+    prepare: Callable[[Any], Any]
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.type.startswith("Tensor")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Arguments or outputs by name, and what makes one object of them."""
+
+    make: Callable[..., Any]
+    parts: "dict[str, _Leaf | _Group]"
+
+
+def _part(kind: Any) -> _Leaf | _Group:
+    if isinstance(kind, type) and hasattr(kind, "_fields"):
+        fields = get_type_hints(kind, include_extras=True)
+        return _Group(kind, {name: _part(k) for name, k in fields.items()})
+    layout = _contiguous
+    if get_origin(kind) is Annotated:
+        kind, layout = get_args(kind)
+    schema_type = _SCHEMA_TYPES[kind]
+    if schema_type == "SymInt[]":
+        return _Leaf(schema_type, tuple)
+    if not schema_type.startswith("Tensor"):
+        return _Leaf(schema_type, lambda value: value)
+    return _Leaf(schema_type, lambda tensor: None if tensor is None else layout(tensor))
+
+
+def _arguments(function: Callable[..., object]) -> _Group:
+    kinds = get_type_hints(function, include_extras=True)
+    del kinds["return"]
+    return _Group(dict, {name: _part(kind) for name, kind in kinds.items()})
+
+
+def _leaves(part: _Leaf | _Group, name: str = "out") -> dict[str, _Leaf]:
+    """What stands in a schema for a part of that name."""
+    if isinstance(part, _Leaf):
+        return {name: part}
+    return {n: leaf for key, inner in part.parts.items() for n, leaf in _leaves(inner, key).items()}
+
+
+def _build(part: _Leaf | _Group, values: Iterator[Any]) -> Any:
+    """The argument or output whose leaves have these values."""
+    if isinstance(part, _Leaf):
+        return next(values)
+    return part.make(**{name: _build(inner, values) for name, inner in part.parts.items()})
+
+
+def _tensors(outputs: Any, nothing: Tensor) -> list[Tensor]:
+    """All tensors of a launcher's outputs; a schema has no None, `nothing` stands for it."""
+    if outputs is None:
+        return [torch.empty_like(nothing)]
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in _tensors(part, nothing)]
+
+
+def _register(
+    name: str,
+    inputs: _Group,
+    num_outputs: int,
+    shapes: Callable[..., Any],
+    folder: str,
+    launcher: str,
+) -> Callable[..., Any]:
+    """Registers one op of torch.library and returns what calls it."""
+    leaves = _leaves(inputs)
+    arguments = ", ".join(f"{leaf.type} {name}" for name, leaf in leaves.items())
+    returned = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
+    torch.library.define(f"simmim::{name}", f"({arguments}, str backend) -> {returned}")
+
+    def as_returned(outputs: Any, first: Tensor) -> Tensor | list[Tensor]:
+        tensors = _tensors(outputs, first.new_empty(0, dtype=torch.float32))
+        return tensors[0] if num_outputs == 1 else tensors
+
+    def run(*flat: Any) -> Tensor | list[Tensor]:
+        *values, backend = flat
+        prepared = (leaf.prepare(v) for leaf, v in zip(leaves.values(), values, strict=True))
+        module = import_module(f"simmim_kernels.{folder}.{backend}_kernel")
+        outputs = getattr(module, launcher)(**_build(inputs, prepared))
+        return as_returned(outputs, values[0])
+
+    def run_without_values(*flat: Any) -> Tensor | list[Tensor]:
+        *values, _ = flat
+        return as_returned(shapes(**_build(inputs, iter(values))), values[0])
+
+    torch.library.impl(f"simmim::{name}", "CompositeExplicitAutograd", run)
+    torch.library.register_fake(f"simmim::{name}", run_without_values)
+    packet: Callable[..., Any] = getattr(torch.ops.simmim, name)
+    return packet
+
+
+def _refuse_second_order(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("the ops of simmim_kernels have gradients of first order only")
+
+
+def gradients_like(
+    x: Tensor, *parameters: Tensor | None, of_parameters: bool
+) -> list[Tensor | None]:
+    """Gradients without values: that of x, and those of parameters that are there, if wanted."""
+    wanted = (p if of_parameters else None for p in parameters)
+    return [x.new_empty(x.shape), *(None if p is None else p.new_empty(p.shape) for p in wanted)]
