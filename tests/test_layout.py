@@ -60,7 +60,6 @@ FLOORS_OF_ENGINE: Floors = (
         (
             "simmim.errors",
             "simmim.files",
-            "simmim.image_quality",
             "simmim.run_folder",
             "simmim.version",
         ),

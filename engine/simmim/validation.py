@@ -23,9 +23,9 @@ from simmim.data.unreadable import UnreadableImages
 from simmim.data.views import CentreView
 from simmim.distributed import World, all_reduce_sum
 from simmim.errors import ConfigError, DataError, from_setting
-from simmim.image_quality import SMALLEST, signal_to_noise, structural_similarity
 from simmim.model.image_model import MaskedImageModel
 from simmim.observers import say_where
+from simmim.pictures.image_quality import SMALLEST, signal_to_noise, structural_similarity
 from simmim.pictures.reconstruction import FixedSamples
 from simmim.training import precision
 from simmim.training.observer import PeriodicObserver, draw_picture
@@ -69,7 +69,7 @@ class Measured:
         loss: mean over the images of the training loss under their masks of epoch 0.
         psnr: peak signal-to-noise ratio in dB, from the mean squared error over all pixels of all
             images; infinite without any error.
-        ssim: mean over the images of `simmim.image_quality.structural_similarity`.
+        ssim: mean over the images of `simmim.pictures.image_quality.structural_similarity`.
 
     For psnr and ssim an image is its hidden pixels as the model predicts them, cut off at 0 and 1,
     beside its visible pixels as they are: on the 0–1 scale, visible pixels count as without error.

@@ -24,9 +24,9 @@ from simmim.data.decode import decode
 from simmim.data.open import open_source
 from simmim.distributed import World
 from simmim.errors import ConfigError, DataError
-from simmim.image_quality import signal_to_noise, similarity_map, structural_similarity
 from simmim.method.build import find_method
 from simmim.method.method import Method
+from simmim.pictures.image_quality import signal_to_noise, similarity_map, structural_similarity
 from simmim.pretrain import build_model
 from simmim.validation import Measured, Validation, validate
 
