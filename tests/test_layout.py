@@ -35,7 +35,6 @@ FLOORS_OF_KERNELS: Floors = (
         "what the kernels of several ops share",
         (
             "simmim_kernels.*.native_rows",
-            "simmim_kernels.*.signs",
             "simmim_kernels.*.triton_norms",
             "simmim_kernels.*.triton_rows",
         ),

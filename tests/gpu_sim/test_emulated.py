@@ -15,6 +15,7 @@ from simmim_kernels.linear_masked_l1_loss import reference as linear_reference
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import reference as loss_reference
 from simmim_kernels.masked_l1_loss import triton_kernel as loss
+from simmim_kernels.masked_l1_loss.arguments import Target
 from simmim_kernels.merge_patches import reference as merge_reference
 from simmim_kernels.merge_patches import triton_kernel as merge
 from simmim_kernels.random_patch_mask import reference as mask_reference
@@ -28,6 +29,7 @@ from simmim_kernels.transformer_block import triton_norms, triton_rows
 from simmim_kernels.transformer_block.arguments import MlpParameters
 from simmim_kernels.window_attention import reference as attention_reference
 from simmim_kernels.window_attention import triton_kernel as attention
+from simmim_kernels.window_attention.arguments import Windows
 
 TARGETS = ["sm_80", "sm_90"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -104,7 +106,8 @@ def check_loss(dtype: torch.dtype, stride: int, grid: tuple[int, int], target: s
         error = torch.where(hidden, shuffled - exact_image, 0.0).abs().sum()
         return error / (hidden.sum() + 1e-5) / 3
 
-    value, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
+    target = Target(image, mask, mean, std, stride, 0)
+    value, per_pixel, signs = loss.forward(prediction, target, True)
     grad = loss.backward(torch.tensor(0.5), per_pixel, signs, shape, dtype)
     expected = gradients(exact, torch.tensor(0.5), prediction)
     assert_as_exact_as([value, grad], expected, dtype)
@@ -123,9 +126,8 @@ def check_linear(dtype: torch.dtype, stride: int, grid: tuple[int, int], D: int 
             features, weight, bias, image, mask, stride, None
         ).double()
 
-    value, per_pixel, signs = linear.forward(
-        features, weight, bias, image, mask, None, None, stride, 0, True
-    )
+    target = Target(image, mask, None, None, stride, 0)
+    value, per_pixel, signs = linear.forward(features, weight, bias, target, True)
     grads = linear.backward(
         torch.tensor(0.5), per_pixel, signs, features, weight, mask, stride, True, True
     )
@@ -194,13 +196,13 @@ def check_attention(
     qkv, grad = torch.randn(1, *side, 3 * D).to(dtype), torch.randn(1, *side, D).to(dtype)
     bias = torch.randn(1, S, S).to(dtype).float() * spread
     factors = [torch.tensor([5.0])] if cosine else []
-    settings = (1, window, shift, D**-0.5)
+    windows = Windows(1, window, shift, D**-0.5)
 
     def exact(qkv: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
-        return attention_reference.window_attention(qkv, bias, *settings, *factors)
+        return attention_reference.window_attention(qkv, bias, *windows, *factors)
 
-    out, log_sums = attention.forward(qkv, bias, *settings, *factors)
-    grads = attention.backward(grad, qkv, bias, out, log_sums, *settings, True, *factors)
+    out, log_sums = attention.forward(qkv, bias, windows, *factors)
+    grads = attention.backward(grad, qkv, bias, out, log_sums, windows, True, *factors)
     found = [out, *grads] if cosine else [out, *grads[:2]]
     assert_as_exact_as(found, gradients(exact, grad, qkv, bias, *factors), dtype)
 

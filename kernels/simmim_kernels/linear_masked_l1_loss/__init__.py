@@ -8,9 +8,10 @@ from torch import Tensor
 from simmim_kernels.dispatch import BACKENDS, choose, describe
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.linear_masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss import Loss, check_target, loss_shapes
+from simmim_kernels.masked_l1_loss import check_target
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, loss_shapes
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
-from simmim_kernels.op import AnyStrides, Op
+from simmim_kernels.op import Op
 
 __all__ = ["BACKENDS", "linear_masked_l1_loss"]
 
@@ -99,12 +100,7 @@ def linear_masked_l1_loss(
         features,
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        image.detach(),
-        mask,
-        mean,
-        std,
-        stride,
-        norm_target or 0,
+        Target(image.detach(), mask, mean, std, stride, norm_target or 0),
         keep_signs,
     ).loss
 
@@ -113,16 +109,11 @@ def _shapes(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    image: AnyStrides,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
+    target: Target,
     keep_signs: bool,
 ) -> Loss:
     """Sign words of cells that are not projected are 0."""
-    return loss_shapes(features, image.shape[1], stride, keep_signs)
+    return loss_shapes(features, target, keep_signs)
 
 
 def _gradient_shapes(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from simmim_kernels import native
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
-from simmim_kernels.masked_l1_loss.native_kernel import gradient_per_pixel, image_arguments
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
+from simmim_kernels.masked_l1_loss.native_kernel import loss_of_sum, target_arguments
 
 # Predictions that exist at one time: enough rows to keep the matrix product efficient.
 ROWS_AT_ONCE = 512
@@ -32,30 +32,20 @@ def _chunks(cells: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _rows(cells: Tensor, first: int, last: int) -> Tensor:
-    found = cells[first:last].flatten().nonzero().squeeze(1)
-    return found + first * cells[0].numel()
+    within = cells[first:last].flatten().nonzero().squeeze(1)
+    return within + first * cells[0].numel()
 
 
 def forward(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Target, keep_signs: bool
+) -> Loss:
+    """The loss and what its gradient needs."""
     assert native.extension is not None
     B, h, w, D = features.shape
-    cells = hidden_cells(mask, (h, w), stride)
+    cells = hidden_cells(target.mask, (h, w), target.stride)
     flat = features.view(-1, D)
     dtype, transposed = weight.dtype, weight.t()
-    shape = signs_shape(features.shape, image.shape[1], stride) if keep_signs else [0]
-    signs = torch.zeros(shape, dtype=torch.int32)
+    signs = torch.zeros(signs_shape(features.shape, target, keep_signs), dtype=torch.int32)
     total, num_hidden = 0.0, 0
     for first, last, rows in _chunks(cells):
         chunk = flat[rows].to(dtype)
@@ -68,20 +58,19 @@ def forward(
         row_of_cell = torch.zeros(B * h * w, dtype=torch.int32)
         row_of_cell[rows] = torch.arange(len(rows), dtype=torch.int32)
         row_of_cell = row_of_cell[first * h * w : last * h * w]
-        found, count = native.extension.masked_l1_loss_forward(
+        images = slice(first, last)
+        part = target._replace(image=target.image[images], mask=target.mask[images])
+        part_total, count = native.extension.masked_l1_loss_forward(
             prediction.data_ptr(),
             (),
             native.DTYPE_CODES[prediction.dtype],
             row_of_cell.data_ptr(),
-            *image_arguments(image[first:last], mask[first:last], mean, std),
-            stride,
-            norm_target,
-            signs[first:last].data_ptr() if keep_signs else 0,
+            *target_arguments(part),
+            signs[images].data_ptr() if keep_signs else 0,
             torch.get_num_threads(),
         )
-        total, num_hidden = total + found, num_hidden + count
-    per_pixel = gradient_per_pixel(image, mask, num_hidden)
-    return torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs
+        total, num_hidden = total + part_total, num_hidden + count
+    return loss_of_sum(total, num_hidden, target, signs)
 
 
 def backward(

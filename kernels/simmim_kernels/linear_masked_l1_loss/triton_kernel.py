@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
 from simmim_kernels.masked_l1_loss.triton_kernel import finish, plain_target, sign_words, signs_of
 
 
@@ -231,23 +231,15 @@ def _order(mask: Tensor, grid: tuple[int, int], stride: int) -> tuple[Tensor, Te
 
 
 def forward(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Target, keep_signs: bool
+) -> Loss:
+    """The loss and what its gradient needs."""
     B, h, w, D = features.shape
+    image, is_bytes = plain_target(target)
+    _, mask, mean, std, stride, _ = target
     C, H, W = image.shape[1:]
-    image, is_bytes = plain_target(image, mean, std, norm_target)
     order, count = _order(mask, (h, w), stride)
-    shape = signs_shape(features.shape, C, stride) if keep_signs else [0]
+    shape = signs_shape(features.shape, target, keep_signs)
     signs = torch.zeros(shape, dtype=torch.int32, device=features.device)
     M, N, K = 64, 128, 64 if features.dtype != torch.float32 else 32
     columns = C * stride * (-(-stride // 16) * 16)
@@ -284,7 +276,7 @@ def forward(
             num_warps=8,
             num_stages=3,
         )
-    return *finish(partial, image, mask), signs
+    return Loss(*finish(partial, image, mask), signs)
 
 
 def backward(

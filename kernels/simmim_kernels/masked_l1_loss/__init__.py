@@ -1,14 +1,14 @@
 """The SimMIM loss: mean absolute error of the reconstruction over the hidden pixels only."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simmim_kernels.dispatch import BACKENDS, choose, describe
 from simmim_kernels.masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, loss_shapes
 from simmim_kernels.op import AnyStrides, Op
 
 __all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
@@ -64,13 +64,7 @@ def masked_l1_loss(
         raise error("patch_size must divide H and W")
     if mask.shape != (B, H // patch_size, W // patch_size):
         raise error("mask must be bool [B, H // patch_size, W // patch_size]")
-    mean, std = check_target(prediction, image, mask, mean, std, norm_target, error)
-    chosen = choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
-    if chosen == "reference":
-        if mean is not None and std is not None:
-            image = reference.normalise_pixels(image, mean, std)
-        return reference.masked_l1_loss(prediction, image.detach(), mask, norm_target)
-    return _loss(prediction, image, mask, 0, mean, std, norm_target, chosen)
+    return _loss(prediction, image, mask, 0, mean, std, norm_target, backend, error)
 
 
 def masked_l1_loss_from_tokens(
@@ -120,14 +114,7 @@ def masked_l1_loss_from_tokens(
         raise error("image must be [B, C, h·stride, w·stride]")
     if width != image.shape[1] * stride**2:
         raise error("prediction must be [B, h, w, C·stride·stride]")
-    mean, std = check_target(prediction, image, mask, mean, std, norm_target, error)
-    chosen = choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
-    if chosen == "reference":
-        if mean is not None and std is not None:
-            image = reference.normalise_pixels(image, mean, std)
-        shuffled = reference.shuffle_pixels(prediction, stride)
-        return reference.masked_l1_loss(shuffled, image.detach(), mask, norm_target)
-    return _loss(prediction, image, mask, stride, mean, std, norm_target, chosen)
+    return _loss(prediction, image, mask, stride, mean, std, norm_target, backend, error)
 
 
 def check_target(
@@ -189,52 +176,28 @@ def _loss(
     image: Tensor,
     mask: Tensor,
     stride: int,
-    mean: Tensor | None,
-    std: Tensor | None,
+    mean: Sequence[float] | Tensor | None,
+    std: Sequence[float] | Tensor | None,
     norm_target: int | None,
-    backend: str,
+    backend: str | None,
+    error: Callable[[str], ValueError],
 ) -> Tensor:
+    """Checks what both layouts share, and runs their op or its reference."""
+    mean, std = check_target(prediction, image, mask, mean, std, norm_target, error)
+    chosen = choose("masked_l1_loss", BACKENDS, (prediction, image, mask), backend)
+    if chosen == "reference":
+        if mean is not None and std is not None:
+            image = reference.normalise_pixels(image, mean, std)
+        if stride:
+            prediction = reference.shuffle_pixels(prediction, stride)
+        return reference.masked_l1_loss(prediction, image.detach(), mask, norm_target)
     keep_signs = prediction.requires_grad and torch.is_grad_enabled()
-    target = image.detach(), mask, mean, std
-    return _op(backend, prediction, *target, stride, norm_target or 0, keep_signs).loss
+    target = Target(image.detach(), mask, mean, std, stride, norm_target or 0)
+    return _op(chosen, prediction, target, keep_signs).loss
 
 
-class Loss(NamedTuple):
-    """The loss, and what its gradient needs.
-
-    Attributes:
-        loss: float32 scalar.
-        per_pixel: float32 scalar, the size of the gradient at a hidden pixel.
-        signs: int32, of `signs_shape`, or [0] where they are not kept. A word has 16 pixels of a
-            run: bit e where the prediction of pixel e is too high, bit 16 + e where it is too low,
-            neither where it is exact, NaN or visible.
-    """
-
-    loss: Tensor
-    per_pixel: Tensor
-    signs: Tensor
-
-
-def loss_shapes(prediction: Tensor, channels: int, stride: int, keep_signs: bool) -> Loss:
-    """Outputs without values, of a prediction or of the features that one is made from."""
-    shape = signs_shape(prediction.shape, channels, stride) if keep_signs else [0]
-    scalar = prediction.new_empty((), dtype=torch.float32)
-    signs = prediction.new_empty(shape, dtype=torch.int32)
-    return Loss(scalar, torch.empty_like(scalar), signs)
-
-
-def _shapes(
-    prediction: AnyStrides,
-    image: AnyStrides,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-) -> Loss:
-    """A prediction in the layout of an image has the stride 0."""
-    return loss_shapes(prediction, image.shape[1], stride, keep_signs)
+def _shapes(prediction: AnyStrides, target: Target, keep_signs: bool) -> Loss:
+    return loss_shapes(prediction, target, keep_signs)
 
 
 def _gradient_shapes(

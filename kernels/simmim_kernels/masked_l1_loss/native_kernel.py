@@ -7,50 +7,38 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
 
 
-def forward(
-    prediction: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
+def forward(prediction: Tensor, target: Target, keep_signs: bool) -> Loss:
+    """The loss and what its gradient needs."""
     assert native.extension is not None
-    if stride:
+    if target.stride:
         prediction = prediction.contiguous()
-    shape = signs_shape(prediction.shape, image.shape[1], stride) if keep_signs else [0]
-    signs = native.empty(shape, torch.int32)
+    signs = native.empty(signs_shape(prediction.shape, target, keep_signs), torch.int32)
     total, hidden_cells = native.extension.masked_l1_loss_forward(
         prediction.data_ptr(),
-        () if stride else prediction.stride(),
+        () if target.stride else prediction.stride(),
         native.DTYPE_CODES[prediction.dtype],
         0,  # no list of rows: every cell has its prediction
-        *image_arguments(image, mask, mean, std),
-        stride,
-        norm_target,
+        *target_arguments(target),
         signs.data_ptr() if keep_signs else 0,
         torch.get_num_threads(),
     )
-    per_pixel = gradient_per_pixel(image, mask, hidden_cells)
-    return torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs
+    return loss_of_sum(total, hidden_cells, target, signs)
 
 
-def gradient_per_pixel(image: Tensor, mask: Tensor, hidden_cells: int) -> float:
-    """1 / (ΣM + 1e-5) / C, with M the mask at the image's resolution."""
-    pixels = (image.shape[2] // mask.shape[1]) * (image.shape[3] // mask.shape[2])
-    return 1.0 / (hidden_cells * pixels + 1e-5) / image.shape[1]
+def loss_of_sum(total: float, hidden_cells: int, target: Target, signs: Tensor) -> Loss:
+    """The sum of errors over C · (ΣM + 1e-5), with M the mask at the image's resolution."""
+    _, C, H, W = target.image.shape
+    pixels = (H // target.mask.shape[1]) * (W // target.mask.shape[2])
+    per_pixel = 1.0 / (hidden_cells * pixels + 1e-5) / C
+    return Loss(torch.tensor(total * per_pixel), torch.tensor(per_pixel), signs)
 
 
-def image_arguments(
-    image: Tensor, mask: Tensor, mean: Tensor | None, std: Tensor | None
-) -> tuple[object, ...]:
-    """What every native loss needs of the target, in the order of its arguments."""
+def target_arguments(target: Target) -> tuple[object, ...]:
+    """What the native kernel takes of the target, in the order of its arguments."""
+    image, mask, mean, std, stride, norm_target = target
     return (
         image.data_ptr(),
         tuple(image.shape),
@@ -60,6 +48,8 @@ def image_arguments(
         [] if std is None else std.tolist(),
         mask.data_ptr(),
         tuple(mask.shape[1:]),
+        stride,
+        norm_target,
     )
 
 

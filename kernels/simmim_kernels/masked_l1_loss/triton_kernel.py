@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss.signs import signs_shape
+from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
 
 # Groups of a tile: 2048 pixels, 16 bytes of a uint8 image for each of 128 threads.
 GROUPS_PER_PROGRAM = 128
@@ -165,13 +165,12 @@ def finish(partial: Tensor, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
     return loss, per_pixel
 
 
-def plain_target(
-    image: Tensor, mean: Tensor | None, std: Tensor | None, norm_target: int
-) -> tuple[Tensor, bool]:
+def plain_target(target: Target) -> tuple[Tensor, bool]:
     """The image as the kernels take it, and whether it is still bytes to be normalised.
 
     The sliding-window target comes from torch's pooling, which needs images of float32.
     """
+    image, _, mean, std, _, norm_target = target
     if not norm_target:
         return image, image.dtype == torch.uint8
     if mean is not None and std is not None:
@@ -179,22 +178,14 @@ def plain_target(
     return reference.normalise_target(image.float(), norm_target), False
 
 
-def forward(
-    prediction: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    mean: Tensor | None,
-    std: Tensor | None,
-    stride: int,
-    norm_target: int,
-    keep_signs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient per hidden pixel, and the gradient's signs ([0] when they are not kept)."""
+def forward(prediction: Tensor, target: Target, keep_signs: bool) -> Loss:
+    """The loss and what its gradient needs."""
+    image, is_bytes = plain_target(target)
+    _, mask, mean, std, stride, _ = target
     _, C, H, W = image.shape
-    image, is_bytes = plain_target(image, mean, std, norm_target)
     if stride:
         prediction = prediction.contiguous()
-    shape = signs_shape(prediction.shape, C, stride)
+    shape = signs_shape(prediction.shape, target)
     groups = shape[0]
     for size in shape[1:]:
         groups *= size
@@ -224,7 +215,7 @@ def forward(
             R=GROUPS_PER_PROGRAM,
             num_warps=4,
         )
-    return *finish(partial, image, mask), signs
+    return Loss(*finish(partial, image, mask), signs)
 
 
 def backward(

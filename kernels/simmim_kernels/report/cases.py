@@ -8,6 +8,7 @@ import torch
 
 from simmim_kernels.linear_masked_l1_loss import triton_kernel as linear
 from simmim_kernels.masked_l1_loss import triton_kernel as loss
+from simmim_kernels.masked_l1_loss.arguments import Target
 from simmim_kernels.merge_patches import triton_kernel as merge_kernel
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
 from simmim_kernels.report.models import (
@@ -25,6 +26,7 @@ from simmim_kernels.substitute_mask_tokens import triton_kernel as substitute
 from simmim_kernels.transformer_block import triton_norms as norms
 from simmim_kernels.transformer_block import triton_rows as rows
 from simmim_kernels.window_attention import triton_kernel as attention_kernel
+from simmim_kernels.window_attention.arguments import Windows
 
 BF16 = torch.bfloat16
 
@@ -123,7 +125,8 @@ def loss_case(model: Model, from_tokens: bool, dtype: torch.dtype) -> Case:
         mask = torch.zeros(model.batch, model.units, model.units, dtype=torch.bool)
         mean, std = (torch.empty(3) if of_bytes else None for _ in range(2))
         prediction = torch.empty(shape, dtype=dtype)
-        _, per_pixel, signs = loss.forward(prediction, image, mask, mean, std, stride, 0, True)
+        target = Target(image, mask, mean, std, stride, 0)
+        _, per_pixel, signs = loss.forward(prediction, target, True)
         loss.backward(torch.empty(()), per_pixel, signs, shape, dtype)
 
     pixels, hidden = math.prod(image_shape), model.hidden_pixels
@@ -151,18 +154,8 @@ def linear_loss_case(model: Model) -> Case:
         weight, bias = torch.empty(outputs, D, dtype=BF16), torch.empty(outputs, dtype=BF16)
         image = torch.empty(B, 3, model.side, model.side, dtype=torch.uint8)
         mask = torch.zeros(B, model.units, model.units, dtype=torch.bool)
-        _, per_pixel, signs = linear.forward(
-            features,
-            weight,
-            bias,
-            image,
-            mask,
-            torch.empty(3),
-            torch.empty(3),
-            model.stride,
-            0,
-            True,
-        )
+        target = Target(image, mask, torch.empty(3), torch.empty(3), model.stride, 0)
+        _, per_pixel, signs = linear.forward(features, weight, bias, target, True)
         scalars = torch.empty(()), per_pixel
         linear.backward(*scalars, signs, features, weight, mask, model.stride, True, True)
 
@@ -273,19 +266,17 @@ def attention_case(attention: Attention) -> Case:
     """Attention and all its gradients."""
     (H, W), N, S = attention.side, attention.num_heads, math.prod(attention.window)
     C = N * attention.head_width
-    settings = (N, attention.window, attention.shift, attention.head_width**-0.5)
+    windows = Windows(N, attention.window, attention.shift, attention.head_width**-0.5)
 
     def make() -> None:
         qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=BF16)
         bias = torch.empty(N, S, S) if attention.biased else None
         factors = torch.empty(N) if attention.cosine else None
-        out, log_sums = attention_kernel.forward(qkv, bias, *settings, factors)
-        attention_kernel.backward(
-            out, qkv, bias, out, log_sums, *settings, attention.biased, factors
-        )
+        out, log_sums = attention_kernel.forward(qkv, bias, windows, factors)
+        attention_kernel.backward(out, qkv, bias, out, log_sums, windows, attention.biased, factors)
 
     tokens = attention.batch * H * W
-    tiled, windows = attention_kernel.is_tiled(S, BF16), tokens // S
+    tiled, num_windows = attention_kernel.is_tiled(S, BF16), tokens // S
     per_head = 4 * tokens * N  # statistics of a query, in float32
     # q, k, v to out; q, k, v and the gradient of out to those of q, k, v. A row of scores that is
     # not all in one place takes the product of its weights with their gradients from out.
@@ -300,7 +291,7 @@ def attention_case(attention: Attention) -> Case:
         needed += 3 * 4 * N * S * S  # the bias twice, its gradient
         # the copy that kernels read is made and read in the forward and the backward
         moved += 2 * N * S * (4 * S + 2 * S + 2 * row) + 4 * N * S * S
-        if (programs := attention_kernel.bias_programs(windows, N, S, BF16)) > 1:
+        if (programs := attention_kernel.bias_programs(num_windows, N, S, BF16)) > 1:
             moved += 2 * 4 * programs * N * S * S
         if tiled:  # the gradient of the bias reads all that the others have read, and their sums
             moved += 2 * tokens * C * (3 + 1) + 3 * per_head + 2 * N * S * row

@@ -60,15 +60,6 @@ class MlpParameters(NamedTuple):
     gamma: Tensor | None
 
 
-class Windows(NamedTuple):
-    """Settings of `window_attention`, in the order of its arguments."""
-
-    num_heads: int
-    window: tuple[int, int]
-    shift: tuple[int, int]
-    scale: float
-
-
 class Attended(NamedTuple):
     """What attention has read and left.
 

@@ -15,7 +15,6 @@ from simmim_kernels.transformer_block.arguments import (
     AttentionParameters,
     NormalisedBranch,
     Statistics,
-    Windows,
     check_vectors,
     statistics_of,
 )
@@ -28,6 +27,7 @@ from simmim_kernels.window_attention import (
     pair_bias,
     plain,
 )
+from simmim_kernels.window_attention.arguments import Windows
 
 
 def residual_attention(

@@ -15,9 +15,9 @@ from simmim_kernels.transformer_block.arguments import (
     MlpParameters,
     NormalisedBranch,
     Statistics,
-    Windows,
 )
 from simmim_kernels.window_attention import native_kernel as window_attention
+from simmim_kernels.window_attention.arguments import Windows
 
 Gradients = tuple[Tensor | AttentionParameters | MlpParameters | None, ...]
 
@@ -206,7 +206,7 @@ def _attend(
     """Attention by the product of x and the weight of qkv."""
     p = parameters
     qkv = converted(product, x.dtype).view(*x.shape[:-1], len(p.qkv_weight))
-    out, log_sums = window_attention.forward(qkv, p.bias, *windows, p.qkv_bias, p.factors)
+    out, log_sums = window_attention.forward(qkv, p.bias, windows, p.qkv_bias, p.factors)
     return Attended(qkv, out, log_sums)
 
 
@@ -225,7 +225,7 @@ def _attention_gradient(
         p.qkv_bias,
         p.bias,
         attention.log_sums,
-        *windows,
+        windows,
         of_parameters,
         p.factors,
     )

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from simmim_kernels.transformer_block.arguments import AttentionParameters, MlpParameters, Windows
+from simmim_kernels.transformer_block.arguments import AttentionParameters, MlpParameters
 from simmim_kernels.window_attention import reference
+from simmim_kernels.window_attention.arguments import Windows
 
 Attend = Callable[..., Tensor]
 

@@ -14,10 +14,10 @@ from simmim_kernels.transformer_block.arguments import (
     MlpParameters,
     NormalisedBranch,
     Statistics,
-    Windows,
 )
 from simmim_kernels.transformer_block.triton_rows import product
 from simmim_kernels.window_attention import triton_kernel as window_attention
+from simmim_kernels.window_attention.arguments import Windows
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -222,7 +222,7 @@ def _rows(x: Tensor) -> Tensor:
 def _attend(qkv: Tensor, x: Tensor, parameters: AttentionParameters, windows: Windows) -> Attended:
     qkv = qkv.view(*x.shape[:3], qkv.shape[1])
     return Attended(
-        qkv, *window_attention.forward(qkv, parameters.bias, *windows, parameters.factors)
+        qkv, *window_attention.forward(qkv, parameters.bias, windows, parameters.factors)
     )
 
 
@@ -241,7 +241,7 @@ def _attention_gradient(
         parameters.bias,
         attended,
         log_sums,
-        *windows,
+        windows,
         of_parameters and parameters.bias is not None,
         parameters.factors,
     )

@@ -12,6 +12,7 @@ from simmim_kernels.dispatch import Backend, choose, describe
 from simmim_kernels.dtypes import in_float32
 from simmim_kernels.op import Op
 from simmim_kernels.window_attention import reference, xformers_kernel
+from simmim_kernels.window_attention.arguments import Windows
 from simmim_kernels.window_attention.reference import relative_position_bias
 
 __all__ = ["BACKENDS", "relative_position_bias", "window_attention"]
@@ -100,7 +101,7 @@ def window_attention(
     if chosen == "reference":
         return reference.window_attention(qkv, bias, num_heads, window, shift, scale, factors)
     bias, factors = in_float32(bias), in_float32(factors)
-    return _attend(chosen, qkv, bias, factors, num_heads, window, shift, scale).out
+    return _attend(chosen, qkv, bias, factors, Windows(num_heads, window, shift, scale)).out
 
 
 def plain(backend: str) -> Callable[..., Tensor]:
@@ -165,14 +166,11 @@ def _shapes(
     qkv: Tensor,
     bias: Tensor | None,
     factors: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
 ) -> Attended:
     """The bias of pairs and the factors of cosines come as float32."""
     B, H, W, C3 = qkv.shape
-    log_sums = qkv.new_empty((B, H, W, num_heads), dtype=torch.float32)
+    log_sums = qkv.new_empty((B, H, W, windows.num_heads), dtype=torch.float32)
     return Attended(qkv.new_empty((B, H, W, C3 // 3)), log_sums)
 
 
@@ -183,16 +181,13 @@ def _gradient_shapes(
     factors: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     of_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = window[0] * window[1]
-    shape = (num_heads, pairs, pairs) if of_bias else (0,)
-    grad_factors = qkv.new_empty(0 if factors is None else num_heads, dtype=torch.float32)
-    return qkv.new_empty(qkv.shape), qkv.new_empty(shape, dtype=torch.float32), grad_factors
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    N, S = windows.num_heads, math.prod(windows.window)
+    grad_bias = qkv.new_empty((N, S, S), dtype=torch.float32) if of_bias else None
+    grad_factors = None if factors is None else torch.empty_like(factors)
+    return qkv.new_empty(qkv.shape), grad_bias, grad_factors
 
 
 _attend = Op("window_attention", _shapes, _gradient_shapes, gradients=("qkv", "bias", "factors"))

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
+from simmim_kernels.window_attention.arguments import Windows
 
 
 def forward(
     qkv: Tensor,
     bias: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     qkv_bias: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -24,9 +22,9 @@ def forward(
     assert native.extension is not None
     B, H, W, C3 = qkv.shape
     out = native.empty((B, H, W, C3 // 3), qkv.dtype)
-    log_sums = native.empty((B, H, W, num_heads), torch.float32)
+    log_sums = native.empty((B, H, W, windows.num_heads), torch.float32)
     native.extension.window_attention_forward(
-        *_shared(qkv, qkv_bias, bias, factors, num_heads, window, shift, scale),
+        *_shared(qkv, qkv_bias, bias, factors, windows),
         out.data_ptr(),
         log_sums.data_ptr(),
     )
@@ -39,16 +37,13 @@ def backward(
     bias: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     of_bias: bool,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, of the factors and, if wanted, of the bias: (qkv, bias, factors)."""
     grad_qkv, _, grad_bias, grad_factors = backward_with_bias(
-        grad_out, qkv, None, bias, log_sums, num_heads, window, shift, scale, of_bias, factors
+        grad_out, qkv, None, bias, log_sums, windows, of_bias, factors
     )
     return grad_qkv, grad_bias, grad_factors
 
@@ -59,10 +54,7 @@ def backward_with_bias(
     qkv_bias: Tensor | None,
     bias: Tensor | None,
     log_sums: Tensor,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     of_bias: bool,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,12 +65,13 @@ def backward_with_bias(
     """
     assert native.extension is not None
     grad_qkv = native.empty(qkv.shape, grad_out.dtype)
+    num_heads, window, _, _ = windows
     pairs = window[0] * window[1] if of_bias and bias is not None else 0
     grad_bias = torch.zeros((num_heads, pairs, pairs) if pairs else (0,))
     grad_qkv_bias = torch.zeros(qkv.shape[-1] if of_bias and qkv_bias is not None else 0)
     grad_factors = torch.zeros(0 if factors is None else num_heads)
     native.extension.window_attention_backward(
-        *_shared(qkv, qkv_bias, bias, factors, num_heads, window, shift, scale),
+        *_shared(qkv, qkv_bias, bias, factors, windows),
         grad_out.data_ptr(),
         log_sums.data_ptr(),
         grad_qkv.data_ptr(),
@@ -95,12 +88,10 @@ def _shared(
     qkv_bias: Tensor | None,
     bias: Tensor | None,
     factors: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
 ) -> tuple[object, ...]:
     B, H, W, C3 = qkv.shape
+    num_heads, window, shift, scale = windows
     return (
         qkv.data_ptr(),
         native.address(qkv_bias),

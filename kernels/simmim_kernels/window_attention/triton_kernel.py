@@ -18,6 +18,7 @@ and T columns of a tile of scores, K a head width padded to a power of two. A po
 of a token in its window.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.substitute_mask_tokens.triton_kernel import _sum_rows
+from simmim_kernels.window_attention.arguments import Windows
 
 # Programs that share the windows of a launch where the gradient of the bias is summed: enough to
 # fill a GPU, and few, since each writes a partial sum. A constant keeps sums alike on every GPU.
@@ -645,11 +647,10 @@ def _plain_bias(bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, int]:
 def _settings(
     qkv: Tensor,
     row: int,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
+    windows: Windows,
     factors: Tensor | None,
 ) -> dict[str, Any]:
+    num_heads, window, shift, _ = windows
     D = qkv.shape[3] // (3 * num_heads)
     return {
         "SHIFT_ROWS": shift[0],
@@ -691,15 +692,12 @@ def _partial(grad_bias: Tensor, programs: int) -> Tensor:
 def forward(
     qkv: Tensor,
     bias: Tensor | None,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[B, H, W, C], and the logarithms of the sums of exponentials, float32 [B, H, W, N]."""
     B, H, W, C3 = qkv.shape
-    S, N = window[0] * window[1], num_heads
+    N, scale, S = windows.num_heads, windows.scale, math.prod(windows.window)
     out = qkv.new_empty((B, H, W, C3 // 3))
     log_sums = qkv.new_empty((B, H, W, N), dtype=torch.float32)
     if out.numel() == 0:
@@ -707,17 +705,17 @@ def forward(
     plain_bias, row = _plain_bias(bias, qkv)
     given = log_sums if factors is None else factors
     tensors = (qkv, plain_bias, given, out, log_sums, H, W, N, scale)
-    settings = _settings(qkv, row, N, window, shift, factors)
-    windows = B * H * W // S
+    settings = _settings(qkv, row, windows, factors)
+    num_windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
         T = max(16, triton.next_power_of_2(S))
-        _attend_window[(windows * N,)](
+        _attend_window[(num_windows * N,)](
             *tensors, **settings, T=T, num_warps=T // 8 if exact else max(T // 32, 1), num_stages=1
         )
     else:
         M = 64
-        _attend_tile[(windows * N * triton.cdiv(S, M),)](
+        _attend_tile[(num_windows * N * triton.cdiv(S, M),)](
             *tensors, **settings, M=M, T=32, num_warps=8 if exact else 4, num_stages=1
         )
     return out, log_sums
@@ -729,10 +727,7 @@ def backward(
     bias: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
-    num_heads: int,
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    scale: float,
+    windows: Windows,
     of_bias: bool,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -741,21 +736,21 @@ def backward(
     [N, S, S] or [0] if it is not wanted; [N] or [0] without factors.
     """
     B, H, W, _ = qkv.shape
-    S, N = window[0] * window[1], num_heads
+    N, scale, S = windows.num_heads, windows.scale, math.prod(windows.window)
     grad_qkv = torch.empty_like(qkv)
     grad_bias = qkv.new_empty((N, S, S) if of_bias else (0,), dtype=torch.float32)
     if qkv.numel() == 0:
         return grad_qkv, grad_bias.zero_(), qkv.new_zeros(0 if factors is None else N).float()
     plain_bias, row = _plain_bias(bias, qkv)
-    settings = _settings(qkv, row, N, window, shift, factors)
+    settings = _settings(qkv, row, windows, factors)
     given, along = log_sums, log_sums
     if factors is not None:
         given, along = factors, torch.empty_like(log_sums)
-    windows = B * H * W // S
+    num_windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
         T = max(16, triton.next_power_of_2(S))
-        programs = bias_programs(windows, N, S, qkv.dtype) if of_bias else windows
+        programs = bias_programs(num_windows, N, S, qkv.dtype) if of_bias else num_windows
         partial = _partial(grad_bias, programs) if of_bias else grad_bias
         _attend_window_backward[(programs * N,)](
             grad_out,
@@ -766,7 +761,7 @@ def backward(
             grad_qkv,
             along,
             partial,
-            windows,
+            num_windows,
             programs,
             H,
             W,
@@ -781,7 +776,7 @@ def backward(
     else:
         M, T = _tile_sides(qkv.dtype)
         delta = torch.empty_like(log_sums)
-        _attend_tile_backward[(windows * N * triton.cdiv(S, M),)](
+        _attend_tile_backward[(num_windows * N * triton.cdiv(S, M),)](
             grad_out,
             qkv,
             plain_bias,
@@ -805,7 +800,7 @@ def backward(
         )
         if of_bias:
             tiles = (triton.cdiv(S, M), triton.cdiv(S, T))
-            programs = bias_programs(windows, N, S, qkv.dtype)
+            programs = bias_programs(num_windows, N, S, qkv.dtype)
             partial = _partial(grad_bias, programs)
             _grad_bias_tile[(programs * N, *tiles)](
                 grad_out,
@@ -815,7 +810,7 @@ def backward(
                 log_sums,
                 delta,
                 partial,
-                windows,
+                num_windows,
                 programs,
                 H,
                 W,
