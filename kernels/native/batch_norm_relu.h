@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "target.h"
 
 namespace simmim {
@@ -14,6 +15,7 @@ struct ChannelMaps {
     int64_t rows, channels;
     int dtype;
     int num_threads;
+    SIMMIM_FIELDS(rows, channels, dtype, num_threads)
 };
 
 // out = max(0, (x - mean) / √(variance + eps) · weight + bias + residual)
@@ -24,6 +26,7 @@ struct BatchNormReluForward {
     float eps;
     float *mean, *variance;
     void* out;
+    SIMMIM_FIELDS(shape, x, residual, weight, bias, eps, mean, variance, out)
 };
 
 struct BatchNormReluBackward {
@@ -34,6 +37,8 @@ struct BatchNormReluBackward {
     float eps;
     void *grad_x, *grad_residual;  // grad_residual: only where one was added
     float *grad_weight, *grad_bias;
+    SIMMIM_FIELDS(shape, grad_out, x, out, weight, bias, mean, variance, eps, grad_x, grad_residual,
+                  grad_weight, grad_bias)
 };
 
 }  // namespace simmim

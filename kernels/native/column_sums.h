@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "buffer.h"
 #include "lanes.h"
 
 namespace simmim::SIMMIM_TARGET {
@@ -15,17 +16,23 @@ constexpr int64_t kLeastRowsPerSection = 8, kMostRowsPerSection = 256;
 class ColumnSums {
   public:
     ColumnSums(int64_t rows, int64_t width, int arrays, int64_t least_rows = kLeastRowsPerSection)
-        : width_(width), rows_(rows), arrays_(arrays) {
-        per_section = (rows + kSections - 1) / kSections;
-        per_section = per_section < least_rows            ? least_rows
-                      : per_section > kMostRowsPerSection ? kMostRowsPerSection
-                                                          : per_section;
-        sections = (rows + per_section - 1) / per_section;
-        parts_ = new float[static_cast<size_t>(sections * arrays * width_)];
+        : per_section(clamped((rows + kSections - 1) / kSections, least_rows)),
+          sections((rows + per_section - 1) / per_section),
+          width_(width),
+          rows_(rows),
+          arrays_(arrays),
+          parts_(sections * arrays * width) {}
+
+    // Calls add(a, begin, end, sums) for the rows of every section of the kernel's arguments `a`;
+    // `sums` are its own, zeros as yet. What `add` captures is read again after each store, which
+    // could change it; what it is passed is not.
+    template <class Arguments, class Add>
+    void over_sections(const Arguments& a, const Add& add) {
+#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
+        for (int64_t section = 0; section < sections; ++section) {
+            add(a, section * per_section, end(section), start(section));
+        }
     }
-    ~ColumnSums() { delete[] parts_; }
-    ColumnSums(const ColumnSums&) = delete;
-    ColumnSums& operator=(const ColumnSums&) = delete;
 
     int64_t end(int64_t section) const {
         const int64_t row = (section + 1) * per_section;
@@ -51,12 +58,16 @@ class ColumnSums {
         }
     }
 
-    int64_t per_section, sections;
+    const int64_t per_section, sections;
 
   private:
+    static int64_t clamped(int64_t rows, int64_t least) {
+        return rows < least ? least : rows > kMostRowsPerSection ? kMostRowsPerSection : rows;
+    }
+
     int64_t width_, rows_;
     int arrays_;
-    float* parts_;
+    Buffer<float> parts_;
 };
 
 inline void add_to(float* total, Lanes x, int64_t count) {

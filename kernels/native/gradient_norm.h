@@ -3,16 +3,17 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "target.h"
 
 namespace simmim {
 
 struct GradientNorm {
-    const float* const* arrays;
-    const int64_t* sizes;  // elements
-    int64_t count;
+    List<const float*> arrays;
+    List<int64_t> sizes;  // elements
     int num_threads;
     float* out;
+    SIMMIM_FIELDS(arrays, sizes, num_threads, out)
 };
 
 }  // namespace simmim

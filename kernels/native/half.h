@@ -90,3 +90,22 @@ inline Float16 from_float<Float16>(float x) {
 }
 
 }  // namespace simmim::SIMMIM_TARGET
+
+// function<T>(a) for the type that a dtype's code names: 0 float32, 1 bfloat16, 2 float16. Further
+// template arguments follow T.
+#define SIMMIM_OF_TYPE(dtype, function, ...)                           \
+    ((dtype) == 0   ? function<float __VA_OPT__(, ) __VA_ARGS__>(a)    \
+     : (dtype) == 1 ? function<BFloat16 __VA_OPT__(, ) __VA_ARGS__>(a) \
+                    : function<Float16 __VA_OPT__(, ) __VA_ARGS__>(a))
+
+// The same for images, which may be 3 uint8.
+#define SIMMIM_OF_IMAGE_TYPE(dtype, function, ...)                  \
+    ((dtype) == 3 ? function<uint8_t __VA_OPT__(, ) __VA_ARGS__>(a) \
+                  : SIMMIM_OF_TYPE(dtype, function __VA_OPT__(, ) __VA_ARGS__))
+
+// function<T, P>(a) for the types of activations and products of `a.shape` (rows.h).
+#define SIMMIM_OF_ROW_TYPES(function)                                                  \
+    (a.shape.dtype == 0   ? function<float, float>(a)                                  \
+     : a.shape.dtype == 2 ? function<Float16, float>(a)                                \
+                          : (a.shape.product_dtype == 0 ? function<BFloat16, float>(a) \
+                                                        : function<BFloat16, BFloat16>(a)))

@@ -92,41 +92,20 @@ inline void store(Float16* p, Lanes a) {
                         _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Writes, per lane, `high` where a bit of `up` is set, `low` where one of `down` is, 0 elsewhere.
-// kStream: past the cache, to an address aligned to the lanes' size.
-template <class T>
-class Choice {  // a 16-bit type
-  public:
-    Choice(T high, T low) : high_(all(high)), low_(all(low)) {}
+// The 16-bit lanes of `high` where a bit of `up` is set, of `low` where one of `down` is, 0
+// elsewhere.
+inline __m256i choose_halves(uint32_t up, __m256i high, uint32_t down, __m256i low) {
+    const __m256i out = _mm256_maskz_mov_epi16(static_cast<__mmask16>(up), high);
+    return _mm256_mask_mov_epi16(out, static_cast<__mmask16>(down), low);
+}
 
-    template <bool kStream>
-    void store(T* p, uint32_t up, uint32_t down) const {
-        __m256i out = _mm256_maskz_mov_epi16(static_cast<__mmask16>(up), high_);
-        out = _mm256_mask_mov_epi16(out, static_cast<__mmask16>(down), low_);
-        auto* target = reinterpret_cast<__m256i*>(p);
-        kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
-    }
-
-  private:
-    static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
-    __m256i high_, low_;
-};
-
-template <>
-class Choice<float> {
-  public:
-    Choice(float high, float low) : high_(_mm512_set1_ps(high)), low_(_mm512_set1_ps(low)) {}
-
-    template <bool kStream>
-    void store(float* p, uint32_t up, uint32_t down) const {
-        __m512 out = _mm512_maskz_mov_ps(static_cast<__mmask16>(up), high_);
-        out = _mm512_mask_mov_ps(out, static_cast<__mmask16>(down), low_);
-        kStream ? _mm512_stream_ps(p, out) : _mm512_storeu_ps(p, out);
-    }
-
-  private:
-    __m512 high_, low_;
-};
+// Writes the same of float lanes. kStream: past the cache, to an address aligned to their size.
+template <bool kStream>
+inline void store_choice(float* p, uint32_t up, Lanes high, uint32_t down, Lanes low) {
+    __m512 out = _mm512_maskz_mov_ps(static_cast<__mmask16>(up), high.v);
+    out = _mm512_mask_mov_ps(out, static_cast<__mmask16>(down), low.v);
+    kStream ? _mm512_stream_ps(p, out) : _mm512_storeu_ps(p, out);
+}
 
 #elif defined(__AVX2__)
 
@@ -262,41 +241,19 @@ inline __m256i spread_halves(uint32_t bits) {
                               each);
 }
 
-template <class T>
-class Choice {  // a 16-bit type
-  public:
-    Choice(T high, T low) : high_(all(high)), low_(all(low)) {}
+inline __m256i choose_halves(uint32_t up, __m256i high, uint32_t down, __m256i low) {
+    const __m256i out = _mm256_and_si256(spread_halves(up), high);
+    return _mm256_blendv_epi8(out, low, spread_halves(down));
+}
 
-    template <bool kStream>
-    void store(T* p, uint32_t up, uint32_t down) const {
-        __m256i out = _mm256_and_si256(spread_halves(up), high_);
-        out = _mm256_blendv_epi8(out, low_, spread_halves(down));
-        auto* target = reinterpret_cast<__m256i*>(p);
-        kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
+template <bool kStream>
+inline void store_choice(float* p, uint32_t up, Lanes high, uint32_t down, Lanes low) {
+    for (int half = 0; half < 2; ++half, p += 8, up >>= 8, down >>= 8) {
+        __m256 out = _mm256_and_ps(_mm256_castsi256_ps(spread(up)), high.low);
+        out = _mm256_blendv_ps(out, low.low, _mm256_castsi256_ps(spread(down)));
+        kStream ? _mm256_stream_ps(p, out) : _mm256_storeu_ps(p, out);
     }
-
-  private:
-    static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
-    __m256i high_, low_;
-};
-
-template <>
-class Choice<float> {
-  public:
-    Choice(float high, float low) : high_(_mm256_set1_ps(high)), low_(_mm256_set1_ps(low)) {}
-
-    template <bool kStream>
-    void store(float* p, uint32_t up, uint32_t down) const {
-        for (int half = 0; half < 2; ++half, p += 8, up >>= 8, down >>= 8) {
-            __m256 out = _mm256_and_ps(_mm256_castsi256_ps(spread(up)), high_);
-            out = _mm256_blendv_ps(out, low_, _mm256_castsi256_ps(spread(down)));
-            kStream ? _mm256_stream_ps(p, out) : _mm256_storeu_ps(p, out);
-        }
-    }
-
-  private:
-    __m256 high_, low_;
-};
+}
 
 #else
 
@@ -396,6 +353,46 @@ template <class T>
 inline void store(T* p, Lanes a) {
     for (int64_t e = 0; e < kLanes; ++e) p[e] = from_float<T>(a.v[e]);
 }
+
+#endif
+
+// Writes, per lane, `high` where a bit of `up` is set, `low` where one of `down` is, 0 elsewhere.
+// kStream: past the cache, to an address aligned to the lanes' size.
+#if defined(__AVX2__)
+
+template <class T>
+class Choice {  // a 16-bit type
+  public:
+    Choice(T high, T low) : high_(all(high)), low_(all(low)) {}
+
+    template <bool kStream>
+    void store(T* p, uint32_t up, uint32_t down) const {
+        const __m256i out = choose_halves(up, high_, down, low_);
+        auto* target = reinterpret_cast<__m256i*>(p);
+        kStream ? _mm256_stream_si256(target, out) : _mm256_storeu_si256(target, out);
+    }
+
+  private:
+    static __m256i all(T x) { return _mm256_set1_epi16(static_cast<int16_t>(x.bits)); }
+    __m256i high_, low_;
+};
+
+template <>
+class Choice<float> {
+  public:
+    Choice(float high, float low) : high_(all(high)), low_(all(low)) {}
+
+    template <bool kStream>
+    void store(float* p, uint32_t up, uint32_t down) const {
+        store_choice<kStream>(p, up, high_, down, low_);
+    }
+
+  private:
+    Lanes high_, low_;
+};
+
+#else
+
 template <class T>
 class Choice {
   public:

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "rows.h"
 #include "target.h"
 
@@ -19,6 +20,7 @@ struct MergeForward {
     float eps;
     void* y;             // product_dtype
     float *mean, *rstd;  // [rows]
+    SIMMIM_FIELDS(shape, columns, x, weight, bias, eps, y, mean, rstd)
 };
 
 struct MergeBackward {
@@ -29,6 +31,8 @@ struct MergeBackward {
     void* grad_y;                    // product_dtype; becomes y
     void* grad_x;                    // like x
     float *grad_weight, *grad_bias;  // [width] or null
+    SIMMIM_FIELDS(shape, columns, x, weight, bias, mean, rstd, grad_y, grad_x, grad_weight,
+                  grad_bias)
 };
 
 }  // namespace simmim

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "target.h"
 
 namespace simmim {
@@ -18,9 +19,11 @@ struct RandomPatchMask {
     int64_t columns;
     int64_t unit;
     int64_t num_hidden;
-    uint64_t key;
+    int64_t key;  // its 64 bits
     uint8_t* mask;
     int num_threads;
+    SIMMIM_FIELDS(ids, epochs, epoch_stride, batch, rows, columns, unit, num_hidden, key, mask,
+                  num_threads)
 };
 
 }  // namespace simmim

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "buffer.h"
+
 namespace simmim::SIMMIM_TARGET {
 
 constexpr int kPrecision = 22;  // bits after the point of a weight
@@ -16,19 +18,6 @@ constexpr int64_t kChunk = 16;  // outputs whose weights are computed side by si
 inline int64_t rounded_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
-
-template <class T>
-class Buffer {
-  public:
-    explicit Buffer(int64_t size) : data_(new T[static_cast<size_t>(size)]) {}
-    ~Buffer() { delete[] data_; }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    operator T*() const { return data_; }
-
-  private:
-    T* data_;
-};
 
 struct Bilinear {
     static constexpr double kSupport = 1.0;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 namespace simmim {
 
 // Activations have `dtype` (0 float32, 1 bfloat16, 2 float16); what goes into and comes out of
@@ -11,18 +13,7 @@ struct Rows {
     int64_t rows, width;
     int dtype, product_dtype;
     int num_threads;
+    SIMMIM_FIELDS(rows, width, dtype, product_dtype, num_threads)
 };
 
 }  // namespace simmim
-
-// Calls `function` with `a` for the pair of types of activations and products of `a.shape`.
-#define SIMMIM_OF_TYPES(function)                                  \
-    if (a.shape.dtype == 0) {                                      \
-        function<float, float>(a);                                 \
-    } else if (a.shape.dtype == 1 && a.shape.product_dtype == 0) { \
-        function<BFloat16, float>(a);                              \
-    } else if (a.shape.dtype == 1) {                               \
-        function<BFloat16, BFloat16>(a);                           \
-    } else {                                                       \
-        function<Float16, float>(a);                               \
-    }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "target.h"
 
 namespace simmim {
@@ -21,6 +22,8 @@ struct SubstituteForward {
     int64_t width;
     int dtype;
     int num_threads;
+    SIMMIM_FIELDS(tokens, mask, mask_token, pos_embed, out, rows, tokens_per_image, width, dtype,
+                  num_threads)
 };
 
 // grad_tokens is the gradient of the visible rows and 0 in the hidden ones; grad_mask_token
@@ -34,6 +37,7 @@ struct SubstituteBackward {
     int64_t width;
     int dtype;
     int num_threads;
+    SIMMIM_FIELDS(grad_out, mask, grad_tokens, grad_mask_token, rows, width, dtype, num_threads)
 };
 
 }  // namespace simmim

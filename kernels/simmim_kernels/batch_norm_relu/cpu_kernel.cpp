@@ -14,22 +14,6 @@ constexpr int64_t kRowsOfShift = 8;
 // Channels that one thread adds up at a time.
 constexpr int64_t kChannelsAtOnce = 64;
 
-// Vectors over the channels, in one piece of memory.
-class ChannelVectors {
-  public:
-    ChannelVectors(int64_t channels, int arrays)
-        : channels_(channels), values_(new float[static_cast<size_t>(arrays * channels)]) {}
-    ~ChannelVectors() { delete[] values_; }
-    ChannelVectors(const ChannelVectors&) = delete;
-    ChannelVectors& operator=(const ChannelVectors&) = delete;
-
-    float* operator[](int array) const { return values_ + array * channels_; }
-
-  private:
-    int64_t channels_;
-    float* values_;
-};
-
 inline float reciprocal_deviation(float variance, float eps) {
     return 1.0f / __builtin_sqrtf(variance + eps);
 }
@@ -68,11 +52,9 @@ void statistics(const BatchNormReluForward& a) {
     const auto size = [&](int64_t section) {
         return static_cast<double>(sums.end(section) - section * sums.per_section);
     };
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        sums_of_section(static_cast<const T*>(a.x), section * sums.per_section, sums.end(section),
-                        C, sums.start(section));
-    }
+    sums.over_sections(a, [&](const auto& a, int64_t begin, int64_t end, float* total) {
+        sums_of_section(static_cast<const T*>(a.x), begin, end, C, total);
+    });
     const double rows = static_cast<double>(a.shape.rows);
 #pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
     for (int64_t first = 0; first < C; first += kChannelsAtOnce) {
@@ -108,8 +90,8 @@ void forward(const BatchNormReluForward& a) {
     const auto* x = static_cast<const T*>(a.x);
     const auto* residual = static_cast<const T*>(a.residual);
     auto* out = static_cast<T*>(a.out);
-    const ChannelVectors vectors(C, 1);
-    float* slope = vectors[0];
+    const Buffer<float> vector(C);
+    float* slope = vector;
     for (int64_t c = 0; c < C; ++c) {
         slope[c] = a.weight[c] * reciprocal_deviation(a.variance[c], a.eps);
     }
@@ -137,8 +119,8 @@ void backward_of(const BatchNormReluBackward& a) {
     const auto* out = static_cast<const T*>(a.out);
     auto* grad_x = static_cast<T*>(a.grad_x);
     auto* grad_residual = static_cast<T*>(a.grad_residual);
-    const ChannelVectors vectors(C, 3);
-    float *slope = vectors[0], *level = vectors[1], *tilt = vectors[2];
+    const Buffer<float> vectors(3 * C);
+    float *slope = vectors, *level = slope + C, *tilt = level + C;
     for (int64_t c = 0; c < C; ++c) {
         slope[c] = a.weight[c] * reciprocal_deviation(a.variance[c], a.eps);
     }
@@ -150,11 +132,9 @@ void backward_of(const BatchNormReluBackward& a) {
         return keep_above_zero(load_first(grad_out + e, C - c), y);
     };
     ColumnSums sums(a.shape.rows, C, 2, kLeastRows);
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* of_weight = sums.start(section);
+    sums.over_sections(a, [&](const auto& a, int64_t begin, int64_t end, float* of_weight) {
         float* of_bias = of_weight + C;
-        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
+        for (int64_t row = begin; row < end; ++row) {
             for (int64_t c = 0; c < C; c += kLanes) {
                 const int64_t e = row * C + c;
                 const Lanes off = subtract(load_first(x + e, C - c), load_first(a.mean + c, C - c));
@@ -165,7 +145,7 @@ void backward_of(const BatchNormReluBackward& a) {
                 if (kAdded) store_first(grad_residual + e, g, C - c);
             }
         }
-    }
+    });
     sums.finish(0, a.grad_weight);
     sums.finish(1, a.grad_bias);
     const float share = 1.0f / static_cast<float>(a.shape.rows);
@@ -200,23 +180,11 @@ void backward(const BatchNormReluBackward& a) {
 }  // namespace
 
 void batch_norm_relu_forward(const BatchNormReluForward& a) {
-    if (a.shape.dtype == 0) {
-        forward<float>(a);
-    } else if (a.shape.dtype == 1) {
-        forward<BFloat16>(a);
-    } else {
-        forward<Float16>(a);
-    }
+    SIMMIM_OF_TYPE(a.shape.dtype, forward);
 }
 
 void batch_norm_relu_backward(const BatchNormReluBackward& a) {
-    if (a.shape.dtype == 0) {
-        backward<float>(a);
-    } else if (a.shape.dtype == 1) {
-        backward<BFloat16>(a);
-    } else {
-        backward<Float16>(a);
-    }
+    SIMMIM_OF_TYPE(a.shape.dtype, backward);
 }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -8,6 +8,7 @@
 // first and of the second shifted right, and fits a word.
 #include <cstring>
 
+#include "buffer.h"
 #include "byte_lanes.h"
 #include "crop_resize.h"
 #include "resampling_weights.h"
@@ -236,29 +237,30 @@ class AlongRows {
   public:
     explicit AlongRows(const CropResize& a)
         : a_(a),
-          copies_only_(a.box_width == a.out_width && !a.flip),
-          axis_(a.box_width, a.out_width, support_of(a.filter)),
-          plan_(plan_for(a.channels, axis_.taps)),
-          outputs_(rounded_up(a.out_width, kOutputsAtOnce)),
+          copies_only_(a.box.width == a.size.width && !a.flip),
+          axis_(a.box.width, a.size.width, support_of(a.filter)),
+          plan_(plan_for(a.shape.channels, axis_.taps)),
+          outputs_(rounded_up(a.size.width, kOutputsAtOnce)),
           first_(outputs_),
           weights_(outputs_ * plan_.stride),
           low_(plan_.load ? outputs_ * plan_.stride : 0),
           high_(plan_.load ? outputs_ * plan_.stride : 0) {
-        const uint8_t* last_row = a.image + (a.height - 1) * a.row_stride;
-        end_ = (last_row > a.image ? last_row : a.image) + a.width * a.channels;
+        const uint8_t* last_row = a.image + (a.shape.height - 1) * a.row_stride;
+        end_ = (last_row > a.image ? last_row : a.image) + a.shape.width * a.shape.channels;
         if (!copies_only_) lay_out();
     }
 
     // Rows `row` … of the box, as many as it has of kRowsAtOnce, into `out`.
     void run(int64_t row, uint8_t* const* out) const {
-        const int64_t left = a_.box_height - row, rows = left < kRowsAtOnce ? left : kRowsAtOnce;
+        const int64_t left = a_.box.height - row, rows = left < kRowsAtOnce ? left : kRowsAtOnce;
         const uint8_t* in[kRowsAtOnce];
         for (int64_t r = 0; r < rows; ++r) {
-            in[r] = a_.image + (a_.top + row + r) * a_.row_stride + a_.left * a_.channels;
+            in[r] =
+                a_.image + (a_.box.top + row + r) * a_.row_stride + a_.box.left * a_.shape.channels;
         }
         if (!copies_only_ && plan_.load) return run_vectors(rows, in, out);
         for (int64_t r = 0; r < rows; ++r) {
-            copies_only_ ? copy(in[r], out[r], a_.out_width * a_.channels)
+            copies_only_ ? copy(in[r], out[r], a_.size.width * a_.shape.channels)
                          : run_plain(in[r], out[r]);
         }
     }
@@ -266,15 +268,15 @@ class AlongRows {
   private:
     void lay_out() {
         weigh(axis_, a_.filter, a_.flip, plan_.stride, weights_);
-        for (int64_t i = a_.out_width * plan_.stride; i < outputs_ * plan_.stride; ++i) {
+        for (int64_t i = a_.size.width * plan_.stride; i < outputs_ * plan_.stride; ++i) {
             weights_[i] = 0;
         }
-        reach_ = a_.box_width * a_.channels;
+        reach_ = a_.box.width * a_.shape.channels;
         for (int64_t x = 0; x < outputs_; ++x) {
-            const bool beyond = x >= a_.out_width;
-            const int64_t tap = beyond ? 0 : axis_.first[a_.flip ? a_.out_width - 1 - x : x];
-            first_[x] = static_cast<int32_t>(tap * a_.channels);
-            const int64_t last_unit = (plan_.units - 1) * plan_.unit * a_.channels;
+            const bool beyond = x >= a_.size.width;
+            const int64_t tap = beyond ? 0 : axis_.first[a_.flip ? a_.size.width - 1 - x : x];
+            first_[x] = static_cast<int32_t>(tap * a_.shape.channels);
+            const int64_t last_unit = (plan_.units - 1) * plan_.unit * a_.shape.channels;
             const int64_t reach = first_[x] + last_unit + plan_.load;
             reach_ = reach > reach_ ? reach : reach_;
         }
@@ -302,7 +304,7 @@ class AlongRows {
             if (end_ - in[r] >= reach_) continue;
             uint8_t* row = copies + --num_copies * reach_;
             std::memset(row, 0, static_cast<size_t>(reach_));
-            copy(in[r], row, a_.box_width * a_.channels);
+            copy(in[r], row, a_.box.width * a_.shape.channels);
             in[r] = row;
         }
         // the last row again for those that the box does not have
@@ -312,14 +314,14 @@ class AlongRows {
             in[r] = in[r < rows ? r : rows - 1];
         }
         const RowsPass pass{first_, low_, high_, outputs_, plan_.stride, plan_.units};
-        rows_pass(pass, a_.channels, plan_.unit, in, to);
+        rows_pass(pass, a_.shape.channels, plan_.unit, in, to);
 #endif
     }
 
     void run_plain(const uint8_t* in, uint8_t* out) const {
-        const int64_t channels = a_.channels;
-        for (int64_t x = 0; x < a_.out_width; ++x) {
-            const int64_t taps = axis_.count[a_.flip ? a_.out_width - 1 - x : x];
+        const int64_t channels = a_.shape.channels;
+        for (int64_t x = 0; x < a_.size.width; ++x) {
+            const int64_t taps = axis_.count[a_.flip ? a_.size.width - 1 - x : x];
             const int32_t* weights = weights_ + x * plan_.stride;
             for (int64_t c = 0; c < channels; ++c) {
                 const uint8_t* from = in + first_[x] + c;
@@ -347,13 +349,13 @@ class AlongColumns {
   public:
     explicit AlongColumns(const CropResize& a)
         : filter_(a.filter),
-          copies_only_(a.box_height == a.out_height),
-          size_(a.out_width * a.channels),
-          axis_(a.box_height, a.out_height, support_of(a.filter)),
+          copies_only_(a.box.height == a.size.height),
+          size_(a.size.width * a.shape.channels),
+          axis_(a.box.height, a.size.height, support_of(a.filter)),
           stride_(rounded_up(axis_.taps, 2)),
-          weights_(a.out_height * stride_),
-          low_(a.out_height * stride_),
-          high_(a.out_height * stride_ / 2),
+          weights_(a.size.height * stride_),
+          low_(a.size.height * stride_),
+          high_(a.size.height * stride_ / 2),
           rows_(stride_) {
         if (!copies_only_) lay_out();
     }
@@ -432,19 +434,19 @@ void crop_resize(const CropResize& a) {
     // a ring: a row's place is free once the first tap has passed it
     int64_t capacity = kRowsAtOnce;
     while (capacity < along_columns.taps() + kRowsAtOnce) capacity *= 2;
-    const int64_t pitch = rounded_up(a.out_width * a.channels, kPadding) + kPadding;
+    const int64_t pitch = rounded_up(a.size.width * a.shape.channels, kPadding) + kPadding;
     const Buffer<uint8_t> ring(capacity * pitch);
     const auto row_of = [&ring, pitch, capacity](int64_t row) {
         return ring + (row & (capacity - 1)) * pitch;
     };
     int64_t made = 0;
-    for (int64_t y = 0; y < a.out_height; ++y) {
+    for (int64_t y = 0; y < a.size.height; ++y) {
         for (; made < along_columns.end_row(y); made += kRowsAtOnce) {
             uint8_t* out[kRowsAtOnce];
             for (int64_t r = 0; r < kRowsAtOnce; ++r) out[r] = row_of(made + r);
             along_rows.run(made, out);
         }
-        along_columns.run(y, row_of, a.out + y * a.out_width * a.channels);
+        along_columns.run(y, row_of, a.out + y * a.size.width * a.shape.channels);
     }
 }
 

@@ -4,7 +4,7 @@
 #include "embed_patches.h"
 #include "half.h"
 #include "lanes.h"
-#include "row_statistics.h"
+#include "layer_norm_rows.h"
 
 namespace simmim::SIMMIM_TARGET {
 namespace {
@@ -23,8 +23,8 @@ void gather(const GatherPatches& a) {
         for (int64_t c = 0; c < channels; ++c) {
             // x / 255 - mean, over std
             const bool bytes = a.image_dtype == 3;
-            const float scale = bytes ? 1.0f / (255.0f * a.std[c]) : 1.0f;
-            const float offset = bytes ? a.mean[c] / a.std[c] : 0.0f;
+            const float scale = bytes ? 1.0f / (255.0f * a.std.data[c]) : 1.0f;
+            const float offset = bytes ? a.mean.data[c] / a.std.data[c] : 0.0f;
             for (int64_t i = 0; i < p; ++i) {
                 const I* line = corner + c * a.strides[1] + i * a.strides[2];
                 for (int64_t j = 0; j < p; ++j) {
@@ -41,7 +41,8 @@ void place(const PlaceTokensForward& a) {
     const int64_t D = s.shape.width;
 #pragma omp parallel num_threads(s.shape.num_threads)
     {
-        auto* x = new float[static_cast<size_t>(D + kLanes)];
+        const Buffer<float> memory(D);
+        const float* x = memory;
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < s.shape.rows; ++token) {
             T* out = static_cast<T*>(a.out) + token * D;
@@ -57,51 +58,36 @@ void place(const PlaceTokensForward& a) {
                 }
                 continue;
             }
-            const P* product = static_cast<const P*>(a.product) + row * D;
             T* kept = a.kept ? static_cast<T*>(a.kept) + row * D : nullptr;
-            for (int64_t d = 0; d < D; d += kLanes) {
-                Lanes value = load_first(product + d, D - d);
-                if (kept) {
-                    // what the backward will see
-                    store_first(kept + d, value, D - d);
-                    value = load_first(kept + d, D - d);
-                }
-                if (s.bias) value = add(value, load_first(s.bias + d, D - d));
-                store_first(x + d, value, D - d);
-            }
-            RowStatistics of_row{};
+            biased_row(static_cast<const P*>(a.product) + row * D, kept, s.bias, D, memory);
+            const auto write = [&](int64_t d, int64_t count, Lanes value) {
+                if (position) value = add(value, load_first(position + d, count));
+                store_first(out + d, value, count);
+            };
             if (s.norm_weight) {
-                of_row = row_statistics(&x, 1, D, s.eps);
-                a.mean[row] = of_row.mean;
-                a.rstd[row] = of_row.rstd;
-            }
-            for (int64_t d = 0; d < D; d += kLanes) {
-                Lanes value = load_first(x + d, D - d);
-                if (s.norm_weight) {
-                    value = multiply(subtract(value, all(of_row.mean)), all(of_row.rstd));
-                    value = multiply_add(value, load_first(s.norm_weight + d, D - d),
-                                         load_first(s.norm_bias + d, D - d));
+                const auto [mean, rstd] =
+                    layer_norm_row<1>(&x, D, s.norm_weight, s.norm_bias, s.eps, write);
+                a.mean[row] = mean;
+                a.rstd[row] = rstd;
+            } else {
+                for (int64_t d = 0; d < D; d += kLanes) {
+                    write(d, D - d, load_first(x + d, D - d));
                 }
-                if (position) value = add(value, load_first(position + d, D - d));
-                store_first(out + d, value, D - d);
             }
         }
-        delete[] x;
     }
 }
 
 template <class T, class P>
 void place_backward(const PlaceTokensBackward& a) {
-    const PlaceTokens& s = a;
-    const int64_t D = s.shape.width;
-    ColumnSums sums(s.shape.rows, D, 4);
-#pragma omp parallel for schedule(static) num_threads(s.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* of_bias = sums.start(section);
+    ColumnSums sums(a.shape.rows, a.shape.width, 4);
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* of_bias) {
+        const PlaceTokens& s = a;
+        const int64_t D = s.shape.width;
         float* of_norm_weight = of_bias + D;
         float* of_norm_bias = of_norm_weight + D;
         float* of_mask_token = of_norm_bias + D;
-        for (int64_t token = section * sums.per_section; token < sums.end(section); ++token) {
+        for (int64_t token = begin; token < end; ++token) {
             const T* grad_out = static_cast<const T*>(a.grad_out) + token * D;
             const int64_t row = s.place[token];
             if (row < 0) {
@@ -124,7 +110,7 @@ void place_backward(const PlaceTokensBackward& a) {
             const auto scaled = [&](int64_t d) {
                 Lanes x = load_first(kept + d, D - d);
                 if (s.bias) x = add(x, load_first(s.bias + d, D - d));
-                return multiply(subtract(x, mean), rstd);
+                return normalised(x, mean, rstd);
             };
             Lanes inner = zero_lanes(), total = zero_lanes();
             for (int64_t d = 0; d < D; d += kLanes) {
@@ -147,37 +133,25 @@ void place_backward(const PlaceTokensBackward& a) {
                 store_first(grad + d, g, D - d);
             }
         }
-    }
+    });
     sums.finish(0, a.grad_bias);
     sums.finish(1, a.grad_norm_weight);
     sums.finish(2, a.grad_norm_bias);
     sums.finish(3, a.grad_mask_token);
 }
 
-template <class I>
-void gather_from(const GatherPatches& a) {
-    if (a.product_dtype == 0) {
-        gather<I, float>(a);
-    } else {
-        gather<I, BFloat16>(a);
-    }
+template <class P>
+void gather_as(const GatherPatches& a) {
+    SIMMIM_OF_IMAGE_TYPE(a.image_dtype, gather, P);
 }
 
 }  // namespace
 
 void gather_patches(const GatherPatches& a) {
-    if (a.image_dtype == 0) {
-        gather_from<float>(a);
-    } else if (a.image_dtype == 1) {
-        gather_from<BFloat16>(a);
-    } else if (a.image_dtype == 2) {
-        gather_from<Float16>(a);
-    } else {
-        gather_from<uint8_t>(a);
-    }
+    a.product_dtype == 0 ? gather_as<float>(a) : gather_as<BFloat16>(a);
 }
 
-void place_tokens_forward(const PlaceTokensForward& a) { SIMMIM_OF_TYPES(place) }
-void place_tokens_backward(const PlaceTokensBackward& a) { SIMMIM_OF_TYPES(place_backward) }
+void place_tokens_forward(const PlaceTokensForward& a) { SIMMIM_OF_ROW_TYPES(place); }
+void place_tokens_backward(const PlaceTokensBackward& a) { SIMMIM_OF_ROW_TYPES(place_backward); }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -2,6 +2,7 @@
 // order: the result does not depend on the number of threads.
 #include <math.h>
 
+#include "buffer.h"
 #include "gradient_norm.h"
 #include "lanes.h"
 
@@ -33,16 +34,17 @@ double piece(const float* x, int64_t size) {
 }  // namespace
 
 void gradient_norm(const GradientNorm& a) {
+    const int64_t* size_of = a.sizes.data;
     int64_t pieces = 0;
-    for (int64_t n = 0; n < a.count; ++n) pieces += (a.sizes[n] + kPiece - 1) / kPiece;
-    auto* starts = new const float*[static_cast<size_t>(pieces + 1)];
-    auto* sizes = new int64_t[static_cast<size_t>(pieces + 1)];
-    auto* sums = new double[static_cast<size_t>(pieces + 1)];
+    for (int64_t n = 0; n < a.arrays.size; ++n) pieces += (size_of[n] + kPiece - 1) / kPiece;
+    const Buffer<const float*> starts(pieces);
+    const Buffer<int64_t> sizes(pieces);
+    const Buffer<double> sums(pieces);
     int64_t next = 0;
-    for (int64_t n = 0; n < a.count; ++n) {
-        for (int64_t e = 0; e < a.sizes[n]; e += kPiece, ++next) {
-            const int64_t left = a.sizes[n] - e;
-            starts[next] = a.arrays[n] + e;
+    for (int64_t n = 0; n < a.arrays.size; ++n) {
+        for (int64_t e = 0; e < size_of[n]; e += kPiece, ++next) {
+            const int64_t left = size_of[n] - e;
+            starts[next] = a.arrays.data[n] + e;
             sizes[next] = left < kPiece ? left : kPiece;
         }
     }
@@ -51,9 +53,6 @@ void gradient_norm(const GradientNorm& a) {
     double total = 0.0;
     for (int64_t p = 0; p < pieces; ++p) total += sums[p];
     *a.out = static_cast<float>(sqrt(total));
-    delete[] starts;
-    delete[] sizes;
-    delete[] sums;
 }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -3,6 +3,7 @@
 // pixels that lies contiguous in the prediction: a row of the image, or of a cell.
 #include <cstring>
 
+#include "buffer.h"
 #include "half.h"
 #include "lanes.h"
 #include "masked_l1_loss.h"
@@ -14,15 +15,6 @@ namespace {
 constexpr int64_t kRowsPerBand = 32;
 // Rows that are fetched ahead of their use.
 constexpr int64_t kAhead = 5;
-
-template <class T>
-struct Buffer {
-    explicit Buffer(int64_t size) : data(new T[static_cast<size_t>(size)]) {}
-    ~Buffer() { delete[] data; }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    T* data;
-};
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -38,7 +30,7 @@ class LocalStatistics {
     // The normalised row y into `out`. `pixel(row, column)` is a pixel as float.
     template <class Pixel>
     void normalise_row(int64_t y, const Pixel& pixel, float* out) {
-        double* column = sums_.data;
+        double* column = sums_;
         double* column_of_squares = column + width_;
         const int64_t first = larger(0, y - radius_), last = smaller(height_ - 1, y + radius_);
         if (y == 0 || !finite_) {
@@ -79,7 +71,7 @@ class LocalStatistics {
   private:
     template <class Pixel>
     void add_row(int64_t row, double weight, const Pixel& pixel) {
-        double* column = sums_.data;
+        double* column = sums_;
         double* column_of_squares = column + width_;
         for (int64_t x = 0; x < width_; ++x) {
             const double value = pixel(row, x);
@@ -107,7 +99,7 @@ class HiddenLanes {
 
     void read(const uint8_t* mask_row, int64_t cell) {
         const size_t bytes = sizeof(uint16_t) * static_cast<size_t>(runs_ * groups_);
-        std::memset(lanes_.data, 0, bytes);
+        std::memset(lanes_, 0, bytes);
         any_ = false;
         for (int64_t x = 0, left = runs_ * run_; left > 0; ++mask_row, left -= cell) {
             const int64_t end = x + cell;
@@ -120,7 +112,7 @@ class HiddenLanes {
                 const int64_t within = x % run_, lane = within % kLanes;
                 const int64_t count = smaller(smaller(end - x, run_ - within), kLanes - lane);
                 const uint32_t bits = ((1u << count) - 1u) << lane;
-                uint16_t& group = lanes_.data[x / run_ * groups_ + within / kLanes];
+                uint16_t& group = lanes_[x / run_ * groups_ + within / kLanes];
                 group = static_cast<uint16_t>(group | bits);
                 x += count;
             }
@@ -131,16 +123,14 @@ class HiddenLanes {
                 every &= of_run(i)[g];
                 some |= of_run(i)[g];
             }
-            kinds_.data[i] = !some                ? Hidden::none
-                             : every == kAllLanes ? Hidden::all
-                                                  : Hidden::mixed;
+            kinds_[i] = !some ? Hidden::none : every == kAllLanes ? Hidden::all : Hidden::mixed;
         }
     }
 
     bool any() const { return any_; }
     int64_t groups() const { return groups_; }
-    const uint16_t* of_run(int64_t index) const { return lanes_.data + index * groups_; }
-    Hidden kind_of_run(int64_t index) const { return kinds_.data[index]; }
+    const uint16_t* of_run(int64_t index) const { return lanes_ + index * groups_; }
+    Hidden kind_of_run(int64_t index) const { return kinds_[index]; }
 
   private:
     int64_t run_, groups_;
@@ -152,7 +142,7 @@ class HiddenLanes {
 
 // Pixels of one row, whatever their strides.
 template <class T>
-const T* row_of(const T* p, int64_t stride, int64_t width, T* buffer) {
+const T* row_of(const T* p, int64_t stride, int64_t width, const Buffer<T>& buffer) {
     if (stride == 1) return p;
     for (int64_t x = 0; x < width; ++x) buffer[x] = p[x * stride];
     return buffer;
@@ -255,10 +245,9 @@ class PlaneLoss {
   public:
     explicit PlaneLoss(const MaskedL1Forward& a)
         : a_(a),
-          t_(a.target),
-          channels_(t_.shape[1]),
-          height_(t_.shape[2]),
-          width_(t_.shape[3]),
+          channels_(a_.image_shape[1]),
+          height_(a_.image_shape[2]),
+          width_(a_.image_shape[3]),
           run_(a.stride ? a.stride : width_),
           runs_(width_ / run_),
           hidden_(runs_, run_),
@@ -268,7 +257,7 @@ class PlaneLoss {
           gathered_image_(width_) {
         of_run_.groups = hidden_.groups();
         of_run_.next_prediction = kAhead * run_;
-        of_run_.next_image = a.norm_target ? 0 : kAhead * t_.strides[2];
+        of_run_.next_image = a.norm_target ? 0 : kAhead * a_.image_strides[2];
     }
 
     // Σ|error| over the hidden pixels of the rows. A band is one row of cells of the prediction,
@@ -276,10 +265,11 @@ class PlaneLoss {
     double sum_of_rows(int64_t image, int64_t channel, int64_t begin, int64_t end, int64_t band) {
         image_ = image;
         channel_ = channel;
-        plane_ = static_cast<const I*>(t_.image) + image * t_.strides[0] + channel * t_.strides[1];
+        plane_ = static_cast<const I*>(a_.image) + image * a_.image_strides[0] +
+                 channel * a_.image_strides[1];
         if constexpr (kBytes) {
-            of_run_.scale = 1.0f / (255.0f * t_.std[channel]);
-            of_run_.shift = t_.mean[channel] / t_.std[channel];
+            of_run_.scale = 1.0f / (255.0f * a_.std.data[channel]);
+            of_run_.shift = a_.mean.data[channel] / a_.std.data[channel];
         }
         next_mask_row_ = begin;
         double total = 0.0;
@@ -287,7 +277,8 @@ class PlaneLoss {
             const int64_t bottom = smaller(end, top + band);
             Lanes of_band = zero_lanes();
             read_mask(top);
-            if (a_.stride && !a_.norm_target && t_.strides[3] == 1 && next_mask_row_ >= bottom) {
+            if (a_.stride && !a_.norm_target && a_.image_strides[3] == 1 &&
+                next_mask_row_ >= bottom) {
                 for (int64_t x = 0; x < runs_; ++x) add_whole_cell(of_band, top, x);
             } else {
                 for (int64_t y = top; y < bottom; ++y) add_row(of_band, y, y - top);
@@ -302,9 +293,9 @@ class PlaneLoss {
 
     void read_mask(int64_t y) {
         if (y < next_mask_row_) return;
-        const int64_t cell_height = height_ / t_.grid[0], mask_row = y / cell_height;
+        const int64_t cell_height = height_ / a_.grid[0], mask_row = y / cell_height;
         next_mask_row_ = (mask_row + 1) * cell_height;
-        hidden_.read(t_.mask + (image_ * t_.grid[0] + mask_row) * t_.grid[1], width_ / t_.grid[1]);
+        hidden_.read(a_.mask + (image_ * a_.grid[0] + mask_row) * a_.grid[1], width_ / a_.grid[1]);
     }
 
     // Index of the cell of the prediction that begins at pixel (top, x · run).
@@ -327,22 +318,23 @@ class PlaneLoss {
 
     void add_whole_cell(Lanes& total, int64_t top, int64_t x) {
         const int64_t cell = cell_at(top, x);
-        add_cell<kBytes>(total, prediction_of(cell), plane_ + top * t_.strides[2] + x * run_,
-                         t_.strides[2], hidden_, x, of_run_, run_, signs_of(cell, 0, run_));
+        add_cell<kBytes>(total, prediction_of(cell), plane_ + top * a_.image_strides[2] + x * run_,
+                         a_.image_strides[2], hidden_, x, of_run_, run_, signs_of(cell, 0, run_));
     }
 
     // Row y of the image, which is row `within` of its band.
     void add_row(Lanes& total, int64_t y, int64_t within) {
         const auto pixel = [&](int64_t row, int64_t column) {
-            const float value = to_float(plane_[row * t_.strides[2] + column * t_.strides[3]]);
+            const float value =
+                to_float(plane_[row * a_.image_strides[2] + column * a_.image_strides[3]]);
             return kBytes ? value * of_run_.scale - of_run_.shift : value;
         };
-        if (a_.norm_target) statistics_.normalise_row(y, pixel, normalised_.data);
+        if (a_.norm_target) statistics_.normalise_row(y, pixel, normalised_);
         read_mask(y);
         if (!hidden_.any() && !a_.signs) return;
         const int64_t needed = hidden_.any() ? width_ : 0;  // pixels worth gathering
-        const I* image = row_of(plane_ + y * t_.strides[2], t_.strides[3],
-                                a_.norm_target ? 0 : needed, gathered_image_.data);
+        const I* image = row_of(plane_ + y * a_.image_strides[2], a_.image_strides[3],
+                                a_.norm_target ? 0 : needed, gathered_image_);
         for (int64_t x = 0; x < runs_; ++x) {
             const P* prediction;
             int32_t* signs;
@@ -351,15 +343,15 @@ class PlaneLoss {
                 prediction = prediction_of(cell) + within * run_;
                 signs = signs_of(cell, within, run_);
             } else {
-                const P* row = static_cast<const P*>(a_.prediction) + image_ * a_.strides[0] +
-                               channel_ * a_.strides[1] + y * a_.strides[2];
-                prediction = row_of(row, a_.strides[3], needed, gathered_.data);
+                const P* row = static_cast<const P*>(a_.prediction) + image_ * a_.strides.data[0] +
+                               channel_ * a_.strides.data[1] + y * a_.strides.data[2];
+                prediction = row_of(row, a_.strides.data[3], needed, gathered_);
                 signs = signs_of(image_, y, height_);
             }
             const uint16_t* lanes = hidden_.of_run(x);
             const Hidden kind = hidden_.kind_of_run(x);
             if (a_.norm_target) {
-                total = add_run<false>(total, prediction, normalised_.data + x * run_, lanes, kind,
+                total = add_run<false>(total, prediction, normalised_ + x * run_, lanes, kind,
                                        of_run_, signs);
             } else {
                 total = add_run<kBytes>(total, prediction, image + x * run_, lanes, kind, of_run_,
@@ -369,7 +361,6 @@ class PlaneLoss {
     }
 
     const MaskedL1Forward& a_;
-    const Target2d& t_;
     int64_t channels_, height_, width_, run_, runs_;
     HiddenLanes hidden_;
     LocalStatistics statistics_;
@@ -382,13 +373,13 @@ class PlaneLoss {
     int64_t next_mask_row_ = 0;  // where the next row of mask cells begins
 };
 
-template <class P, class I>
+template <class I, class P>
 double forward(const MaskedL1Forward& a) {
-    const int64_t C = a.target.shape[1], H = a.target.shape[2];
+    const int64_t C = a.image_shape[1], H = a.image_shape[2];
     const int64_t band = a.stride ? a.stride : kRowsPerBand;
     // the sliding window starts anew in every task, so there a task is a whole plane
     const int64_t rows_per_task = a.norm_target ? larger(H, 1) : band;
-    const int64_t blocks = ceil_divide(H, rows_per_task), tasks = a.target.shape[0] * C * blocks;
+    const int64_t blocks = ceil_divide(H, rows_per_task), tasks = a.image_shape[0] * C * blocks;
     Buffer<double> partial(tasks);
 #pragma omp parallel num_threads(a.num_threads)
     {
@@ -396,27 +387,18 @@ double forward(const MaskedL1Forward& a) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t begin = task % blocks * rows_per_task;
-            partial.data[task] = plane.sum_of_rows(task / blocks / C, task / blocks % C, begin,
-                                                   smaller(H, begin + rows_per_task), band);
+            partial[task] = plane.sum_of_rows(task / blocks / C, task / blocks % C, begin,
+                                              smaller(H, begin + rows_per_task), band);
         }
     }
     double total = 0.0;
-    for (int64_t task = 0; task < tasks; ++task) total += partial.data[task];
+    for (int64_t task = 0; task < tasks; ++task) total += partial[task];
     return total;
 }
 
 template <class P>
-double forward_of(const MaskedL1Forward& a) {
-    switch (a.target.dtype) {
-        case 0:
-            return forward<P, float>(a);
-        case 1:
-            return forward<P, BFloat16>(a);
-        case 2:
-            return forward<P, Float16>(a);
-        default:
-            return forward<P, uint8_t>(a);
-    }
+double sum_of_errors(const MaskedL1Forward& a) {
+    return SIMMIM_OF_IMAGE_TYPE(a.image_dtype, forward, P);
 }
 
 template <bool kStream, class T>
@@ -465,20 +447,14 @@ void expand(const ExpandSigns& a) {
 
 }  // namespace
 
-double masked_l1_loss_forward(const MaskedL1Forward& a) {
-    return a.dtype == 0   ? forward_of<float>(a)
-           : a.dtype == 1 ? forward_of<BFloat16>(a)
-                          : forward_of<Float16>(a);
+MaskedL1Sum masked_l1_loss_forward(const MaskedL1Forward& a) {
+    int64_t hidden_cells = 0;
+    for (int64_t i = 0; i < a.image_shape[0] * a.grid[0] * a.grid[1]; ++i) {
+        hidden_cells += a.mask[i];
+    }
+    return {SIMMIM_OF_TYPE(a.dtype, sum_of_errors), hidden_cells};
 }
 
-void expand_signs(const ExpandSigns& a) {
-    if (a.dtype == 0) {
-        expand<float>(a);
-    } else if (a.dtype == 1) {
-        expand<BFloat16>(a);
-    } else {
-        expand<Float16>(a);
-    }
-}
+void expand_signs(const ExpandSigns& a) { SIMMIM_OF_TYPE(a.dtype, expand); }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -2,8 +2,8 @@
 #include "column_sums.h"
 #include "half.h"
 #include "lanes.h"
+#include "layer_norm_rows.h"
 #include "merge_patches.h"
-#include "row_statistics.h"
 
 namespace simmim::SIMMIM_TARGET {
 namespace {
@@ -28,16 +28,9 @@ void merge(const MergeForward& a) {
             x[k] = static_cast<const T*>(a.x) + begin_of(row, k, a.columns, C);
         }
         P* y = static_cast<P*>(a.y) + row * a.shape.width;
-        const auto [mean, rstd] = row_statistics(x, kNeighbours, C, a.eps);
-        for (int64_t k = 0; k < kNeighbours; ++k) {
-            for (int64_t d = 0; d < C; d += kLanes) {
-                const Lanes centred = subtract(load_first(x[k] + d, C - d), all(mean));
-                const Lanes weight = load_first(a.weight + k * C + d, C - d);
-                const Lanes bias = load_first(a.bias + k * C + d, C - d);
-                const Lanes normal = multiply(centred, all(rstd));
-                store_first(y + k * C + d, multiply_add(normal, weight, bias), C - d);
-            }
-        }
+        const auto [mean, rstd] = layer_norm_row<kNeighbours>(
+            x, C, a.weight, a.bias, a.eps,
+            [&](int64_t e, int64_t count, Lanes value) { store_first(y + e, value, count); });
         a.mean[row] = mean;
         a.rstd[row] = rstd;
     }
@@ -45,49 +38,26 @@ void merge(const MergeForward& a) {
 
 template <class T, class P>
 void merge_backward(const MergeBackward& a) {
-    const int64_t C = a.shape.width / kNeighbours;
-    const float width = static_cast<float>(a.shape.width);
     ColumnSums sums(a.shape.rows, a.shape.width, 2);
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* of_weight = sums.start(section);
-        float* of_bias = of_weight + a.shape.width;
-        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
-            P* grad_y = static_cast<P*>(a.grad_y) + row * a.shape.width;
-            const Lanes mean = all(a.mean[row]), rstd = all(a.rstd[row]);
-            Lanes inner = zero_lanes(), total = zero_lanes();
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* of_weight) {
+        const int64_t width = a.shape.width, C = width / kNeighbours;
+        for (int64_t row = begin; row < end; ++row) {
+            const T* x[kNeighbours];
+            T* grad_x[kNeighbours];
             for (int64_t k = 0; k < kNeighbours; ++k) {
-                const T* x = static_cast<const T*>(a.x) + begin_of(row, k, a.columns, C);
-                for (int64_t d = 0; d < C; d += kLanes) {
-                    const int64_t e = k * C + d;
-                    const Lanes g = load_first(grad_y + e, C - d);
-                    const Lanes normal = multiply(subtract(load_first(x + d, C - d), mean), rstd);
-                    const Lanes weighted = multiply(g, load_first(a.weight + e, C - d));
-                    total = add(total, weighted);
-                    inner = multiply_add(weighted, normal, inner);
-                    add_to(of_weight + e, multiply(g, normal), C - d);
-                    add_to(of_bias + e, g, C - d);
-                }
+                const int64_t corner = begin_of(row, k, a.columns, C);
+                x[k] = static_cast<const T*>(a.x) + corner;
+                grad_x[k] = static_cast<T*>(a.grad_x) + corner;
             }
-            const Lanes mean_inner = all(-sum(inner) / width), mean_total = all(sum(total) / width);
-            for (int64_t k = 0; k < kNeighbours; ++k) {
-                const int64_t begin = begin_of(row, k, a.columns, C);
-                const T* x = static_cast<const T*>(a.x) + begin;
-                T* grad_x = static_cast<T*>(a.grad_x) + begin;
-                for (int64_t d = 0; d < C; d += kLanes) {
-                    const int64_t e = k * C + d;
-                    const Lanes weight = load_first(a.weight + e, C - d);
-                    const Lanes bias = load_first(a.bias + e, C - d);
-                    const Lanes weighted = multiply(load_first(grad_y + e, C - d), weight);
-                    const Lanes normal = multiply(subtract(load_first(x + d, C - d), mean), rstd);
-                    const Lanes through =
-                        multiply_add(normal, mean_inner, subtract(weighted, mean_total));
-                    store_first(grad_x + d, multiply(through, rstd), C - d);
-                    store_first(grad_y + e, multiply_add(normal, weight, bias), C - d);
-                }
-            }
+            P* grad_y = static_cast<P*>(a.grad_y) + row * width;
+            const Lanes rstd = all(a.rstd[row]);
+            layer_norm_row_again<kNeighbours>(
+                x, C, {a.mean[row], a.rstd[row]}, a.weight, a.bias, grad_y, of_weight,
+                [&](int64_t k, int64_t d, Lanes g) {
+                    store_first(grad_x[k] + d, multiply(g, rstd), C - d);
+                });
         }
-    }
+    });
     if (a.grad_weight) {
         sums.finish(0, a.grad_weight);
         sums.finish(1, a.grad_bias);
@@ -96,7 +66,7 @@ void merge_backward(const MergeBackward& a) {
 
 }  // namespace
 
-void merge_patches_forward(const MergeForward& a) { SIMMIM_OF_TYPES(merge) }
-void merge_patches_backward(const MergeBackward& a) { SIMMIM_OF_TYPES(merge_backward) }
+void merge_patches_forward(const MergeForward& a) { SIMMIM_OF_ROW_TYPES(merge); }
+void merge_patches_backward(const MergeBackward& a) { SIMMIM_OF_ROW_TYPES(merge_backward); }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -1,6 +1,7 @@
 // Random mask: draw a 64-bit number for every unit, hide those with the smallest.
 #include <cstring>
 
+#include "buffer.h"
 #include "random_patch_mask.h"
 
 namespace simmim::SIMMIM_TARGET {
@@ -89,21 +90,19 @@ void random_patch_mask(const RandomPatchMask& a) {
     const int64_t units = a.rows * a.columns;
 #pragma omp parallel num_threads(a.num_threads)
     {
-        auto* draws = new int64_t[static_cast<size_t>(2 * units + 1)];
-        auto* hidden = new uint8_t[static_cast<size_t>(units + 1)];
+        const Buffer<int64_t> draws(2 * units);
+        const Buffer<uint8_t> hidden(units);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < a.batch; ++b) {
-            const uint64_t key =
-                fold(fold(a.key, static_cast<uint64_t>(a.epochs[b * a.epoch_stride])),
-                     static_cast<uint64_t>(a.ids[b]));
+            const uint64_t key = fold(fold(static_cast<uint64_t>(a.key),
+                                           static_cast<uint64_t>(a.epochs[b * a.epoch_stride])),
+                                      static_cast<uint64_t>(a.ids[b]));
             for (int64_t i = 0; i < units; ++i) {
                 draws[i] = static_cast<int64_t>(mix(key + static_cast<uint64_t>(i + 1) * kGamma));
             }
             hide_smallest(draws, units, a.num_hidden, draws + units, hidden);
             spread(hidden, a, a.mask + b * units * a.unit * a.unit);
         }
-        delete[] hidden;
-        delete[] draws;
     }
 }
 

@@ -2,6 +2,7 @@
 // B batch, L tokens of an image, D width; a row is one token of one image.
 #include <cstring>
 
+#include "buffer.h"
 #include "half.h"
 #include "lanes.h"
 #include "substitute_mask_tokens.h"
@@ -64,10 +65,13 @@ void backward(const SubstituteBackward& a) {
     const int64_t sections = (a.rows + kRowsPerSection - 1) / kRowsPerSection;
     const auto width = static_cast<size_t>(a.width);
     const bool stream = worth_streaming(grad_tokens, bytes, bytes * static_cast<size_t>(a.rows));
-    auto* partial = new double[static_cast<size_t>(sections) * width]();
+    const Buffer<double> memory(sections * a.width);
+    double* partial = memory;
+    std::memset(partial, 0, sizeof(double) * static_cast<size_t>(sections) * width);
 #pragma omp parallel num_threads(a.num_threads)
     {
-        auto* sum = new float[width]();
+        const Buffer<float> sum(a.width);
+        std::memset(sum, 0, sizeof(float) * width);
 #pragma omp for schedule(dynamic)
         for (int64_t section = 0; section < sections; ++section) {
             const int64_t begin = section * kRowsPerSection;
@@ -97,7 +101,6 @@ void backward(const SubstituteBackward& a) {
             }
         }
         finish_streaming();
-        delete[] sum;
     }
     for (int64_t d = 0; d < a.width; ++d) {
         double total = 0.0;
@@ -106,29 +109,16 @@ void backward(const SubstituteBackward& a) {
         }
         a.grad_mask_token[d] = static_cast<float>(total);
     }
-    delete[] partial;
 }
 
 }  // namespace
 
 void substitute_mask_tokens_forward(const SubstituteForward& a) {
-    if (a.dtype == 0) {
-        forward<float>(a);
-    } else if (a.dtype == 1) {
-        forward<BFloat16>(a);
-    } else {
-        forward<Float16>(a);
-    }
+    SIMMIM_OF_TYPE(a.dtype, forward);
 }
 
 void substitute_mask_tokens_backward(const SubstituteBackward& a) {
-    if (a.dtype == 0) {
-        backward<float>(a);
-    } else if (a.dtype == 1) {
-        backward<BFloat16>(a);
-    } else {
-        backward<Float16>(a);
-    }
+    SIMMIM_OF_TYPE(a.dtype, backward);
 }
 
 }  // namespace simmim::SIMMIM_TARGET

@@ -1,21 +1,15 @@
 // Runs without Python: forward, backward and thread-count independence on odd sizes, with every
 // instruction set that this processor has.
-#include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+#include "kernel_test.h"
 #include "substitute_mask_tokens.h"
 
 namespace {
 
-int failures = 0;
-
-void check(bool ok, const char* what) {
-    if (!ok) {
-        std::fprintf(stderr, "FAILED: %s\n", what);
-        ++failures;
-    }
-}
+using simmim::test::check;
+using simmim::test::uniform;
 
 // The kernels of the current instruction set against plain loops.
 void run() {
@@ -23,10 +17,6 @@ void run() {
     const int64_t rows = batch * tokens_per_image, size = rows * width;
     std::vector<float> tokens(size), grad(size), token(width), position(tokens_per_image * width);
     std::vector<uint8_t> mask(rows);
-    std::srand(7);
-    const auto uniform = [] {
-        return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f;
-    };
     for (auto& x : tokens) x = uniform();
     for (auto& x : grad) x = uniform();
     for (auto& x : token) x = uniform();
@@ -69,10 +59,4 @@ void run() {
 
 }  // namespace
 
-int main() {
-    using simmim::Target;
-    for (const Target target : {Target::baseline, Target::avx2, Target::avx512}) {
-        if (simmim::force_target(target)) run();
-    }
-    return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
-}
+int main() { return simmim::test::with_every_target(run); }

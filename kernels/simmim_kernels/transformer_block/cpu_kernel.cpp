@@ -1,8 +1,9 @@
-// Row passes of a transformer block: everything between its matrix products, each one pass.
+// Row passes of a transformer block, whose LayerNorm comes first in a branch or last: everything
+// between its matrix products, each one pass.
 #include "column_sums.h"
 #include "half.h"
 #include "lanes.h"
-#include "row_statistics.h"
+#include "layer_norm_rows.h"
 #include "transformer_block.h"
 
 namespace simmim::SIMMIM_TARGET {
@@ -15,15 +16,9 @@ void normalise(const LayerNormForward& a) {
     for (int64_t row = 0; row < a.shape.rows; ++row) {
         const T* x = static_cast<const T*>(a.x) + row * C;
         P* y = static_cast<P*>(a.y) + row * C;
-        const auto [mean, rstd] = row_statistics(&x, 1, C, a.eps);
-        for (int64_t d = 0; d < C; d += kLanes) {
-            const Lanes centred = subtract(load_first(x + d, C - d), all(mean));
-            const Lanes scaled = multiply(centred, all(rstd));
-            store_first(y + d,
-                        multiply_add(scaled, load_first(a.weight + d, C - d),
-                                     load_first(a.bias + d, C - d)),
-                        C - d);
-        }
+        const auto [mean, rstd] = layer_norm_row<1>(
+            &x, C, a.weight, a.bias, a.eps,
+            [&](int64_t d, int64_t count, Lanes value) { store_first(y + d, value, count); });
         a.mean[row] = mean;
         a.rstd[row] = rstd;
     }
@@ -31,43 +26,22 @@ void normalise(const LayerNormForward& a) {
 
 template <class T, class P>
 void normalise_backward(const LayerNormBackward& a) {
-    const int64_t C = a.shape.width;
     ColumnSums sums(a.shape.rows, a.shape.width, 2);
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* of_weight = sums.start(section);
-        float* of_bias = of_weight + C;
-        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* of_weight) {
+        const int64_t C = a.shape.width;
+        for (int64_t row = begin; row < end; ++row) {
             const T* x = static_cast<const T*>(a.x) + row * C;
             const T* grad_out = static_cast<const T*>(a.grad_out) + row * C;
             P* grad_y = static_cast<P*>(a.grad_y) + row * C;
             T* grad_x = static_cast<T*>(a.grad_x) + row * C;
-            const Lanes mean = all(a.mean[row]), rstd = all(a.rstd[row]);
-            Lanes inner = zero_lanes(), total = zero_lanes();
-            for (int64_t d = 0; d < C; d += kLanes) {
-                const Lanes g = load_first(grad_y + d, C - d);
-                const Lanes scaled = multiply(subtract(load_first(x + d, C - d), mean), rstd);
-                const Lanes weighted = multiply(g, load_first(a.weight + d, C - d));
-                total = add(total, weighted);
-                inner = multiply_add(weighted, scaled, inner);
-                add_to(of_weight + d, multiply(g, scaled), C - d);
-                add_to(of_bias + d, g, C - d);
-            }
-            const float width = static_cast<float>(C);
-            const Lanes mean_inner = all(-sum(inner) / width), mean_total = all(sum(total) / width);
-            for (int64_t d = 0; d < C; d += kLanes) {
-                const Lanes weight = load_first(a.weight + d, C - d);
-                const Lanes weighted = multiply(load_first(grad_y + d, C - d), weight);
-                const Lanes scaled = multiply(subtract(load_first(x + d, C - d), mean), rstd);
-                const Lanes through =
-                    multiply_add(scaled, mean_inner, subtract(weighted, mean_total));
-                store_first(grad_x + d,
-                            multiply_add(through, rstd, load_first(grad_out + d, C - d)), C - d);
-                store_first(grad_y + d, multiply_add(scaled, weight, load_first(a.bias + d, C - d)),
-                            C - d);
-            }
+            const Lanes rstd = all(a.rstd[row]);
+            layer_norm_row_again<1>(&x, C, {a.mean[row], a.rstd[row]}, a.weight, a.bias, grad_y,
+                                    of_weight, [&](int64_t, int64_t d, Lanes g) {
+                                        const Lanes past = load_first(grad_out + d, C - d);
+                                        store_first(grad_x + d, multiply_add(g, rstd, past), C - d);
+                                    });
         }
-    }
+    });
     if (a.grad_weight) {
         sums.finish(0, a.grad_weight);
         sums.finish(1, a.grad_bias);
@@ -109,11 +83,7 @@ void gelu(const GeluForward& a) {
         P* out = static_cast<P*>(a.out) + row * M;
         for (int64_t d = 0; d < M; d += kLanes) {
             Lanes x = load_first(product + d, M - d);
-            if (kept != nullptr) {
-                // what the backward will see
-                store_first(kept + d, x, M - d);
-                x = load_first(kept + d, M - d);
-            }
+            if (kept) x = keep_rounded(kept + d, x, M - d);
             x = add(x, load_first(a.bias + d, M - d));
             store_first(out + d, multiply(x, normal(x).distribution), M - d);
         }
@@ -122,12 +92,10 @@ void gelu(const GeluForward& a) {
 
 template <class T, class P>
 void gelu_gradient(const GeluBackward& a) {
-    const int64_t M = a.shape.width;
     ColumnSums sums(a.shape.rows, a.shape.width, 1);
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* of_bias = sums.start(section);
-        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* of_bias) {
+        const int64_t M = a.shape.width;
+        for (int64_t row = begin; row < end; ++row) {
             const T* kept = static_cast<const T*>(a.kept) + row * M;
             P* grad = static_cast<P*>(a.grad) + row * M;
             P* out = static_cast<P*>(a.out) + row * M;
@@ -141,8 +109,14 @@ void gelu_gradient(const GeluBackward& a) {
                 add_to(of_bias + d, g, M - d);
             }
         }
-    }
+    });
     if (a.grad_bias) sums.finish(0, a.grad_bias);
+}
+
+// What a row's branch is multiplied by.
+template <class Arguments>
+Lanes factor_of(const Arguments& a, int64_t row) {
+    return all(a.branch_scale ? a.branch_scale[row / a.rows_per_image] : 1.0f);
 }
 
 template <class T, class P>
@@ -153,7 +127,7 @@ void add_branch(const ResidualForward& a) {
         const T* x = static_cast<const T*>(a.x) + row * C;
         const P* product = static_cast<const P*>(a.product) + row * C;
         T* out = static_cast<T*>(a.out) + row * C;
-        const Lanes factor = all(a.branch_scale ? a.branch_scale[row / a.rows_per_image] : 1.0f);
+        const Lanes factor = factor_of(a, row);
         for (int64_t d = 0; d < C; d += kLanes) {
             Lanes branch = add(load_first(product + d, C - d), load_first(a.bias + d, C - d));
             if (a.gamma) branch = multiply(branch, load_first(a.gamma + d, C - d));
@@ -164,15 +138,12 @@ void add_branch(const ResidualForward& a) {
 
 template <class T, class P>
 void branch_gradient(const ResidualBackward& a) {
-    const int64_t C = a.shape.width;
     ColumnSums sums(a.shape.rows, a.shape.width, 1);
-#pragma omp parallel for schedule(static) num_threads(a.shape.num_threads)
-    for (int64_t section = 0; section < sums.sections; ++section) {
-        float* total = sums.start(section);
-        for (int64_t row = section * sums.per_section; row < sums.end(section); ++row) {
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* total) {
+        const int64_t C = a.shape.width;
+        for (int64_t row = begin; row < end; ++row) {
             const T* grad_out = static_cast<const T*>(a.grad_out) + row * C;
-            const Lanes factor =
-                all(a.branch_scale ? a.branch_scale[row / a.rows_per_image] : 1.0f);
+            const Lanes factor = factor_of(a, row);
             for (int64_t d = 0; d < C; d += kLanes) {
                 const Lanes g = multiply(load_first(grad_out + d, C - d), factor);
                 add_to(total + d, g, C - d);
@@ -181,18 +152,81 @@ void branch_gradient(const ResidualBackward& a) {
                 }
             }
         }
-    }
+    });
     if (a.sum) sums.finish(0, a.sum);
+}
+
+template <class T, class P>
+void add_normalised(const PostNormForward& a) {
+    const int64_t C = a.shape.width;
+#pragma omp parallel num_threads(a.shape.num_threads)
+    {
+        const Buffer<float> memory(C);
+        const float* y = memory;
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < a.shape.rows; ++row) {
+            const T* x = static_cast<const T*>(a.x) + row * C;
+            T* kept = a.kept ? static_cast<T*>(a.kept) + row * C : nullptr;
+            T* out = static_cast<T*>(a.out) + row * C;
+            biased_row(static_cast<const P*>(a.product) + row * C, kept, a.bias, C, memory);
+            const Lanes factor = factor_of(a, row);
+            const auto [mean, rstd] = layer_norm_row<1>(
+                &y, C, a.weight, a.norm_bias, a.eps, [&](int64_t d, int64_t count, Lanes branch) {
+                    const Lanes residual = load_first(x + d, count);
+                    store_first(out + d, multiply_add(branch, factor, residual), count);
+                });
+            a.mean[row] = mean;
+            a.rstd[row] = rstd;
+        }
+    }
+}
+
+template <class T, class P>
+void add_normalised_backward(const PostNormBackward& a) {
+    ColumnSums sums(a.shape.rows, a.shape.width, 3);
+    sums.over_sections(a, [](const auto& a, int64_t begin, int64_t end, float* of_weight) {
+        const int64_t C = a.shape.width;
+        const Buffer<float> y(C);
+        float *of_norm_bias = of_weight + C, *of_bias = of_norm_bias + C;
+        for (int64_t row = begin; row < end; ++row) {
+            const T* grad_out = static_cast<const T*>(a.grad_out) + row * C;
+            P* grad = static_cast<P*>(a.grad_product) + row * C;
+            const T* kept = static_cast<const T*>(a.kept) + row * C;
+            biased_row(kept, static_cast<T*>(nullptr), a.bias, C, y);
+            const Lanes mean = all(a.mean[row]), rstd = all(a.rstd[row]);
+            const Lanes factor = factor_of(a, row);
+            layer_norm_row_backward<1>(
+                C, a.weight, of_weight, of_norm_bias,
+                [&](int64_t, int64_t d) {
+                    return normalised(load_first(y + d, C - d), mean, rstd);
+                },
+                [&](int64_t d, int64_t count) {
+                    return multiply(load_first(grad_out + d, count), factor);
+                },
+                [&](int64_t, int64_t d, Lanes, Lanes g) {
+                    const Lanes through = multiply(g, rstd);
+                    store_first(grad + d, through, C - d);
+                    add_to(of_bias + d, through, C - d);
+                });
+        }
+    });
+    if (a.grad_weight) {
+        sums.finish(0, a.grad_weight);
+        sums.finish(1, a.grad_norm_bias);
+        sums.finish(2, a.grad_bias);
+    }
 }
 
 }  // namespace
 
-void layer_norm_forward(const LayerNormForward& a) { SIMMIM_OF_TYPES(normalise) }
-void layer_norm_backward(const LayerNormBackward& a) { SIMMIM_OF_TYPES(normalise_backward) }
-void gelu_forward(const GeluForward& a) { SIMMIM_OF_TYPES(gelu) }
-void gelu_backward(const GeluBackward& a) { SIMMIM_OF_TYPES(gelu_gradient) }
-void residual_forward(const ResidualForward& a) { SIMMIM_OF_TYPES(add_branch) }
-void residual_backward(const ResidualBackward& a) { SIMMIM_OF_TYPES(branch_gradient) }
+void layer_norm_forward(const LayerNormForward& a) { SIMMIM_OF_ROW_TYPES(normalise); }
+void layer_norm_backward(const LayerNormBackward& a) { SIMMIM_OF_ROW_TYPES(normalise_backward); }
+void gelu_forward(const GeluForward& a) { SIMMIM_OF_ROW_TYPES(gelu); }
+void gelu_backward(const GeluBackward& a) { SIMMIM_OF_ROW_TYPES(gelu_gradient); }
+void residual_forward(const ResidualForward& a) { SIMMIM_OF_ROW_TYPES(add_branch); }
+void residual_backward(const ResidualBackward& a) { SIMMIM_OF_ROW_TYPES(branch_gradient); }
+void post_norm_forward(const PostNormForward& a) { SIMMIM_OF_ROW_TYPES(add_normalised); }
+void post_norm_backward(const PostNormBackward& a) { SIMMIM_OF_ROW_TYPES(add_normalised_backward); }
 
 void layer_scale_backward(const LayerScaleBackward& a) {
 #pragma omp parallel for schedule(static) num_threads(a.num_threads)

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "buffer.h"
 #include "half.h"
 #include "lanes.h"
 #include "recycled_memory.h"
@@ -32,11 +33,7 @@ int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 class Scratch {
   public:
     explicit Scratch(int64_t floats)
-        : memory_(new float[static_cast<size_t>(floats + kAlignment)]),
-          next_(memory_ + (kAlignment - reinterpret_cast<uintptr_t>(memory_) % kAlignment) / 4) {}
-    ~Scratch() { delete[] memory_; }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
+        : memory_(floats + kAlignment), next_(memory_ + past(memory_) / 4) {}
 
     float* take(int64_t floats) {
         float* taken = next_;
@@ -46,7 +43,12 @@ class Scratch {
     }
 
   private:
-    float* memory_;
+    // Bytes from `p` to the next cache line.
+    static uintptr_t past(const float* p) {
+        return kAlignment - reinterpret_cast<uintptr_t>(p) % kAlignment;
+    }
+
+    Buffer<float> memory_;
     float* next_;
 };
 
@@ -56,16 +58,16 @@ class Plan {
   public:
     explicit Plan(const WindowAttention& given)
         : a(given),
-          head_width(given.width / given.num_heads),
+          head_width(given.sizes.width / given.sizes.num_heads),
           tokens(given.window[0] * given.window[1]),
-          window_rows(given.rows / given.window[0]),
-          window_columns(given.columns / given.window[1]),
-          windows(given.batch * window_rows * window_columns),
+          window_rows(given.sizes.rows / given.window[0]),
+          window_columns(given.sizes.columns / given.window[1]),
+          windows(given.sizes.batch * window_rows * window_columns),
           wide_tokens(padded(tokens)),
           wide_head(padded(head_width)),
-          bias_(new float[static_cast<size_t>((given.bias ? given.num_heads : 1) * pairs())]),
-          masks_(shifted() ? new float[static_cast<size_t>(4 * pairs())] : nullptr) {
-        for (int64_t head = 0; head < (a.bias ? a.num_heads : 1); ++head) {
+          bias_((given.bias ? given.sizes.num_heads : 1) * pairs()),
+          masks_(shifted() ? 4 * pairs() : 0) {
+        for (int64_t head = 0; head < (a.bias ? a.sizes.num_heads : 1); ++head) {
             for (int64_t i = 0; i < tokens; ++i) {
                 float* row = bias_ + head * pairs() + i * wide_tokens;
                 for (int64_t j = 0; j < wide_tokens; ++j) {
@@ -77,12 +79,6 @@ class Plan {
         }
         for (int edges = 1; shifted() && edges < 4; ++edges) make_mask(edges);
     }
-    ~Plan() {
-        delete[] bias_;
-        delete[] masks_;
-    }
-    Plan(const Plan&) = delete;
-    Plan& operator=(const Plan&) = delete;
 
     // Of q as it is read.
     float scale() const { return a.factors ? 1.0f : a.scale; }
@@ -104,10 +100,11 @@ class Plan {
         const int64_t place = window % (window_rows * window_columns);
         for (int64_t i = 0; i < a.window[0]; ++i) {
             int64_t r = place / window_columns * a.window[0] + i + a.shift[0];
-            r = r >= a.rows ? r - a.rows : r;
+            r = r >= a.sizes.rows ? r - a.sizes.rows : r;
             int64_t c = place % window_columns * a.window[1] + a.shift[1];
             for (int64_t j = 0; j < a.window[1]; ++j, ++c) {
-                *found++ = (image * a.rows + r) * a.columns + (c >= a.columns ? c - a.columns : c);
+                *found++ = (image * a.sizes.rows + r) * a.sizes.columns +
+                           (c >= a.sizes.columns ? c - a.sizes.columns : c);
             }
         }
     }
@@ -132,8 +129,8 @@ class Plan {
         return (down ? 1 : 0) + (right ? 2 : 0);
     }
 
-    float* bias_;
-    float* masks_;
+    Buffer<float> bias_;
+    Buffer<float> masks_;  // for each kind of edges
 };
 
 // One head of a token's row, widened: target [wide_head]. The same of the next
@@ -158,7 +155,7 @@ class Reader {
 
     // target [tokens, wide_head]
     void rows(int part, float scale, float* target) const {
-        const int64_t C = plan_.a.width;
+        const int64_t C = plan_.a.sizes.width;
         const T* source = static_cast<const T*>(plan_.a.qkv) + part * C + first_;
         const float* bias = plan_.a.qkv_bias ? plan_.a.qkv_bias + part * C + first_ : nullptr;
         for (int64_t i = 0; i < plan_.tokens; ++i) {
@@ -250,11 +247,11 @@ void exponentials(float* score, const float* bias, const float* mask, int64_t wi
 
 template <class T>
 void forward(const WindowAttentionForward& a) {
-    const Plan plan(a.shared);
-    const int64_t S = plan.tokens, K = plan.head_width, N = a.shared.num_heads;
+    const Plan plan(a);
+    const int64_t S = plan.tokens, K = plan.head_width, N = a.sizes.num_heads;
     const int64_t wide_S = plan.wide_tokens, wide_K = plan.wide_head;
     auto* out = static_cast<T*>(a.out);
-#pragma omp parallel num_threads(a.shared.num_threads)
+#pragma omp parallel num_threads(a.num_threads)
     {
         Scratch scratch(3 * S * wide_K + wide_K * wide_S + plan.pairs() + wide_S + 6 * kLanes);
         float* q = scratch.take(S * wide_K);
@@ -263,7 +260,7 @@ void forward(const WindowAttentionForward& a) {
         float* score = scratch.take(plan.pairs());
         float* attended = scratch.take(S * wide_K);
         float* unused = scratch.take(wide_S);
-        auto* tokens = new int64_t[static_cast<size_t>(S)];
+        const Buffer<int64_t> tokens(S);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < plan.windows * N; ++item) {
             const int64_t window = item / N, head = item % N;
@@ -271,8 +268,8 @@ void forward(const WindowAttentionForward& a) {
             const Reader<T> reader(plan, tokens, head);
             reader.rows(0, plan.scale(), q);
             reader.rows(1, 1.0f, rows);
-            if (a.shared.factors) {
-                set_length(q, S, wide_K, a.shared.factors[head], unused);
+            if (a.factors) {
+                set_length(q, S, wide_K, a.factors[head], unused);
                 set_length(rows, S, wide_K, 1.0f, unused);
             }
             reader.transposed(rows, k);
@@ -289,7 +286,7 @@ void forward(const WindowAttentionForward& a) {
             }
             small_product({score, wide_S, 1}, rows, wide_K, attended, wide_K, S, wide_K, S);
             for (int64_t i = 0; i < S; ++i) {
-                T* target = out + tokens[i] * a.shared.width + head * K;
+                T* target = out + tokens[i] * a.sizes.width + head * K;
                 const Lanes share = all(1.0f / totals[i * wide_K]);
                 for (int64_t c = 0; c < K; c += kLanes) {
                     store_first(target + c, multiply(load(attended + i * wide_K + c), share),
@@ -297,7 +294,6 @@ void forward(const WindowAttentionForward& a) {
                 }
             }
         }
-        delete[] tokens;
     }
 }
 
@@ -316,7 +312,7 @@ void write_rows(const Plan& plan, const int64_t* tokens, const float* rows, floa
                 float* total) {
     const int64_t K = plan.head_width;
     for (int64_t i = 0; i < plan.tokens; ++i) {
-        G* row = target + tokens[i] * 3 * plan.a.width;
+        G* row = target + tokens[i] * 3 * plan.a.sizes.width;
         prefetch_to_write(row + K, K * static_cast<int64_t>(sizeof(G)));
         for (int64_t c = 0; c < K; c += kLanes) {
             const Lanes x = multiply(load(rows + i * plan.wide_head + c), all(scale));
@@ -352,7 +348,7 @@ struct Workspace {
     explicit Workspace(const Plan& plan)
         : scratch(5 * plan.tokens * plan.wide_head + plan.wide_head * plan.wide_tokens +
                   2 * plan.pairs() + 2 * plan.wide_tokens),
-          tokens(new int64_t[static_cast<size_t>(plan.tokens)]) {
+          tokens(plan.tokens) {
         const int64_t rows = plan.tokens * plan.wide_head;
         q = scratch.take(rows);
         k = scratch.take(rows);
@@ -365,12 +361,9 @@ struct Workspace {
         of_q = scratch.take(plan.wide_tokens);
         of_k = scratch.take(plan.wide_tokens);
     }
-    ~Workspace() { delete[] tokens; }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
 
     Scratch scratch;
-    int64_t* tokens;            // where the window's tokens are
+    Buffer<int64_t> tokens;     // where the window's tokens are
     float *q, *k, *v, *grad;    // [S, wide_head]; grad is that of the output
     float* result;              // [S, wide_head]
     float* across;              // [wide_head, wide_S]
@@ -382,13 +375,13 @@ template <class T, class G>
 void backward_head(const WindowAttentionBackward& a, const Plan& plan, const float* mask,
                    int64_t head, const Workspace& w, float* bias_part, float* qkv_part,
                    float* factor_part) {
-    const int64_t S = plan.tokens, K = plan.head_width, N = a.shared.num_heads, C = a.shared.width;
+    const int64_t S = plan.tokens, K = plan.head_width, N = a.sizes.num_heads, C = a.sizes.width;
     const int64_t wide_S = plan.wide_tokens, wide_K = plan.wide_head;
     const Reader<T> reader(plan, w.tokens, head);
     reader.rows(0, plan.scale(), w.q);
     reader.rows(1, 1.0f, w.k);
     reader.rows(2, 1.0f, w.v);
-    const float* factor = a.shared.factors ? a.shared.factors + head : nullptr;
+    const float* factor = a.factors ? a.factors + head : nullptr;
     if (factor) {
         set_length(w.q, S, wide_K, *factor, w.of_q);
         set_length(w.k, S, wide_K, 1.0f, w.of_k);
@@ -449,15 +442,15 @@ class Parts {
 
 template <class T, class G>
 void backward(const WindowAttentionBackward& a) {
-    const Plan plan(a.shared);
-    const int64_t S = plan.tokens, K = plan.head_width, N = a.shared.num_heads, C = a.shared.width;
+    const Plan plan(a);
+    const int64_t S = plan.tokens, K = plan.head_width, N = a.sizes.num_heads, C = a.sizes.width;
     const int64_t wide_S = plan.wide_tokens, wide_K = plan.wide_head, pairs = plan.pairs();
     const int64_t per_section = (plan.windows + kSections - 1) / kSections;
     const int64_t sections = per_section ? (plan.windows + per_section - 1) / per_section : 0;
     const Parts of_bias(a.grad_bias != nullptr, sections, N * pairs);
     const Parts of_qkv(a.grad_qkv_bias != nullptr, sections, N * 3 * wide_K);
     const Parts of_factors(a.grad_factors != nullptr, sections, N);
-#pragma omp parallel num_threads(a.shared.num_threads)
+#pragma omp parallel num_threads(a.num_threads)
     {
         const Workspace workspace(plan);
 #pragma omp for schedule(dynamic)
@@ -507,33 +500,15 @@ void backward(const WindowAttentionBackward& a) {
 
 template <class T>
 void backward_of(const WindowAttentionBackward& a) {
-    if (a.grad_dtype == 0) {
-        backward<T, float>(a);
-    } else {
-        backward<T, T>(a);
-    }
+    a.grad_dtype == 0 ? backward<T, float>(a) : backward<T, T>(a);
 }
 
 }  // namespace
 
-void window_attention_forward(const WindowAttentionForward& a) {
-    if (a.shared.dtype == 0) {
-        forward<float>(a);
-    } else if (a.shared.dtype == 1) {
-        forward<BFloat16>(a);
-    } else {
-        forward<Float16>(a);
-    }
-}
+void window_attention_forward(const WindowAttentionForward& a) { SIMMIM_OF_TYPE(a.dtype, forward); }
 
 void window_attention_backward(const WindowAttentionBackward& a) {
-    if (a.shared.dtype == 0) {
-        backward<float, float>(a);
-    } else if (a.shared.dtype == 1) {
-        backward_of<BFloat16>(a);
-    } else {
-        backward_of<Float16>(a);
-    }
+    SIMMIM_OF_TYPE(a.dtype, backward_of);
 }
 
 }  // namespace simmim::SIMMIM_TARGET
