@@ -161,8 +161,8 @@ class Op(Generic[P, R]):
         values["grad_out"] = grad_out
         for flag, of_names in self._flags.items():
             values[flag] = any(name in wanted for name in of_names)
-        found = self._run_backward(*(values[name] for name in self._needs), ctx.backend)
-        gradients = (found,) if isinstance(found, Tensor) else found
+        outputs = self._run_backward(*(values[name] for name in self._needs), ctx.backend)
+        gradients = (outputs,) if isinstance(outputs, Tensor) else outputs
         by_name = dict(zip(self._gradient_names, gradients, strict=True))
         for name in wanted & self._torch_gradients.keys():
             by_name[name] = self._torch_gradients[name](grad_out)

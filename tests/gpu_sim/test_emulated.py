@@ -18,6 +18,7 @@ from simmim_kernels.masked_l1_loss import triton_kernel as loss
 from simmim_kernels.masked_l1_loss.arguments import Target
 from simmim_kernels.merge_patches import reference as merge_reference
 from simmim_kernels.merge_patches import triton_kernel as merge
+from simmim_kernels.merge_patches.arguments import MergeParameters
 from simmim_kernels.random_patch_mask import reference as mask_reference
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
 from simmim_kernels.report.ahead_of_time import Launch
@@ -217,10 +218,11 @@ def check_merge(dtype: torch.dtype, shape: tuple[int, int, int, int], M: int = 2
     def exact(*leaves: Tensor) -> Tensor:
         return merge_reference.merge_patches(*leaves, 1e-5)
 
-    out, *statistics = merge.forward(*leaves, 1e-5)
-    grads = merge.backward(grad, *leaves, *statistics, True)
+    given = x, MergeParameters(*leaves[1:])
+    out, statistics = merge.forward(*given, 1e-5)
+    grads = merge.backward(grad, *given, statistics, True)
     assert_as_exact_as([out, *grads], gradients(exact, grad, *leaves), dtype)
-    (grad_x, *_) = merge.backward(grad, *leaves, *statistics, False)
+    (grad_x, *_) = merge.backward(grad, *given, statistics, False)
     assert torch.equal(grad_x, grads[0])
 
 

@@ -114,7 +114,7 @@ def _gradient_shapes(
 
 
 def _context(out: Tensor, residual: Tensor | None, **unused: Any) -> dict[str, Any]:
-    """Keeps the output beside a residual only: else the sign that it tells is computed again."""
+    """Keeps the output beside a residual only: its sign is computed again without one."""
     return {"out": None if residual is None else out}
 
 

@@ -4,7 +4,6 @@ B batch, C channels, H W pixels, p side of a patch, h w grid of patches, L = h·
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,14 @@ from simmim_kernels import native
 from simmim_kernels.dispatch import Backend, choose, describe, never
 from simmim_kernels.dtypes import in_float32
 from simmim_kernels.embed_patches import reference
+from simmim_kernels.embed_patches.arguments import (
+    Embedded,
+    EmbeddingParameters,
+    Patches,
+    embedded_shapes,
+)
 from simmim_kernels.masked_l1_loss import check_pixels
-from simmim_kernels.op import AnyStrides, Op
+from simmim_kernels.op import Op
 from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
 
 __all__ = ["BACKENDS", "embed_patches"]
@@ -123,22 +128,11 @@ def embed_patches(
     device = image.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return _embed(
-        chosen,
-        image,
-        mask,
-        weight.to(native.product_dtype(dtype)),
-        in_float32(bias),
-        in_float32(norm_weight),
-        in_float32(norm_bias),
-        in_float32(mask_token),
-        in_float32(pos_embed),
-        mean,
-        std,
-        eps,
-        dtype,
-        _room(mask, B * h * w),
-    ).out
+    patches = Patches(image, mask, mean, std)
+    in_product_dtype = weight.to(native.product_dtype(dtype))
+    parameters = EmbeddingParameters(in_product_dtype, *[in_float32(v) for v in vectors])
+    room = _room(mask, B * h * w)
+    return _embed(chosen, patches, parameters, in_float32(pos_embed), eps, dtype, room).out
 
 
 def _room(mask: Tensor | None, tokens: int) -> int:
@@ -148,57 +142,28 @@ def _room(mask: Tensor | None, tokens: int) -> int:
     return tokens - int(mask.numpy().sum())  # a look at CPU memory, nothing to wait for
 
 
-class Embedded(NamedTuple):
-    """Tokens [B, L, D], and for the backward of a norm, else [0], with room for `visible` rows:
-
-    the projection without its bias, and mean and reciprocal deviation of each, float32.
-    """
-
-    out: Tensor
-    projected: Tensor
-    norm_mean: Tensor
-    norm_rstd: Tensor
-
-
 def _shapes(
-    image: AnyStrides,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mask_token: Tensor | None,
+    patches: Patches,
+    parameters: EmbeddingParameters,
     pos_embed: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     visible: int,
 ) -> Embedded:
-    """Vectors come as float32, the weight in the dtype of the products."""
-    B, D, patch = image.shape[0], weight.shape[0], weight.shape[2]
-    L = (image.shape[2] // patch) * (image.shape[3] // patch)
-    rows = 0 if norm_weight is None else visible
-    per_row = weight.new_empty((rows,), dtype=torch.float32)
-    out, projected = (weight.new_empty(shape, dtype=dtype) for shape in ((B, L, D), (rows, D)))
-    return Embedded(out, projected, per_row, torch.empty_like(per_row))
+    return embedded_shapes(patches.image, parameters, dtype, visible)
 
 
 def _gradient_shapes(
     grad_out: Tensor,
-    image: AnyStrides,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    patches: Patches,
+    parameters: EmbeddingParameters,
     projected: Tensor,
     norm_mean: Tensor,
     norm_rstd: Tensor,
     eps: float,
 ) -> list[Tensor]:
     """All vectors have a gradient, those that are None too."""
+    weight = parameters.weight
     vectors = [weight.new_empty(weight.shape[:1], dtype=torch.float32) for _ in range(4)]
     return [weight.new_empty(weight.shape), *vectors]
 
@@ -207,6 +172,6 @@ _embed = Op(
     "embed_patches",
     _shapes,
     _gradient_shapes,
-    gradients=("weight", "bias", "norm_weight", "norm_bias", "mask_token"),
+    gradients=("parameters",),
     torch_gradients={"pos_embed": lambda grad_out: grad_out.sum(0, dtype=torch.float32)},
 )

@@ -7,36 +7,36 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
+from simmim_kernels.embed_patches.arguments import (
+    Embedded,
+    EmbeddingParameters,
+    Patches,
+    num_tokens,
+)
 from simmim_kernels.native import DTYPE_CODES, address, multiply
 
 
 def forward(
-    image: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mask_token: Tensor | None,
+    patches: Patches,
+    parameters: EmbeddingParameters,
     pos_embed: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     visible: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens [B, L, D]; projection without its bias [visible, D], mean and rstd [visible]."""
+) -> Embedded:
+    """The tokens and what is kept."""
     assert native.extension is not None
-    B, L, D = _sizes(image, weight)
-    rows, place = _rows_of_visible(image, mask, weight, mean, std)
+    weight, bias, norm_weight, norm_bias, mask_token = parameters
+    L, D = num_tokens(patches.image, weight), len(weight)
+    rows, place = _rows_of_visible(patches, weight)
     product = multiply(rows, weight.reshape(D, -1).t())
     room = 0 if norm_weight is None else visible
     projected = native.empty((room, D), dtype)
     norm_mean, norm_rstd = torch.zeros(room), torch.ones(room)
-    out = native.empty((B, L, D), dtype)
+    out = native.empty((len(patches.image), L, D), dtype)
     mask_token = None if mask_token is None else mask_token.to(dtype)
     native.extension.place_tokens_forward(
-        (B * L, D, DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
+        (len(place), D, DTYPE_CODES[dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
         L,
         place.data_ptr(),
         address(bias),
@@ -51,32 +51,28 @@ def forward(
         norm_rstd.data_ptr(),
         out.data_ptr(),
     )
-    return out, projected, norm_mean, norm_rstd
+    return Embedded(out, projected, norm_mean, norm_rstd)
 
 
 def backward(
     grad_out: Tensor,
-    image: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
+    patches: Patches,
+    parameters: EmbeddingParameters,
     projected: Tensor,
     norm_mean: Tensor,
     norm_rstd: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients of weight, bias, norm_weight, norm_bias and mask_token."""
+    """Gradients of the parameters."""
     assert native.extension is not None
-    B, L, D = _sizes(image, weight)
-    rows, place = _rows_of_visible(image, mask, weight, mean, std)
+    weight, bias, norm_weight, _, _ = parameters
+    L, D = num_tokens(patches.image, weight), len(weight)
+    rows, place = _rows_of_visible(patches, weight)
     grad_product = native.empty((len(rows), D), weight.dtype)
     vectors = [torch.zeros(D) for _ in range(4)]
     dtypes = DTYPE_CODES[grad_out.dtype], DTYPE_CODES[weight.dtype]
     native.extension.place_tokens_backward(
-        (B * L, D, *dtypes, torch.get_num_threads()),
+        (len(place), D, *dtypes, torch.get_num_threads()),
         L,
         place.data_ptr(),
         address(bias),
@@ -94,19 +90,12 @@ def backward(
     return grad_weight.view(weight.shape), *vectors
 
 
-def _sizes(image: Tensor, weight: Tensor) -> tuple[int, int, int]:
-    patch = weight.shape[2]
-    return len(image), image.shape[2] // patch * (image.shape[3] // patch), len(weight)
-
-
-def _rows_of_visible(
-    image: Tensor, mask: Tensor | None, weight: Tensor, mean: Tensor | None, std: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rows_of_visible(patches: Patches, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels of the visible patches [V, E], and every token's row among them, -1 where hidden."""
     assert native.extension is not None
-    B, L, _ = _sizes(image, weight)
+    image, mask, mean, std = patches
     if mask is None:
-        visible = place = torch.arange(B * L)
+        visible = place = torch.arange(len(image) * num_tokens(image, weight))
     else:
         shown = ~mask.flatten()
         visible = shown.nonzero().squeeze(1)

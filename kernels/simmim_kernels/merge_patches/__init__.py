@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from simmim_kernels.dispatch import BACKENDS, choose, describe
-from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
+from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference, product_dtype
 from simmim_kernels.merge_patches import reference
+from simmim_kernels.merge_patches.arguments import MergeParameters, Statistics
 from simmim_kernels.op import Op, gradients_like
 
 __all__ = ["BACKENDS", "merge_patches"]
@@ -72,44 +73,28 @@ def merge_patches(
     if chosen == "reference":
         norm_weight, norm_bias, weight = of_reference(x, parameters)
         return reference.merge_patches(x, norm_weight, norm_bias, weight, eps)
-    weight = weight.to(product_dtype(chosen, x.dtype))
-    return _merge(chosen, x, norm_weight.float(), norm_bias.float(), weight, eps).out
+    cast = of_kernels(parameters, product_dtype(chosen, x.dtype))
+    return _merge(chosen, x, MergeParameters(*cast), eps).out
 
 
 class Merged(NamedTuple):
-    """The output, and mean and reciprocal deviation of every row of four, float32 [T]."""
+    """The output [B, H/2, W/2, M], and what is kept."""
 
     out: Tensor
-    mean: Tensor
-    rstd: Tensor
+    norm: Statistics
 
 
-def _shapes(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
-) -> Merged:
-    """Vectors come as float32, the matrix in the dtype of the products."""
+def _shapes(x: Tensor, parameters: MergeParameters, eps: float) -> Merged:
     B, H, W, _ = x.shape
     per_row = x.new_empty((B * (H // 2) * (W // 2),), dtype=torch.float32)
-    out = x.new_empty((B, H // 2, W // 2, weight.shape[0]))
-    return Merged(out, per_row, torch.empty_like(per_row))
+    out = x.new_empty((B, H // 2, W // 2, parameters.weight.shape[0]))
+    return Merged(out, Statistics(per_row, torch.empty_like(per_row)))
 
 
 def _gradient_shapes(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    of_parameters: bool,
+    grad_out: Tensor, x: Tensor, parameters: MergeParameters, norm: Statistics, of_parameters: bool
 ) -> list[Tensor | None]:
-    return gradients_like(x, norm_weight, norm_bias, weight, of_parameters=of_parameters)
+    return gradients_like(x, *parameters, of_parameters=of_parameters)
 
 
-_merge = Op(
-    "merge_patches",
-    _shapes,
-    _gradient_shapes,
-    gradients=("x", "norm_weight", "norm_bias", "weight"),
-)
+_merge = Op("merge_patches", _shapes, _gradient_shapes, gradients=("x", "parameters"))

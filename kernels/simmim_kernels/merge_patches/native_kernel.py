@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from simmim_kernels import native
+from simmim_kernels.merge_patches.arguments import MergeParameters, Statistics
 from simmim_kernels.native import converted, multiply, rows_and_dtypes
 
 
-def forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, mean and rstd [T]; all inputs contiguous."""
+def forward(x: Tensor, parameters: MergeParameters, eps: float) -> tuple[Tensor, Statistics]:
+    """The output and what is kept; all inputs contiguous."""
     assert native.extension is not None
+    norm_weight, norm_bias, weight = parameters
     B, H, W, _ = x.shape
     M, width = weight.shape
     y = native.empty((B * (H // 2) * (W // 2), width), weight.dtype)
@@ -33,23 +33,17 @@ def forward(
     )
     out = native.empty((B, H // 2, W // 2, M), weight.dtype)
     multiply(y, weight.t(), out=out.view(len(y), M))
-    return converted(out, x.dtype), mean, rstd
+    return converted(out, x.dtype), Statistics(mean, rstd)
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    of_parameters: bool,
+    grad_out: Tensor, x: Tensor, parameters: MergeParameters, norm: Statistics, of_parameters: bool
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, norm_weight, norm_bias and weight; None where it is not wanted."""
+    """Gradients of x and of the parameters, None where it is not wanted."""
     assert native.extension is not None
+    norm_weight, norm_bias, weight = parameters
     M, width = weight.shape
-    grad_out = converted(grad_out, weight.dtype).view(len(mean), M)
+    grad_out = converted(grad_out, weight.dtype).view(len(norm.mean), M)
     grad_y = multiply(grad_out, weight)
     grad_x = native.empty(x.shape, x.dtype)
     grad_norm_weight = torch.zeros(width if of_parameters else 0)
@@ -60,8 +54,8 @@ def backward(
         x.data_ptr(),
         norm_weight.data_ptr(),
         norm_bias.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        norm.mean.data_ptr(),
+        norm.rstd.data_ptr(),
         grad_y.data_ptr(),
         grad_x.data_ptr(),
         grad_norm_weight.data_ptr(),

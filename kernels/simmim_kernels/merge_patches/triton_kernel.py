@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simmim_kernels.merge_patches.arguments import MergeParameters, Statistics
 from simmim_kernels.transformer_block import triton_rows
 
 
@@ -122,35 +123,26 @@ def _merge_patches_backward(
         tl.store(p_partial + size + o_partial, tl.sum(b_bias, axis=0), mask=m_column)
 
 
-def forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, mean and rstd [T]; all inputs contiguous."""
+def forward(x: Tensor, parameters: MergeParameters, eps: float) -> tuple[Tensor, Statistics]:
+    """The output and what is kept; all inputs contiguous."""
+    norm_weight, norm_bias, weight = parameters
     B, H, W, _ = x.shape
-    y, mean, rstd = gather(x, norm_weight, norm_bias, eps)
+    y, *norm = gather(x, norm_weight, norm_bias, eps)
     out = triton_rows.product(y, weight.t()).view(B, H // 2, W // 2, len(weight))
-    return out, mean, rstd
+    return out, Statistics(*norm)
 
 
 def backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    of_parameters: bool,
+    grad_out: Tensor, x: Tensor, parameters: MergeParameters, norm: Statistics, of_parameters: bool
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, norm_weight, norm_bias and weight; None where it is not wanted."""
-    grad_rows = grad_out.view(mean.numel(), len(weight))
+    """Gradients of x and of the parameters, None where it is not wanted."""
+    norm_weight, norm_bias, weight = parameters
+    grad_rows = grad_out.view(norm.mean.numel(), len(weight))
     dy = triton_rows.product(grad_rows, weight)
-    dx, grad_norm_weight, grad_norm_bias = scatter(
-        dy, x, mean, rstd, norm_weight, norm_bias, of_parameters
-    )
+    dx, *of_norm = scatter(dy, x, *norm, norm_weight, norm_bias, of_parameters)
     y = dy  # whose place it took
     grad_weight = triton_rows.product(grad_rows.t(), y) if of_parameters else None
-    return dx, grad_norm_weight, grad_norm_bias, grad_weight
+    return dx, *of_norm, grad_weight
 
 
 def gather(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,16 +61,9 @@ def residual_attention_backward(
         product(grad_branch, folded), attention, p, windows, of_parameters
     )
     dy = product(grad_qkv, p.qkv_weight)
+    affine = p.norm_weight, p.norm_bias
     dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
-        grad_rows,
-        dy,
-        _rows(x),
-        *norm,
-        p.norm_weight,
-        p.norm_bias,
-        branch_scale,
-        unit,
-        of_parameters,
+        grad_rows, dy, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
     )
     if not of_parameters:
         return dx.view(x.shape), *(None,) * len(p)
@@ -157,16 +150,9 @@ def residual_mlp_backward(
     of_weight = product(grad_rows.t(), activated) if of_parameters else activated
     del activated
     dy = product(grad_hidden, p.fc1_weight)
+    affine = p.norm_weight, p.norm_bias
     dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
-        grad_rows,
-        dy,
-        _rows(x),
-        *norm,
-        p.norm_weight,
-        p.norm_bias,
-        branch_scale,
-        unit,
-        of_parameters,
+        grad_rows, dy, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
     )
     if not of_parameters:
         return dx.view(x.shape), *(None,) * len(p)
