@@ -90,7 +90,7 @@ class Started:
 
 
 def finish(
-    program: str | Path, *arguments: str, timeout: float = 300, processes: int = 1
+    program: str | Path, *arguments: str, timeout: float = 600, processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end.
 
@@ -128,6 +128,8 @@ def _start_server() -> None:
 
 def _run(args: list[str], environment: dict[str, str], folder: str) -> None:
     os.setsid()
+    # a shell's background job inherits Ctrl-C as ignored, and Python then leaves it so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import forked_command
+import held_command
 from forked_command import ROOT, Started, finish
 from simmim import cli
 from simmim.downstream import finetune as finetuning
@@ -119,7 +120,7 @@ def run_command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.C
         return finish("simmim", *arguments)
     command = [sys.executable, *launcher, "-m", "simmim", *arguments]
     return subprocess.run(
-        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -143,14 +144,15 @@ def test_killed_runs_end_bitwise_equal(
     again = [a.replace(str(output), str(whole)) for a in arguments]
     assert run_command(*again).returncode == 0
     for kill_at in (5, 14):
-        process = Started("simmim", *arguments)
-        deadline = time.monotonic() + 120
+        held = held_command.environment(20, tmp_path / "never")
+        process = Started(held_command.PATH, *arguments, environment=held)
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and process.poll() is None:
             reached = (output / "metrics.jsonl").exists() and len(rows_so_far(output)) >= kill_at
             if reached:
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.02)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert run_command(*arguments).returncode == 0
     same_end(whole, output)
     # the averaged weights are what was evaluated and exported, not those that train
@@ -175,11 +177,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     arguments = flags(pretrained, images, output, "--train.steps=18")
     again = [a.replace(str(output), str(whole)) for a in arguments]
     assert run_command(*again).returncode == 0
-    process = Started("simmim", *arguments)
+    go_on = tmp_path / "go-on"
+    held = held_command.environment(14, go_on)
+    process = Started(held_command.PATH, *arguments, environment=held)
     while process.poll() is None and not (output / "evaluations.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, words = process.communicate(timeout=120)
+    go_on.touch()
+    _, words = process.communicate(timeout=600)
     assert process.returncode == 75, words
     assert "the same command resumes" in words
     # pre-trained weights are needed no more

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import forked_command
+import held_command
 import simmim
 from forked_command import ROOT, Started, finish
 
@@ -39,7 +39,7 @@ def simmim_command(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -114,38 +114,26 @@ def test_killed_runs_end_bitwise_equal(straight: Path, photos: Path, tmp_path: P
         photos, output, "--checkpoint.every_steps=7", "--train.steps=24", "--log.every_steps=1"
     )
     generator = random.Random(3)
-    kills = 0
-    for attempt in range(12):
-        process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            env=ENVIRONMENT,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    held = held_command.environment(20, tmp_path / "never")
+    for _ in range(4):
         before = len(losses(output)) if (output / "metrics.jsonl").exists() else 0
-        if attempt < 4:
-            _wait_for_rows(output, before + generator.randint(1, 6), process)
-            time.sleep(generator.random() * 0.3)
-            kills += process.poll() is None
-            with suppress(ProcessLookupError):  # it was faster
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            continue
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
-        break
-    assert kills >= 2
+        process = Started(held_command.PATH, *arguments, environment=held)
+        _wait_for_rows(output, min(before + generator.randint(1, 6), 20), process)
+        time.sleep(generator.random() * 0.3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    # the last start is the command itself
+    result = simmim_command(*arguments, launcher=COMMAND)
+    assert result.returncode == 0, result.stderr
     assert same_weights(output, straight)
     assert losses(output) == losses(straight)
     assert [row["step"] for row in metrics(output)] == list(range(1, 25))
 
 
 def _wait_for_rows(output: Path, count: int, process: subprocess.Popen | Started) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and process.poll() is None:
         path = output / "metrics.jsonl"
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
@@ -162,13 +150,16 @@ def test_a_signal_saves_and_the_run_goes_on(
     arguments = flags(
         photos, output, "--checkpoint.every_steps=7", "--train.steps=24", "--log.every_steps=1"
     )
-    process = Started("simmim", *arguments)
+    go_on = tmp_path / "go-on"
+    held = held_command.environment(20, go_on)
+    process = Started(held_command.PATH, *arguments, environment=held)
     _wait_for_rows(output, 3, process)
     if group:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    _, error = process.communicate(timeout=120)
+    go_on.touch()
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 75, error
     assert f"stopped by {number.name}: saved at step" in error
     assert "Traceback" not in error
@@ -209,7 +200,7 @@ def test_a_signal_that_comes_twice_still_saves(photos: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGTERM)
     time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 75, error
     assert "saved at step" in error
 
@@ -280,11 +271,14 @@ def test_a_killed_worker_is_replaced(straight: Path, photos: Path, tmp_path: Pat
         photos, tmp_path / "run", "--checkpoint.every_steps=7", "--train.steps=24",
         "--log.every_steps=1", "--data.prefetch=1",
     )  # fmt: skip
-    process = Started("simmim", *arguments)
+    go_on = tmp_path / "go-on"
+    held = held_command.environment(10, go_on)
+    process = Started(held_command.PATH, *arguments, environment=held)
     _wait_for_rows(tmp_path / "run", 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    _, error = process.communicate(timeout=120)
+    go_on.touch()
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert error.count("a data worker was killed by SIGKILL") == 1
     assert "Traceback" not in error
@@ -301,7 +295,7 @@ def test_data_that_is_gone_does_not_cost_the_save(photos: Path, tmp_path: Path) 
     process = Started("simmim", *arguments)
     _wait_for_rows(output, 3, process)
     shutil.rmtree(folder)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 1, error
     assert "is the disk still there?" in error
     assert "Traceback" not in error
@@ -333,13 +327,14 @@ def test_a_signal_while_data_hangs_still_saves(photos: Path, tmp_path: Path) -> 
     _wait_for_rows(tmp_path / "run", 2, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGSTOP)
-    time.sleep(4)  # what was prefetched is used up, and the step waits
-    rows = len(metrics(tmp_path / "run"))
-    time.sleep(1)
-    assert len(metrics(tmp_path / "run")) == rows
+    rows = -1
+    while rows != len(metrics(tmp_path / "run")):  # what was prefetched is used up
+        rows = len(metrics(tmp_path / "run"))
+        time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 75, error
+    rows = len(metrics(tmp_path / "run"))
     assert f"saved at step {rows}" in error
     assert "Traceback" not in error
 
@@ -368,7 +363,7 @@ def test_two_processes_are_one(
     """The same global batch over two gloo processes: the losses of one process, within 1e-5."""
     output = tmp_path / "two"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launcher += ["--master-port", str(20000 + os.getpid() % 20000), "-m", "simmim"]
+    launcher += ["--standalone", "-m", "simmim"]
     result = simmim_command(
         *flags(
             photos,
