@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.convnet import ConvNet
+from simmim.data.batch import Batch
 from simmim.data.finetune_views import EvaluationView
 from simmim.data.one_pass import one_pass
 from simmim.data.source import Source
+from simmim.data.unreadable import UnreadableImages
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluation_view
 from simmim.errors import DataError, RunError
@@ -32,9 +34,6 @@ OUTPUT = "output"
 
 # How the tokens of an image become its features.
 POOLS = ("mean", "cls", "none")
-
-# Unreadable images that are named; the rest is counted.
-NAMED_UNREADABLE = 20
 
 
 class FeatureOptions(TypedDict, total=False):
@@ -249,11 +248,11 @@ def feature_batches(
 ) -> Generator[FeatureBatch, None, None]:
     """Features of every image of a source, batch by batch, in order.
 
-    Images that cannot be read are reported by name and left out. The views are those of
-    evaluation: nothing is drawn.
+    Images that cannot be read are left out, and named at the end. Images are seen as in
+    evaluation, without augmentation.
 
     Args:
-        model: runs where it lies; left in the mode it was in.
+        model: runs on the device where it lies; its mode stays as it was.
         source: images.
         options: see `FeatureOptions`.
 
@@ -261,51 +260,49 @@ def feature_batches(
         DataError: none of the images can be read.
         ValueError: see `layer_features`.
     """
-    layers, pool = options.get("layers"), options.get("pool", "mean")
-    report = options.get("report", print)
-    samples, advance = options.get("samples"), options.get("advance")
-    unreadable: list[tuple[int, str]] = []
-
-    def note(sample: int, reason: str) -> None:
-        unreadable.append((sample, reason))
-        if len(unreadable) <= NAMED_UNREADABLE:
-            report(f"unreadable, left out: {source.names[sample]}: {reason}")
-
+    report, samples = options.get("report", print), options.get("samples")
+    world = World(0, 1, model.mean.device)
+    unreadable = UnreadableImages(source, world)
     batches = one_pass(
         source,
         options.get("view") or evaluation_view(model),
-        World(0, 1, model.mean.device),
+        world,
         batch_size=options.get("batch_size", 64),
         workers=options.get("workers", -1),
         samples=samples,
         timeout_s=options.get("timeout_s", 120),
         report=report,
-        note_problem=note,
+        note_problem=unreadable.note,
     )
+    taken = 0
     with closing(batches):
         for batch in batches:
-            ids = batch.ids.cpu()
             if batch.num_valid:
-                found = layer_features(
-                    model,
-                    batch.image,
-                    layers,
-                    pool=pool,
-                    precision=options.get("precision", "float32"),
-                )
-                if batch.num_valid < len(ids):
-                    readable = batch.ids >= 0
-                    found = {name: values[readable] for name, values in found.items()}
-                yield FeatureBatch(ids[ids >= 0], found)
-            if advance is not None:
-                advance(len(ids))
+                yield _features_of(model, batch, options)
+            taken += batch.num_valid
+            if (advance := options.get("advance")) is not None:
+                advance(len(batch.ids))
     asked = len(source.names if samples is None else samples)
-    if len(unreadable) > NAMED_UNREADABLE:
-        report(f"unreadable, left out: {len(unreadable)} of {asked} images in all")
-    if len(unreadable) == asked:
-        sample, reason = unreadable[0] if unreadable else (0, "there are none")
-        where = f"{source.names[sample]}: {reason}" if unreadable else reason
-        raise DataError(f"none of the {asked} images could be read ({where})")
+    problems = unreadable.agree()
+    unreadable.report(problems, report, "unreadable, left out", asked)
+    if not taken:
+        why = unreadable.describe(problems[0]) if problems else "there are none"
+        raise DataError(f"none of the {asked} images could be read ({why})")
+
+
+def _features_of(model: ImageModel, batch: Batch, options: FeatureOptions) -> FeatureBatch:
+    """Features of the readable images of a batch, of which there is at least one."""
+    by_layer = layer_features(
+        model,
+        batch.image,
+        options.get("layers"),
+        pool=options.get("pool", "mean"),
+        precision=options.get("precision", "float32"),
+    )
+    ids, readable = batch.ids.cpu(), batch.ids >= 0
+    if batch.num_valid < len(ids):
+        by_layer = {name: values[readable] for name, values in by_layer.items()}
+    return FeatureBatch(ids[ids >= 0], by_layer)
 
 
 def extract_features(
