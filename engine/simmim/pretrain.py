@@ -5,7 +5,6 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from simmim import distributed
 from simmim.backbone.build import build_encoder
 from simmim.config.sections import Config
 from simmim.data.batch import Batch
@@ -20,7 +19,7 @@ from simmim.model.image_model import ImageModel
 from simmim.observers import MethodMeasures, Pictures
 from simmim.run_folder import RunFolder
 from simmim.training import build
-from simmim.training.claim import claimed_folder
+from simmim.training.claim import claimed_run
 from simmim.training.interrupts import Interrupts
 from simmim.training.log import RunLog
 from simmim.training.loop import train
@@ -41,12 +40,8 @@ def pretrain(config: Config) -> int:
         CheckpointError: a checkpoint could not be written or read.
         RunStopped: too many steps in a row had non-finite gradients.
     """
-    world = distributed.init(config.device)
-    with Interrupts() as interrupts, claimed_folder(config, world) as folder:
-        code = _run(config, world, folder, interrupts)
-    # not after an error: leaving the group waits for processes that may wait for this one
-    distributed.finish(world)
-    return code
+    with claimed_run(config) as (world, folder, interrupts):
+        return _run(config, world, folder, interrupts)
 
 
 def _run(config: Config, world: World, folder: RunFolder, interrupts: Interrupts) -> int:

@@ -23,7 +23,7 @@ from simmim.data.unreadable import UnreadableImages
 from simmim.data.views import CentreView
 from simmim.distributed import World, all_reduce_sum
 from simmim.errors import ConfigError, DataError, from_setting
-from simmim.model.image_model import MaskedImageModel
+from simmim.model.image_model import MaskedImageModel, evaluation_mode
 from simmim.observers import say_where
 from simmim.pictures.image_quality import SMALLEST, signal_to_noise, structural_similarity
 from simmim.pictures.reconstruction import FixedSamples
@@ -119,15 +119,10 @@ def validate(
         report=report,
         note_problem=unreadable.note,
     )
-    training = model.training
-    model.eval()
-    try:
-        with closing(batches):
-            for batch in batches:
-                if batch.num_valid:
-                    sums += _measure(method, model, batch, world)
-    finally:
-        model.train(training)
+    with evaluation_mode(model), closing(batches):
+        for batch in batches:
+            if batch.num_valid:
+                sums += _measure(method, model, batch, world)
     all_reduce_sum(sums, world)
     problems = unreadable.agree()
     loss, error, similarity, images = sums.tolist()

@@ -17,10 +17,11 @@ from simmim.commands.arguments import (
     pick_world,
     progress,
 )
+from simmim.commands.labelled_features import check_output
 from simmim.data.labels import Labels
 from simmim.data.names import printable
 from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
-from simmim.downstream.metrics import ClassificationMetrics, report_files, write_report
+from simmim.downstream.metrics import REPORT_FILES, ClassificationMetrics, write_report
 from simmim.errors import DataError
 
 # Classes in the printed table: the worst of more.
@@ -64,8 +65,7 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
     given = parser().parse_args(arguments)
     world = pick_world(given.device)
-    if given.output is not None:
-        _check_output(given.output, given.overwrite)
+    check_output(given.output, REPORT_FILES, given.overwrite)
     model = load_classifier(given.checkpoint).to(world.device)
     source, labels = open_labelled(given.source, given)
     try:
@@ -95,14 +95,6 @@ def main(arguments: list[str]) -> int:
             print(f"simmim: {note}", file=sys.stderr)
         print(given.output)
     return 0
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another --output")
-    existing = [path for path in report_files(folder) if path.exists()]
-    if existing and not overwrite:
-        raise ValueError(f"{existing[0]} exists; choose another --output or add --overwrite")
 
 
 def _print(metrics: ClassificationMetrics, labels: Labels, classes: Sequence[str]) -> None:

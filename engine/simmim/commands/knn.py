@@ -10,17 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simmim.commands.arguments import one_line_errors, pick_world, progress
+from simmim.commands.arguments import one_line_errors, progress
 from simmim.commands.labelled_features import (
     DATA_EPILOGUE,
     add_sets,
-    check_output,
-    image_size,
     note,
-    open_sets,
-    take_features,
+    prepare,
 )
-from simmim.downstream.features import load_for_features, pick_layers
 from simmim.downstream.knn import NEIGHBOURS, TEMPERATURE, NeighbourScore, score_neighbours
 from simmim.files import write_text
 
@@ -73,36 +69,25 @@ def main(arguments: list[str]) -> int:
     given = reader.parse_args(arguments)
     if not given.temperature > 0:
         reader.error("--temperature must be above 0")
-    world = pick_world(given.device)
-    check_output(given.output, (JSON_FILE,), given.overwrite)
-    sets = open_sets(given)
-    model = load_for_features(given.checkpoint, image_size(given)).to(world.device)
-    layers = pick_layers(model, given.layers)
-    (train, train_labels), (val, val_labels) = take_features(given, model, sets, layers)
-    bank = len(train_labels.values)
+    features = prepare(given, (JSON_FILE,))
+    bank = len(features.train_labels.values)
     if clipped := [k for k in given.k if k > bank]:
         note(f"k={','.join(map(str, clipped))} is more than the {bank} training images: all vote")
     results = {}
-    with progress("compared", len(layers) * len(val_labels.values)) as bar:
-        for layer in layers:
+    total = len(features.layers) * len(features.val_labels.values)
+    with progress("compared", total) as bar:
+        for layer in features.layers:
             results[layer] = score_neighbours(
-                train[layer],
-                train_labels.values,
-                val[layer],
-                val_labels.values,
+                features.train[layer],
+                features.train_labels.values,
+                features.val[layer],
+                features.val_labels.values,
                 given.k,
                 temperature=given.temperature,
-                device=world.device,
+                device=features.device,
                 advance=lambda count: bar.advance(bar.task_ids[0], count),
             )
-    about = {
-        "checkpoint": str(given.checkpoint),
-        "train": {"source": sets[0].name, "images": bank},
-        "val": {"source": sets[1].name, "images": len(val_labels.values)},
-        "classes": len(train_labels.classes),
-        "pool": "mean",
-        "temperature": given.temperature,
-    }
+    about = {**features.about, "temperature": given.temperature}
     _print(results, about)
     if given.output is not None:
         _write(given.output, results, about)

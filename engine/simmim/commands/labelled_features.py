@@ -4,16 +4,24 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from simmim.commands.arguments import add_compute, add_data, positive, progress
+from simmim.commands.arguments import add_compute, add_data, pick_world, positive, progress
 from simmim.data.labels import Labels
 from simmim.data.names import printable
 from simmim.data.splits import LabelledImages, SettingNames, open_labelled_sets
 from simmim.downstream.evaluate import evaluation_view
-from simmim.downstream.features import bytes_of, extract_features, feature_shapes
+from simmim.downstream.features import (
+    bytes_of,
+    extract_features,
+    feature_shapes,
+    load_for_features,
+    pick_layers,
+)
 from simmim.errors import DataError
 from simmim.model.image_model import ImageModel
 
@@ -139,6 +147,57 @@ def open_sets(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages
     )
 
 
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of two labelled sets.
+
+    Attributes:
+        device: where to compute with them.
+        layers: names of the layers.
+        train: name of a layer → features of the training images, on the CPU.
+        train_labels: their classes.
+        val: the same of the validation images.
+        val_labels: their classes.
+        about: for the results: where model and images come from, and how many there are.
+    """
+
+    device: torch.device
+    layers: list[str]
+    train: dict[str, torch.Tensor]
+    train_labels: Labels
+    val: dict[str, torch.Tensor]
+    val_labels: Labels
+    about: dict[str, Any]
+
+
+def prepare(given: argparse.Namespace, results: Sequence[str]) -> LabelledFeatures:
+    """Open the model and the two sets that the flags of `add_sets` mean, and compute features.
+
+    Args:
+        given: the flags.
+        results: names of the files that will be written to --output.
+
+    Raises:
+        DataError: see `open_sets` and `take_features`.
+        RunError: see `take_features`.
+        ValueError: results exist, there is no such device, model or layer, or see `take_features`.
+    """
+    device = pick_world(given.device).device
+    check_output(given.output, results, given.overwrite)
+    sets = open_sets(given)
+    model = load_for_features(given.checkpoint, image_size(given)).to(device)
+    layers = pick_layers(model, given.layers)
+    (train, train_labels), (val, val_labels) = take_features(given, model, sets, layers)
+    about = {
+        "checkpoint": str(given.checkpoint),
+        "train": {"source": sets[0].name, "images": len(train_labels.values)},
+        "val": {"source": sets[1].name, "images": len(val_labels.values)},
+        "classes": len(train_labels.classes),
+        "pool": "mean",
+    }
+    return LabelledFeatures(device, layers, train, train_labels, val, val_labels, about)
+
+
 def take_features(
     given: argparse.Namespace,
     model: ImageModel,
@@ -161,7 +220,7 @@ def take_features(
     with progress("encoded", sum(counts)) as bar:
         for part in sets:
             try:
-                found = extract_features(
+                features = extract_features(
                     model,
                     part.source,
                     dtype=dtype,
@@ -175,8 +234,8 @@ def take_features(
                 )
             except DataError as error:
                 raise DataError(f"{part.name}: {error}") from None
-            labels = Labels(part.labels.values[found.ids], part.labels.classes)
-            taken.append((found.layers, labels))
+            labels = Labels(part.labels.values[features.ids], part.labels.classes)
+            taken.append((features.layers, labels))
     return taken
 
 

@@ -13,17 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simmim.commands.arguments import one_line_errors, pick_world, positive, progress
+from simmim.commands.arguments import one_line_errors, positive, progress
 from simmim.commands.labelled_features import (
     DATA_EPILOGUE,
     add_sets,
-    check_output,
-    image_size,
     note,
-    open_sets,
-    take_features,
+    prepare,
 )
-from simmim.downstream.features import load_for_features, pick_layers
 from simmim.downstream.plots import save_layers
 from simmim.downstream.probe import RATES, Probed, Training, best_layer, probe_layers
 from simmim.files import write_text
@@ -76,27 +72,20 @@ def main(arguments: list[str]) -> int:
     """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
     given = parser().parse_args(arguments)
     training = Training(given.rates, given.epochs, given.sgd_batch_size, given.seed)
-    world = pick_world(given.device)
-    check_output(given.output, (JSON_FILE, CSV_FILE, PICTURE_FILE), given.overwrite)
-    sets = open_sets(given)
-    model = load_for_features(given.checkpoint, image_size(given)).to(world.device)
-    layers = pick_layers(model, given.layers)
-    (train, train_labels), (val, val_labels) = take_features(given, model, sets, layers)
+    features = prepare(given, (JSON_FILE, CSV_FILE, PICTURE_FILE))
     results = []
-    with progress("probed", len(layers)) as bar:
+    with progress("probed", len(features.layers)) as bar:
         for result in probe_layers(
-            train, train_labels, val, val_labels, training, device=world.device
+            features.train,
+            features.train_labels,
+            features.val,
+            features.val_labels,
+            training,
+            device=features.device,
         ):
             results.append(result)
             bar.advance(bar.task_ids[0])
-    about = {
-        "checkpoint": str(given.checkpoint),
-        "train": {"source": sets[0].name, "images": len(train_labels.values)},
-        "val": {"source": sets[1].name, "images": len(val_labels.values)},
-        "classes": len(train_labels.classes),
-        "pool": "mean",
-        **asdict(training),
-    }
+    about = {**features.about, **asdict(training)}
     _print(results, about)
     if at_end := [r.layer for r in results if r.picked and r.rate == max(given.rates)]:
         note(f"the highest rate was best for {', '.join(at_end)}: higher --rates may do better")

@@ -1,4 +1,4 @@
-"""A classifier's answers to labelled images, counted."""
+"""Evaluates a classifier on labelled images."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -17,7 +17,7 @@ from simmim.distributed import World
 from simmim.downstream.metrics import ClassificationMetrics, label_tensor
 from simmim.errors import DataError
 from simmim.model.classifier import Classifier, numbered_classes
-from simmim.model.image_model import ImageModel
+from simmim.model.image_model import ImageModel, evaluation_mode
 from simmim.model.weights_file import best_weights
 from simmim.training import precision as compute
 from simmim.weights.load import load_model
@@ -30,10 +30,10 @@ def evaluation_view(
     max_pixels: int | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> EvaluationView:
-    """The view that a model looks at images with: its size and statistics, nothing drawn.
+    """How images become a model's inputs: at its size, with its statistics, without augmentation.
 
     Args:
-        model: a classifier's own margin is taken where `margin` is None.
+        model: gives size and statistics; a classifier also gives the margin if `margin` is None.
         margin: see `EvaluationView`.
         max_pixels: larger images are refused; None takes the default.
         value_range: see `simmim.data.decode.decode`.
@@ -65,10 +65,10 @@ def evaluate(
     report: Callable[[str], None] = print,
     advance: Callable[[int], None] | None = None,
 ) -> ClassificationMetrics:
-    """Classify every labelled image of a source once, shared among processes.
+    """Classify every labelled image of a source once; processes share the images.
 
     Args:
-        model: on the world's device; left in the mode it was in.
+        model: lies on the world's device; its mode stays as it was.
         source: images.
         labels: their classes, matched to the model's by name; images with -1 are skipped.
         world: this process.
@@ -77,15 +77,14 @@ def evaluate(
         workers: decoding processes; 0 decodes here; -1 chooses.
         precision: compute type.
         timeout_s: see `one_pass`.
-        report: told, in lines, of images that cannot be read and of replaced processes.
-        advance: told how many images each batch of this process had.
+        report: called with a line about images that cannot be read, or a replaced process.
+        advance: called with the number of images of each batch of this process.
 
     Returns:
-        Counts over all processes, in each of them. Images that cannot be read are not counted.
+        Counts over all processes, the same in each. Images that cannot be read are not counted.
 
     Raises:
-        DataError: classes that the model does not have, no image with a label, or none that can be
-            read.
+        DataError: the model lacks some of the classes, no image has a label, or none can be read.
     """
     matched = match_to_model(labels, model)
     labelled = np.flatnonzero(matched.values >= 0)
@@ -105,19 +104,14 @@ def evaluate(
         report=report,
         note_problem=unreadable.note,
     )
-    training = model.training
-    model.eval()
-    try:
-        with closing(batches):
-            for batch in batches:
-                label = torch.where(batch.ids >= 0, numbers[batch.ids.clamp(min=0)], -1)
-                with compute.autocast(world.device, precision):
-                    logits = model(batch.image)
-                metrics.add(logits, label)
-                if advance is not None:
-                    advance(len(batch.ids))
-    finally:
-        model.train(training)
+    with evaluation_mode(model), closing(batches):
+        for batch in batches:
+            label = torch.where(batch.ids >= 0, numbers[batch.ids.clamp(min=0)], -1)
+            with compute.autocast(world.device, precision):
+                logits = model(batch.image)
+            metrics.add(logits, label)
+            if advance is not None:
+                advance(len(batch.ids))
     metrics.merge(world)
     problems = unreadable.agree()
     if len(problems) == len(labelled):
@@ -130,13 +124,13 @@ def evaluate(
 
 
 def match_to_model(labels: Labels, model: Classifier) -> Labels:
-    """The same labels, numbered as the model's classes; classes without images are fine.
+    """The same labels, numbered as the model's classes; these may include classes without images.
 
-    Where the model's classes are mere numbers and the labels have names, the k-th name means
-    class k only if there are as many.
+    If the model's classes are only numbers while the labels have names, the k-th name is taken as
+    class k, but only if there are as many of both.
 
     Raises:
-        DataError: classes that the model does not have; names them.
+        DataError: the model lacks some of the classes; names them.
     """
     if labels.classes == model.classes:
         return labels
@@ -154,10 +148,10 @@ def load_classifier(path: str | Path) -> Classifier:
     """The classifier of a checkpoint, in evaluation mode on the CPU.
 
     Args:
-        path: as for `load_model`; of a fine-tuning run's folder, its best weights.
+        path: as for `load_model`; the folder of a fine-tuning run means its best weights.
 
     Raises:
-        ValueError: not readable, or there is no class head; says what makes one.
+        ValueError: it cannot be read, or has no class head; says what makes one.
     """
     model = load_model(best_weights(path))
     if isinstance(model, Classifier):

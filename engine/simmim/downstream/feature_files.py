@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO, Any, Protocol, Unpack
+from typing import IO, Any, NamedTuple, Protocol, Unpack
 
 import numpy as np
 import torch
@@ -125,14 +125,17 @@ def write_features(
     return count
 
 
+class _Rows(NamedTuple):
+    """Some images: their numbers, names, labels if known, and the features of every layer."""
+
+    ids: NDArray[np.int64]
+    names: Sequence[str]
+    labels: NDArray[np.int64] | None
+    features: Sequence[NDArray[Any]]
+
+
 class _Writer(Protocol):
-    def add(
-        self,
-        ids: NDArray[np.int64],
-        names: Sequence[str],
-        labels: NDArray[np.int64] | None,
-        features: Sequence[NDArray[Any]],
-    ) -> None: ...
+    def add(self, rows: _Rows) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -155,7 +158,7 @@ def _stream(
             not_finite += max(count_not_finite(v) for v in values)
             names = [_utf8(source.names[sample]) for sample in ids.tolist()]
             known = None if labels is None else labels.values[ids]
-            writer.add(ids, names, known, [v.contiguous().numpy() for v in values])
+            writer.add(_Rows(ids, names, known, [v.contiguous().numpy() for v in values]))
             count += len(ids)
     if not_finite:
         options.get("report", print)(
@@ -215,13 +218,8 @@ class _Arrays:
         self._csv = csv.writer(self._table, lineterminator="\n")
         self._csv.writerow(["row", "id", "name"] + ([] if labels is None else ["label", "class"]))
 
-    def add(
-        self,
-        ids: NDArray[np.int64],
-        names: Sequence[str],
-        labels: NDArray[np.int64] | None,
-        features: Sequence[NDArray[Any]],
-    ) -> None:
+    def add(self, rows: _Rows) -> None:
+        ids, names, labels, features = rows
         whole = [ids] if labels is None else [ids, labels]
         for at, values in enumerate([*whole[: len(self._whole)], *features]):
             self._file.seek(self._place(at, self._planned) + self._rows * self._row_bytes[at])
@@ -334,13 +332,8 @@ class _Parquet:
         self._held: list[Any] = []
         self._held_bytes = 0
 
-    def add(
-        self,
-        ids: NDArray[np.int64],
-        names: Sequence[str],
-        labels: NDArray[np.int64] | None,
-        features: Sequence[NDArray[Any]],
-    ) -> None:
+    def add(self, rows: _Rows) -> None:
+        ids, names, labels, features = rows
         columns = [self._pa.array(ids), self._pa.array(names, self._pa.string())]
         if labels is not None:
             columns.append(self._pa.array(labels, mask=labels < 0))

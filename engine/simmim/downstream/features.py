@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.convnet import ConvNet
+from simmim.data.batch import Batch
 from simmim.data.finetune_views import EvaluationView
 from simmim.data.one_pass import one_pass
 from simmim.data.source import Source
+from simmim.data.unreadable import UnreadableImages
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluation_view
 from simmim.errors import DataError, RunError
 from simmim.model.classifier import Classifier
-from simmim.model.image_model import ImageModel
+from simmim.model.image_model import ImageModel, evaluation_mode
 from simmim.model.weights_file import best_weights
 from simmim.training.precision import autocast
 from simmim.weights.load import encoder_of, model_of, read_model
@@ -33,24 +35,22 @@ OUTPUT = "output"
 # How the tokens of an image become its features.
 POOLS = ("mean", "cls", "none")
 
-# Unreadable images that are named; the rest is counted.
-NAMED_UNREADABLE = 20
-
 
 class FeatureOptions(TypedDict, total=False):
-    """What every function here that reads a source takes.
+    """Options of the functions that compute features of a source, with defaults in parentheses.
 
     Attributes:
-        layers: names as `layer_names` has them; all of them where not given.
-        pool: see `layer_features`.
-        samples: numbers of the images to take, in this order; all where not given.
+        layers: names as in `layer_names` (all layers).
+        pool: see `layer_features` ("mean").
+        samples: numbers of the images to take, in this order (all images).
         batch_size: images per forward pass (64).
-        view: makes the model's inputs; `evaluation_view(model)` where not given.
-        workers: decoding processes; 0 decodes here; -1 (default) chooses.
-        precision: compute type, "float32", "bf16" or "fp16"; features are float32 in any.
+        view: makes the model's inputs (`evaluation_view(model)`).
+        workers: decoding processes; 0 decodes in this one, -1 chooses (-1).
+        precision: compute type, "float32", "bf16" or "fp16"; features are float32 with each
+            ("float32").
         timeout_s: seconds after which a process that is still at one image is replaced (120).
-        report: told, in a line, of images that cannot be read and of replaced processes (print).
-        advance: told how many images each batch had.
+        report: called with a line about images that cannot be read, or a replaced process (print).
+        advance: called with the number of images of each batch (None).
     """
 
     layers: Sequence[str] | None
@@ -96,14 +96,14 @@ def load_for_features(
     """The model of any checkpoint that has an encoder, in evaluation mode on the CPU.
 
     Args:
-        path: as for `load_model`; of a fine-tuning run's folder, its best weights.
+        path: as for `load_model`; the folder of a fine-tuning run means its best weights.
         image_size: as for `load_model`.
 
     Returns:
-        A `Classifier` where there is a class head, else the encoder alone.
+        A `Classifier` if there is a class head, else the encoder alone.
 
     Raises:
-        ValueError: see `load_model`; a missing decoder or head is no reason.
+        ValueError: as of `load_model`, but not for a missing decoder or head.
     """
     weights = read_model(best_weights(path), image_size)
     return model_of(weights) if weights.kind == "classifier" else encoder_of(weights)
@@ -127,17 +127,17 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
 
 
 def has_class_token(encoder: Encoder) -> bool:
-    """Whether the first token of every block's output is no patch."""
+    """Whether the first token of every block's output is a class token instead of a patch."""
     return getattr(encoder, "cls_token", None) is not None
 
 
 def layer_names(model: ImageModel) -> list[str]:
-    """What layers are called: "block 1" … "block N", "output" (the last after the final norm)."""
+    """Names of the layers: "block 1" … "block N", and "output", the last after the final norm."""
     return [f"block {n}" for n in range(1, len(blocks_of(model.encoder)) + 1)] + [OUTPUT]
 
 
 def pick_layers(model: ImageModel, text: str) -> list[str]:
-    """The layers that a text means: "all", or a list of numbers and "output", as "6,8,output".
+    """The layers that a text names: "all", or numbers of blocks and "output", as in "6,8,output".
 
     Returns:
         Names, in the model's order.
@@ -168,7 +168,7 @@ def layer_features(
     """Features of several layers by one forward pass in evaluation mode, without a gradient.
 
     Args:
-        model: left in the mode it was in.
+        model: its mode stays as it was.
         image: [B, C, H, W], uint8 or normalised, on the model's device.
         layers: names as `layer_names` has them; None takes all.
         pool: "mean" of the patch tokens, "cls" (the class token), or "none" (the patch tokens, row
@@ -200,21 +200,16 @@ def layer_features(
         hook = module.register_forward_hook(lambda _module, _inputs, out: keep(name, out))
         hooks.callback(hook.remove)
 
-    training = model.training
-    model.eval()
-    try:
-        with ExitStack() as hooks, autocast(image.device, precision):
-            for name in wanted:
-                if name != OUTPUT:
-                    keep_when_run(name, blocks[name])
-            if OUTPUT in wanted and pool == "cls":
-                keep_when_run(OUTPUT, model.encoder.get_submodule("norm"))
-            features = model.encode(image)  # [B, D, h, w]
-            if OUTPUT in wanted and pool != "cls":
-                patches = features.flatten(2).transpose(1, 2)
-                by_layer[OUTPUT] = patches.float() if pool == "none" else _mean(model, patches)
-    finally:
-        model.train(training)
+    with evaluation_mode(model), ExitStack() as hooks, autocast(image.device, precision):
+        for name in wanted:
+            if name != OUTPUT:
+                keep_when_run(name, blocks[name])
+        if OUTPUT in wanted and pool == "cls":
+            keep_when_run(OUTPUT, model.encoder.get_submodule("norm"))
+        features = model.encode(image)  # [B, D, h, w]
+        if OUTPUT in wanted and pool != "cls":
+            patches = features.flatten(2).transpose(1, 2)
+            by_layer[OUTPUT] = patches.float() if pool == "none" else _mean(model, patches)
     return {name: by_layer[name] for name in wanted}
 
 
@@ -253,11 +248,11 @@ def feature_batches(
 ) -> Generator[FeatureBatch, None, None]:
     """Features of every image of a source, batch by batch, in order.
 
-    Images that cannot be read are reported by name and left out. The views are those of
-    evaluation: nothing is drawn.
+    Images that cannot be read are left out, and named at the end. Images are seen as in
+    evaluation, without augmentation.
 
     Args:
-        model: runs where it lies; left in the mode it was in.
+        model: runs on the device where it lies; its mode stays as it was.
         source: images.
         options: see `FeatureOptions`.
 
@@ -265,51 +260,49 @@ def feature_batches(
         DataError: none of the images can be read.
         ValueError: see `layer_features`.
     """
-    layers, pool = options.get("layers"), options.get("pool", "mean")
-    report = options.get("report", print)
-    samples, advance = options.get("samples"), options.get("advance")
-    unreadable: list[tuple[int, str]] = []
-
-    def note(sample: int, reason: str) -> None:
-        unreadable.append((sample, reason))
-        if len(unreadable) <= NAMED_UNREADABLE:
-            report(f"unreadable, left out: {source.names[sample]}: {reason}")
-
+    report, samples = options.get("report", print), options.get("samples")
+    world = World(0, 1, model.mean.device)
+    unreadable = UnreadableImages(source, world)
     batches = one_pass(
         source,
         options.get("view") or evaluation_view(model),
-        World(0, 1, model.mean.device),
+        world,
         batch_size=options.get("batch_size", 64),
         workers=options.get("workers", -1),
         samples=samples,
         timeout_s=options.get("timeout_s", 120),
         report=report,
-        note_problem=note,
+        note_problem=unreadable.note,
     )
+    taken = 0
     with closing(batches):
         for batch in batches:
-            ids = batch.ids.cpu()
             if batch.num_valid:
-                found = layer_features(
-                    model,
-                    batch.image,
-                    layers,
-                    pool=pool,
-                    precision=options.get("precision", "float32"),
-                )
-                if batch.num_valid < len(ids):
-                    readable = batch.ids >= 0
-                    found = {name: values[readable] for name, values in found.items()}
-                yield FeatureBatch(ids[ids >= 0], found)
-            if advance is not None:
-                advance(len(ids))
+                yield _features_of(model, batch, options)
+            taken += batch.num_valid
+            if (advance := options.get("advance")) is not None:
+                advance(len(batch.ids))
     asked = len(source.names if samples is None else samples)
-    if len(unreadable) > NAMED_UNREADABLE:
-        report(f"unreadable, left out: {len(unreadable)} of {asked} images in all")
-    if len(unreadable) == asked:
-        sample, reason = unreadable[0] if unreadable else (0, "there are none")
-        where = f"{source.names[sample]}: {reason}" if unreadable else reason
-        raise DataError(f"none of the {asked} images could be read ({where})")
+    problems = unreadable.agree()
+    unreadable.report(problems, report, "unreadable, left out", asked)
+    if not taken:
+        why = unreadable.describe(problems[0]) if problems else "there are none"
+        raise DataError(f"none of the {asked} images could be read ({why})")
+
+
+def _features_of(model: ImageModel, batch: Batch, options: FeatureOptions) -> FeatureBatch:
+    """Features of the readable images of a batch, of which there is at least one."""
+    by_layer = layer_features(
+        model,
+        batch.image,
+        options.get("layers"),
+        pool=options.get("pool", "mean"),
+        precision=options.get("precision", "float32"),
+    )
+    ids, readable = batch.ids.cpu(), batch.ids >= 0
+    if batch.num_valid < len(ids):
+        by_layer = {name: values[readable] for name, values in by_layer.items()}
+    return FeatureBatch(ids[ids >= 0], by_layer)
 
 
 def extract_features(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simmim import distributed, files
+from simmim import files
 from simmim.backbone.build import Spec, build_encoder
 from simmim.config.check import micro_batch
 from simmim.config.spec import make_spec
@@ -26,7 +26,7 @@ from simmim.model.classifier import Classifier
 from simmim.run_folder import RunFolder
 from simmim.training import checkpoint
 from simmim.training.build import build_state, check_backends, prepare_model, seed_initialisation
-from simmim.training.claim import claimed_folder
+from simmim.training.claim import claimed_run
 from simmim.training.interrupts import Interrupts
 from simmim.training.log import RunLog
 from simmim.training.loop import train, write_weights
@@ -55,12 +55,8 @@ def finetune(config: FinetuneConfig) -> int:
         CheckpointError: a checkpoint could not be written or read.
         RunStopped: too many steps in a row had non-finite gradients.
     """
-    world = distributed.init(config.device)
-    with Interrupts() as interrupts, claimed_folder(config, world) as folder:
-        code = _run(config, world, folder, interrupts)
-    # not after an error: leaving the group waits for processes that may wait for this one
-    distributed.finish(world)
-    return code
+    with claimed_run(config) as (world, folder, interrupts):
+        return _run(config, world, folder, interrupts)
 
 
 def _run(config: FinetuneConfig, world: World, folder: RunFolder, interrupts: Interrupts) -> int:

@@ -95,7 +95,9 @@ def score_neighbours(
     ks = sorted({min(k, len(bank)) for k in neighbours})
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     right = np.zeros((len(ks), 2), dtype=np.int64)
-    pieces = _pieces(bank, queries, ks[-1], device, num_queries, num_bank)
+    pieces = nearest_in_pieces(
+        bank, queries, ks[-1], device=device, num_queries=num_queries, num_bank=num_bank
+    )
     for start, nearest in pieces:
         own = torch.from_numpy(labels[start : start + len(nearest.index)])
         voted = torch.from_numpy(bank_labels)[nearest.index]
@@ -107,22 +109,6 @@ def score_neighbours(
             advance(len(own))
     shares = (right / len(queries)).tolist()
     return [NeighbourScore(k, *share) for k, share in zip(ks, shares)]
-
-
-def find_nearest(
-    bank: Tensor,
-    queries: Tensor,
-    k: int,
-    *,
-    device: torch.device | None = None,
-    num_queries: int = QUERIES,
-    num_bank: int = BANK,
-) -> Nearest:
-    """The k nearest images of the bank for each of the queries; see `score_neighbours`."""
-    parts = [part for _, part in _pieces(bank, queries, k, device, num_queries, num_bank)]
-    return Nearest(
-        torch.cat([part.similarity for part in parts]), torch.cat([part.index for part in parts])
-    )
 
 
 def vote(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
@@ -149,15 +135,28 @@ def _rank(votes: Tensor, label: Tensor) -> Tensor:
     return torch.where(own.squeeze(1) > 0, before.sum(1), votes.shape[1] + 5)
 
 
-def _pieces(
+def nearest_in_pieces(
     bank: Tensor,
     queries: Tensor,
     k: int,
-    device: torch.device | None,
-    num_queries: int,
-    num_bank: int,
+    *,
+    device: torch.device | None = None,
+    num_queries: int = QUERIES,
+    num_bank: int = BANK,
 ) -> Iterator[tuple[int, Nearest]]:
-    # yields the number of the first query of a piece, and the neighbours of its queries on the CPU
+    """The k nearest images of the bank for each query, for one piece of the queries at a time.
+
+    Args:
+        bank: see `score_neighbours`.
+        queries: see `score_neighbours`.
+        k: neighbours.
+        device: see `score_neighbours`.
+        num_queries: see `score_neighbours`.
+        num_bank: see `score_neighbours`.
+
+    Yields:
+        The number of the first query of a piece, and the neighbours of its queries on the CPU.
+    """
     for start in range(0, len(queries), num_queries):
         asked = _normalised(queries[start : start + num_queries], device)
         best: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, counted on the device and read once; its report as tables and picture.
+"""Counts how often a classifier is right, on the device, and reports it as tables and a picture.
 
 B batch, K classes.
 """
@@ -21,13 +21,16 @@ MOST_CONFUSED_CLASSES = 4096
 
 PER_CLASS_FILE, CONFUSION_FILE, PICTURE_FILE = "per_class.csv", "confusion.csv", "confusion.png"
 
+# The files that `write_report` writes.
+REPORT_FILES = (PER_CLASS_FILE, CONFUSION_FILE, PICTURE_FILE)
+
 
 class ClassificationMetrics:
-    """Counts of right and wrong answers; nothing is read back until it is asked for.
+    """Counts of right and wrong answers, kept on the device until they are asked for.
 
     Args:
         num_classes: K.
-        device: where logits come from.
+        device: where logits lie.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -59,12 +62,12 @@ class ClassificationMetrics:
         self.sums[0] += torch.where(finite & counted, loss, 0.0).double().sum()
         self.sums[1] += (counted & ~finite).sum()
         if self.confusion is not None:
-            # a row that is not finite answers nothing
+            # a row that is not finite is no answer, and stands in no column
             place = label * self.num_classes + best[:, 0]
             self.confusion.index_add_(0, place, (finite & counted).long())
 
     def merge(self, world: World) -> None:
-        """Add the counts of all processes, in each of them."""
+        """Sum the counts over all processes; each of them gets the sums."""
         for tensor in (self.counts, self.sums, self.confusion):
             if tensor is not None:
                 all_reduce_sum(tensor, world)
@@ -105,15 +108,11 @@ class ClassificationMetrics:
         }
 
 
-def report_files(folder: Path) -> list[Path]:
-    """What `write_report` writes."""
-    return [folder / name for name in (PER_CLASS_FILE, CONFUSION_FILE, PICTURE_FILE)]
-
-
 def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence[str]) -> list[str]:
     """Write accuracy by class and the confusion matrix (rows true, columns answered).
 
-    Images whose logits were not finite are in no column: their row sums to less than its images.
+    Images whose logits were not finite are in no column, so that a row may have a smaller sum than
+    its class has images.
 
     Args:
         folder: made if needed; its files of the same names are replaced.
@@ -121,7 +120,7 @@ def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence
         classes: their names.
 
     Returns:
-        What was left out, and why, in lines.
+        A line for everything that was left out, with the reason.
 
     Raises:
         OSError: a file cannot be written.
@@ -132,7 +131,7 @@ def write_report(folder: Path, metrics: ClassificationMetrics, classes: Sequence
         for name, images, right, top5 in zip(classes, *counts)
     ]
     _write_csv(folder / PER_CLASS_FILE, ["class", "images", "correct", "top1", "top5"], rows)
-    # an earlier picture must not stand beside these tables where no new one is drawn
+    # if no new picture can be drawn, an earlier one must not stay beside these tables
     (folder / PICTURE_FILE).unlink(missing_ok=True)
     if metrics.confusion is None:
         (folder / CONFUSION_FILE).unlink(missing_ok=True)

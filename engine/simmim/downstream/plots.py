@@ -1,4 +1,4 @@
-"""Pictures of results, with matplotlib (extra `plots`); where it is missing, a line says so."""
+"""Draws results with matplotlib (extra `plots`); if that is not installed, says so in a line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from simmim.files import write_atomic
 
-# Class names are written up to the first number, counts into the cells up to the second.
+# Most classes whose names are written, and most whose counts are written into the cells.
 MOST_NAMED, MOST_NUMBERED = 60, 20
 
-# Cells along a side of the picture; with more classes a cell stands for several.
+# Most cells along a side of the picture; if there are more classes, a cell stands for several.
 MOST_CELLS = 250
 
 _LONGEST_NAME = 24
@@ -23,14 +23,14 @@ def save_confusion(
 ) -> str | None:
     """Draw a confusion matrix, every row as shares of its images.
 
-    Colours follow the square root of the share, so that rare confusions show beside the diagonal.
-    Of many classes, a cell shows the largest share among its neighbours.
+    Colours follow the square root of the share, so that rare confusions can be seen beside the
+    diagonal. If there are many classes, a cell stands for several and shows their largest share.
 
     Args:
         confusion: [K, K], rows true, columns answered.
-        images: [K] of every class; more than its row holds where some were not answered.
+        images: [K], the images of every class; more than the sum of its row if some got no answer.
         classes: K names.
-        path: PNG to write, whole or not at all.
+        path: PNG to write; a failure leaves no part of it.
 
     Returns:
         None, or a line that says why there is no picture.
@@ -42,7 +42,7 @@ def save_confusion(
 
     K = len(classes)
     shares = confusion / np.maximum(1, images)[:, None]
-    cells, block = _pooled(shares)
+    cells, block = pool_cells(shares)
     side = min(14.0, max(4.0, 1.8 + 0.42 * K)) if K <= MOST_NAMED else 9.0
     figure.set_size_inches(side + 1.2, side)
     figure.set_layout_engine("compressed")  # square axes: the bar stands beside them
@@ -78,8 +78,8 @@ def save_confusion(
     return None
 
 
-def _pooled(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
-    """The largest share of every block of cells, and the side of a block, in cells."""
+def pool_cells(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """The largest share of every block of classes, and the side of a block, in classes."""
     K = len(shares)
     block = -(-K // MOST_CELLS)
     if block == 1:
@@ -96,10 +96,10 @@ def save_layers(
     """Draw accuracy by layer.
 
     Args:
-        names: of the layers, first to last.
-        accuracies: what a line shows → its share per layer.
-        title: of the picture.
-        path: PNG to write, whole or not at all.
+        names: names of the layers, from first to last.
+        accuracies: name of a curve → accuracy of every layer, 0 to 1.
+        title: title of the picture.
+        path: PNG to write; a failure leaves no part of it.
 
     Returns:
         None, or a line that says why there is no picture.
@@ -135,7 +135,7 @@ def save_layers(
 
 def _new_figure() -> Any:
     try:
-        # no pyplot: it would choose a window system and keep every figure
+        # not pyplot, which would choose a window system and keep every figure
         from matplotlib.figure import Figure
     except ImportError:
         return "no picture: pip install 'simmim[plots]' draws one"

@@ -1,4 +1,4 @@
-"""Classes of photos: files, folders, shards, or images that are in memory already."""
+"""Predicts the classes of images in files, folders, shards or memory."""
 
 import io
 import math
@@ -22,9 +22,10 @@ from simmim.distributed import World
 from simmim.downstream.evaluate import evaluation_view, load_classifier
 from simmim.errors import DataError
 from simmim.model.classifier import Classifier
+from simmim.model.image_model import evaluation_mode
 from simmim.training.precision import autocast
 
-# What `predict` takes for an image, or for several.
+# What `predict` takes as an image, or as several.
 Images = str | Path | Image.Image | NDArray[Any] | Tensor
 
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -58,23 +59,24 @@ def predict(
     """The most probable classes of images of any size and mode.
 
     Args:
-        model: a classifier, which runs where it lies; or its checkpoint, which runs on CUDA where
-            there is a device.
-        images: one or several of: a path (an image file, a folder of images, shards), a PIL image,
-            a uint8 array [H, W], [H, W, C] or [B, H, W, C], or a uint8 tensor [C, H, W] or
-            [B, C, H, W]. Values are 0–255.
+        model: a classifier, which runs on the device where it lies; or its checkpoint, which runs
+            on a CUDA device if there is one.
+        images: one of these, or a list of them: a path (an image file, a folder of images,
+            shards), a PIL image, a uint8 array [H, W], [H, W, C] or [B, H, W, C], or a uint8 tensor
+            [C, H, W] or [B, C, H, W]. Values are 0–255.
         top_k: answers per image; no more than there are classes.
         batch_size: images that the model sees at a time.
         workers: decoding processes; 0 decodes here; -1 chooses.
         precision: compute type, a key of `simmim.training.precision.DTYPES`.
-        value_range: of images that are not of 8 bits: see `simmim.data.decode.decode`.
+        value_range: the values that become 0 and 255 in images of other than 8 bits; see
+            `simmim.data.decode.decode`.
 
     Returns:
         For every image, in order, its `Prediction`s, the most probable first.
 
     Raises:
-        ValueError: no classifier, or an image that is missing, unreadable or of another kind; names
-            it.
+        ValueError: the model is no classifier, or an image is missing, unreadable or of an unknown
+            kind; names it.
     """
     if isinstance(model, torch.nn.Module) and not isinstance(model, Classifier):
         raise ValueError(
@@ -117,7 +119,7 @@ def classify(
     """Classify every image of a source, in order.
 
     Args:
-        model: where it lies is where it runs; left in the mode it was in.
+        model: runs on the device where it lies; its mode stays as it was.
         source: images.
         top_k: see `predict`.
         batch_size: see `predict`.
@@ -144,34 +146,30 @@ def classify(
         workers=workers,
         note_problem=reasons.__setitem__,
     )
-    first, training = 0, model.training
-    model.eval()
-    try:
-        with closing(batches):
-            for batch in batches:
-                with torch.no_grad(), autocast(device, precision):
-                    logits = model(batch.image)
-                best = logits.float().softmax(1).topk(count, dim=1)
-                shares, indices = best.values.tolist(), best.indices.tolist()
-                for slot in range(len(batch.ids)):
-                    sample = first + slot
-                    if sample in reasons:
-                        yield sample, f"not a readable image ({reasons.pop(sample)})"
-                    elif not math.isfinite(shares[slot][0]):
-                        yield sample, f"the model's answer is not finite in {precision}"
-                    else:
-                        pairs = zip(indices[slot], shares[slot])
-                        yield sample, [Prediction(model.classes[i], i, share) for i, share in pairs]
-                first += len(batch.ids)
-    finally:
-        model.train(training)
+    first = 0
+    with evaluation_mode(model), closing(batches):
+        for batch in batches:
+            with torch.no_grad(), autocast(device, precision):
+                logits = model(batch.image)
+            best = logits.float().softmax(1).topk(count, dim=1)
+            shares, indices = best.values.tolist(), best.indices.tolist()
+            for slot in range(len(batch.ids)):
+                sample = first + slot
+                if sample in reasons:
+                    yield sample, f"not a readable image ({reasons.pop(sample)})"
+                elif not math.isfinite(shares[slot][0]):
+                    yield sample, f"the model's answer is not finite in {precision}"
+                else:
+                    pairs = zip(indices[slot], shares[slot])
+                    yield sample, [Prediction(model.classes[i], i, share) for i, share in pairs]
+            first += len(batch.ids)
 
 
 def open_images(paths: Sequence[str]) -> Source:
     """The images that paths mean, in their order: files, folders, shards.
 
     Raises:
-        DataError: nothing there, or a folder without images; names the path.
+        DataError: nothing is there, or a folder has no images; names the path.
     """
     return join_sources([_open_path(path) for path in paths])
 
@@ -224,7 +222,7 @@ class _Files:
 
 
 class _Named:
-    """Another source, whose names get a prefix."""
+    """The images of another source, with a prefix to their names."""
 
     def __init__(self, source: Source, prefix: str) -> None:
         self._source = source

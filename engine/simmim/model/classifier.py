@@ -16,18 +16,19 @@ from simmim.backbone.layers import init_linear
 from simmim.backbone.vit import ViT
 from simmim.model.image_model import ImageModel
 
-# As published: a ViT starts with a head that says almost nothing.
+# As published: the head of a ViT starts with almost equal logits.
 VIT_HEAD_SCALE = 0.001
 
 
 class Classifier(ImageModel):
     """An encoder without a mask token, and a linear head over the mean of its output cells.
 
-    A Swin normalises tokens before their mean, a ViT the mean (`fc_norm`; its encoder then has no
-    final norm), both as published; a ConvNeXt the mean, as its authors do, a ResNet nothing.
+    A Swin norms tokens before their mean is taken. A ViT norms the mean (`fc_norm`), and its
+    encoder then has no final norm. Both are as published. A ConvNeXt norms the mean too, as its
+    authors do, and a ResNet norms nothing.
 
     Args:
-        encoder: a backbone of `simmim.backbone`; its mask token is taken away.
+        encoder: a backbone of `simmim.backbone`; its mask token is removed.
         classes: the name of every class, in the order of the head's rows.
         mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
@@ -70,7 +71,7 @@ class Classifier(ImageModel):
         return {"classes": self.classes, "margin": self.margin}
 
     def pool(self, image: Tensor) -> Tensor:
-        """What the head sees of every image, [B, D]."""
+        """The head's input for every image, [B, D]."""
         pooled: Tensor = self.fc_norm(self.encode(image).flatten(2).mean(2))
         return pooled
 
@@ -81,5 +82,5 @@ class Classifier(ImageModel):
 
 
 def numbered_classes(count: int) -> tuple[str, ...]:
-    """The names of classes that have none: their numbers, from 0."""
+    """Names for classes that have none: their numbers, from 0."""
     return tuple(str(number) for number in range(count))

@@ -1,9 +1,10 @@
-"""What every model shares: an encoder, and images that it normalises with its own statistics.
+"""Bases of all models: an encoder, and images that it normalises with its own statistics.
 
 B batch, C channels, H W pixels, D width, h w cells of the encoder's output.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -32,11 +33,11 @@ class ImageModel(nn.Module):
         ValueError: `mean` or `std` has not one value per channel.
     """
 
-    # what a weights file says it holds; a method's own kind is the method's name
+    # how a weights file names this kind of model: for the models of a method, by the method's name
     kind: ClassVar[str] = "encoder"
 
-    # whether a weights file has the settings beside its other values, as those of the two oldest
-    # kinds stand there, and not in a table of their own
+    # whether the settings stand beside the other values of a weights file, as those of the two
+    # oldest kinds do, and not in a table of their own
     settings_are_flat: ClassVar[bool] = False
 
     mean: Tensor
@@ -98,7 +99,7 @@ class ImageModel(nn.Module):
         return features
 
     def _statistics(self, image: Tensor) -> dict[str, Tensor]:
-        # bytes go into the ops as they are: each normalises those that it reads
+        # bytes go into the ops as they are, and each op normalises those that it reads
         return {"mean": self.mean, "std": self.std} if image.dtype == torch.uint8 else {}
 
 
@@ -116,7 +117,7 @@ class MaskedImageModel(ImageModel):
     norm_target: int | None = None
 
     def trained_mask(self, mask: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """What a weights file tells of the configured mask: unit in pixels, ratio."""
+        """What a weights file says about the configured mask: unit in pixels, and ratio."""
         return mask
 
     def token_mask(self, mask: Tensor) -> Tensor:
@@ -157,12 +158,16 @@ class MaskedImageModel(ImageModel):
         prediction = self.reconstruct(image, mask).float()
         if self.norm_target is None:
             return prediction
-        # a normalised target is predicted up to its local mean and deviation: take the original's
+        # the prediction lacks local mean and deviation, so those of the original are taken
         mean, deviation = local_statistics(self.normalise(image), self.norm_target)
         return prediction * deviation + mean
 
     def pixel_mask(self, mask: Tensor) -> Tensor:
-        """A mask on any grid of whole patches → bool [B, 1, H, W]; errors as of `token_mask`."""
+        """A mask on any grid of whole patches → bool [B, 1, H, W].
+
+        Raises:
+            ValueError: see `token_mask`.
+        """
         patch = self.encoder.spec.patch_size
         hidden = self.token_mask(mask).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
         return hidden.unsqueeze(1)
@@ -177,3 +182,14 @@ class MaskedImageModel(ImageModel):
         prediction = self.predicted_pixels(image, mask)
         prediction = prediction * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
         return torch.where(self.pixel_mask(mask), prediction.clamp(0.0, 1.0), image / 255.0)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and afterwards into the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -19,19 +19,19 @@ def sample_mask(
     """Mask of each sample in whole units, made on the device of `ids`.
 
     Args:
-        ids: int64 [B], sample ids; a negative id marks an empty slot (an unreadable image), of
-            which nothing is hidden, so that it adds nothing to the loss.
+        ids: int64 [B], sample ids. A negative id marks an empty slot (an unreadable image): nothing
+            of it is hidden, so that it adds nothing to the loss.
         epochs: int64 [B], the epoch each sample belongs to.
         grid: (h, w) in tokens.
         patch_size: side of a token in pixels.
         mask_unit: side of a mask unit in pixels; a multiple of patch_size.
         ratio: share of units that are hidden, rounded up to whole units.
         seed: the run's seed.
-        backend: of `random_patch_mask`; all make the same mask.
+        backend: backend of `random_patch_mask`; all make the same mask.
 
     Returns:
-        bool [B, h·patch_size/mask_unit, w·patch_size/mask_unit], True marks a hidden unit: the
-        coarsest form, which the model spreads over tokens and the loss takes as it is.
+        bool [B, h·patch_size/mask_unit, w·patch_size/mask_unit], where True marks a hidden unit.
+        The model spreads it over tokens, and the loss takes it as it is.
 
     Raises:
         ValueError: the units do not tile the grid.

@@ -22,7 +22,7 @@ from simmim.run_folder import STATE_FILE, WEIGHTS_FILE, RunFolder
 
 METADATA_KEY = "simmim"
 
-# Of Hugging Face's folders: before safetensors, and of models in several files.
+# Files of Hugging Face's folders: weights before safetensors, and the list of several files.
 PICKLED_FILE = "pytorch_model.bin"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -37,7 +37,7 @@ def save_tensors(
         SafetensorError: the same, as safetensors says it.
     """
     save_file(dict(tensors), path, metadata=metadata)
-    # safetensors makes files that only their owner can read; others may want the encoder
+    # safetensors makes files that only their owner can read, but others may want the encoder
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -49,14 +49,15 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Args:
         path: a .safetensors file, a file of torch.save (read with weights_only; a yacs
             configuration inside is read as plain values), a checkpoint folder, a run folder (its
-            newest checkpoint), or a folder of Hugging Face's (in one file or several).
+            newest checkpoint), or a folder of Hugging Face (with one weights file or several).
 
     Returns:
-        Names and CPU tensors (of a nested official file: its "model"), and our metadata ({} for
-        foreign files).
+        Names and CPU tensors, taken out of "model" or "state_dict" if the file nests them; and our
+        metadata, {} for files of other programs.
 
     Raises:
-        ValueError: no such file, not a weights file, or it would run code; names the path.
+        ValueError: there is no such file, it is no weights file, or reading it would run code;
+            names the path.
     """
     file = find_weights(Path(path))
     if file.name == INDEX_FILE:
@@ -125,16 +126,16 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 
 
 def plain_metadata(text: str | None) -> dict[str, Any]:
-    """Our metadata from its JSON; {} for that of another program."""
+    """Our metadata, read from its JSON; {} for that of another program."""
     try:
         values = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return {}  # of another program: names and shapes still tell
+        return {}  # of another program; names and shapes still tell the architecture
     return values if isinstance(values, dict) and isinstance(values.get("encoder"), dict) else {}
 
 
 def read_notes(file: Path) -> dict[str, str]:
-    """The header's metadata of a safetensors file; {} for any other."""
+    """The metadata in the header of a safetensors file; {} for any other file."""
     if file.suffix != ".safetensors":
         return {}
     try:
@@ -161,7 +162,11 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file that a path means: itself, or that of the newest checkpoint of a folder."""
+    """The weights file that a path means: the path itself, or a folder's newest checkpoint.
+
+    Raises:
+        ValueError: nothing is there, or the folder holds no weights.
+    """
     if path.is_file():
         return path
     if not path.exists():
@@ -178,7 +183,7 @@ def find_weights(path: Path) -> Path:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the weights have the size that the checkpoint's state.json tells."""
+    """Whether a checkpoint's weights have the size that its state.json states."""
     try:
         files = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["files"]
         return bool((checkpoint / WEIGHTS_FILE).stat().st_size == files[WEIGHTS_FILE]["bytes"])
@@ -186,12 +191,16 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-# What the metadata of a weights file tells, beside the architecture.
+# Keys of a weights file's metadata beside the architecture.
 _METADATA_KEYS = ("mean", "std", "mask", "norm_target", "classes", "margin", "settings")
 
 
 def trained_mask(path: str | Path) -> dict[str, Any]:
-    """{"unit": pixels, "ratio": share} a checkpoint was trained with; the paper's if unsaid."""
+    """The mask of a checkpoint's training: "unit" in pixels and "ratio"; else the paper's.
+
+    Raises:
+        ValueError: the path has no weights.
+    """
     published = {"unit": 32, "ratio": 0.6}
     file = find_weights(Path(path))
     metadata = plain_metadata(read_notes(file).get(METADATA_KEY))
@@ -199,7 +208,7 @@ def trained_mask(path: str | Path) -> dict[str, Any]:
 
 
 def model_metadata(model: ImageModel, mask: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """What a weights file carries: how to rebuild the model, and the mask it was trained with."""
+    """The metadata of a weights file: how to rebuild the model, and the mask of its training."""
     values: dict[str, Any] = {"mean": model.mean.tolist(), "std": model.std.tolist()}
     if isinstance(model, MaskedImageModel):
         values["mask"] = model.trained_mask(mask)
@@ -208,10 +217,10 @@ def model_metadata(model: ImageModel, mask: Mapping[str, Any] | None = None) -> 
 
 
 def weights_metadata(kind: str, spec: Spec, values: Mapping[str, Any]) -> dict[str, str]:
-    """`model_metadata` without a model.
+    """The same as `model_metadata`, from values instead of a model.
 
     Args:
-        kind: as in `Weights`.
+        kind: as in `simmim.weights.load.Weights`.
         spec: the encoder's architecture.
         values: mean, std, mask, norm_target, classes, margin, as far as they are known.
     """
@@ -227,7 +236,7 @@ def save_weights(model: ImageModel, path: Path, mask: MaskConfig | None = None) 
 
 
 def best_weights(path: str | Path) -> Path:
-    """The best weights of a fine-tuning run's folder; any other path as it is."""
+    """The best weights, if a path is the folder of a fine-tuning run; else the path itself."""
     path = Path(path).expanduser()
     best = RunFolder(path).best_weights
     return best if best.is_file() else path

@@ -1,4 +1,4 @@
-"""How alike two sets of images are: signal-to-noise ratio and structural similarity.
+"""Measures how alike two sets of images are: signal-to-noise ratio and structural similarity.
 
 B batch, C channels, H W pixels.
 """
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the published index: a Gaussian window, and what keeps its quotients finite.
+# The published index: side and deviation of its Gaussian window, and what keeps quotients finite.
 WINDOW, SIGMA = 11, 1.5
-# Sides in pixels that can be mirrored for it.
+# Smallest side of an image, in pixels, that can be mirrored for the window.
 SMALLEST = WINDOW // 2 + 1
 _C1, _C2 = 0.01**2, 0.03**2
 
-# Images at once: some ten float64 copies of them are held.
+# Images that are compared at a time, as some ten float64 copies of them are held.
 _CHUNK = 16
 
 
@@ -25,11 +25,11 @@ def signal_to_noise(mean_squared_error: float) -> float:
 
 
 def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Structural similarity index of every pair of images, float64 [B]: that of `similarity_map`.
+    """Structural similarity index of every pair of images, float64 [B]: means of `similarity_map`.
 
     Args:
         first: [B, C, H, W], values between 0 and 1, at least 6 × 6 pixels.
-        second: likewise.
+        second: of the same shape, with values between 0 and 1.
 
     Raises:
         ValueError: shapes differ, or images are smaller.
@@ -49,11 +49,11 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 def similarity_map(first: Tensor, second: Tensor) -> Tensor:
     """The structural similarity index around every pixel, float64 [B, C, H, W].
 
-    A Gaussian window of 11 × 11 pixels (σ 1.5), constants 0.01² and 0.03², variances without
-    Bessel's correction; beyond its border an image goes on mirrored. Its mean is what torchmetrics'
-    StructuralSimilarityIndexMeasure(data_range=1.0) gives; scikit-image leaves out the 5 pixels at
-    the border (structural_similarity with gaussian_weights and without use_sample_covariance), as
-    do old releases of torchmetrics (1.4.0).
+    The window is Gaussian, of 11 × 11 pixels (σ 1.5), the constants are 0.01² and 0.03², and
+    variances have no Bessel's correction. Images are mirrored at their border. The mean of the map
+    is what torchmetrics' StructuralSimilarityIndexMeasure(data_range=1.0) gives. scikit-image
+    (structural_similarity with gaussian_weights and without use_sample_covariance) leaves out the 5
+    pixels at the border, as do old releases of torchmetrics (1.4.0).
     """
     # float64: variances are differences of near numbers, and a GPU's float32 convolutions round
     x, y = first.double(), second.double()

@@ -17,7 +17,7 @@ from simmim.data.augment import centre_view
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.source import Source
 from simmim.data.views import View
-from simmim.model.image_model import ImageModel
+from simmim.model.image_model import ImageModel, evaluation_mode
 from simmim.pictures.grid import titled_grid
 from simmim_kernels.splitmix import fold, permutation
 
@@ -95,16 +95,12 @@ class ViewPictures:
     @torch.no_grad()
     def _neighbours(self, model: ImageModel) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Of every drawn image, the indices [B, K] of the nearest others, and their cosines."""
-        training = model.training
-        model.eval()
-        try:
-            features = []
+        features = []
+        with evaluation_mode(model):
             for start in range(0, len(self.whole), ENCODED):
                 some = torch.from_numpy(np.stack(self.whole[start : start + ENCODED]))
                 image = some.permute(0, 3, 1, 2).contiguous().to(model.mean.device)
                 features.append(model.encode(image).float().mean((2, 3)))
-        finally:
-            model.train(training)
         directions = F.normalize(torch.cat(features))
         cosines = directions[: len(self.views)] @ directions.T
         cosines.fill_diagonal_(-2.0)  # an image is no neighbour of itself

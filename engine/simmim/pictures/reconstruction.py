@@ -13,7 +13,7 @@ from simmim.config.sections import Config
 from simmim.data.augment import centre_view
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.source import Source
-from simmim.model.image_model import ImageModel, MaskedImageModel
+from simmim.model.image_model import ImageModel, MaskedImageModel, evaluation_mode
 from simmim.model.masking import sample_mask
 from simmim.pictures.grid import titled_grid
 from simmim_kernels.splitmix import fold, permutation
@@ -39,12 +39,8 @@ def reconstruction_panels(
     Returns:
         uint8 [B, 3, H, W, C]; axis 1 is `COLUMNS`.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         prediction = model.denormalise(model.predicted_pixels(image, mask))
-    finally:
-        model.train(training)
     hidden = model.pixel_mask(mask)
     masked = torch.where(hidden, HIDDEN_GREY, image)
     panels = torch.stack([image, masked, torch.where(hidden, prediction, image)], 1)

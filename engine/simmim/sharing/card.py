@@ -1,6 +1,6 @@
-"""The card of an exported model: a README.md that the Hugging Face Hub reads, and people too.
+"""Writes the card of an exported model: a README.md for people and for the Hugging Face Hub.
 
-Nothing in it tells where files lay on the machine it was made on.
+Nothing in it says where files lay on the machine that it was made on.
 """
 
 import json
@@ -42,13 +42,13 @@ def write_card(
     Args:
         folder: where the model's other files lie.
         model: tells its architecture.
-        facts: of the run that made it.
-        mask: unit and ratio that it was trained with.
-        picture: whether PICTURE_FILE lies beside.
-        license: the Hub's identifier of one.
+        facts: what the run folder tells, if the model is of a run.
+        mask: unit and ratio of the mask that it was trained with.
+        picture: whether PICTURE_FILE lies in the folder too.
+        license: the Hub's identifier of a license.
 
     Raises:
-        OSError: it cannot be written; an older one is as it was.
+        OSError: it cannot be written; an older card stays as it was.
     """
     parts = [
         _front_matter(model, facts, license),
@@ -73,7 +73,7 @@ def write_card(
 
 
 def _front_matter(model: ImageModel, facts: RunFacts | None, license: str) -> str:
-    """What the Hub reads, in YAML; JSON's strings are YAML's."""
+    """The part that the Hub reads, in YAML. Strings are written as in JSON, which YAML includes."""
     classifies = isinstance(model, Classifier)
     task = "image-classification" if classifies else "image-feature-extraction"
     arch = spec_to_dict(model.encoder.spec)["arch"]
@@ -121,7 +121,7 @@ def _title(model: ImageModel, facts: RunFacts | None) -> str:
 
 
 def _architecture(model: ImageModel) -> str:
-    """The preset that the encoder is, as far as its widths and depths tell; else its family."""
+    """The preset with the widths and depths of the encoder; if there is none, its family."""
     own = spec_to_dict(model.encoder.spec)
     if own["arch"] == "timm":
         return f"timm:{own['name']}"
@@ -161,7 +161,7 @@ def _summary(model: ImageModel, facts: RunFacts | None) -> str:
 
 
 def _method(model: ImageModel) -> type[Method]:
-    """The method that a model is of; SimMIM where it does not tell."""
+    """The method of a model; SimMIM for a classifier or an encoder."""
     return methods().get(model.kind, methods()["simmim"])
 
 
@@ -300,7 +300,7 @@ def _value(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name as Markdown shows it, letter for letter."""
+    """A name escaped so that Markdown shows every character of it."""
     kept = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#!" else c for c in kept)
 
@@ -311,7 +311,7 @@ def _quoted(text: str) -> str:
 
 
 def describe(model: ImageModel, mask: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What config.json says of a model, in plain values; the weights file itself says it too."""
+    """The contents of config.json, in plain values; the weights file holds the same facts."""
     values: dict[str, Any] = {
         "library_name": "simmim",
         "simmim_version": __version__,

@@ -18,7 +18,7 @@ from simmim.sharing.model_folder import CONFIG_FILE, FILES
 from simmim.weights import load
 from simmim.weights.load import ArchitectureHints
 
-# What loading takes from the Hub.
+# The files that loading takes from the Hub.
 DOWNLOADED = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -76,7 +76,7 @@ def load_encoder(
     cache_dir: str | Path | None = None,
     **given: Unpack[ArchitectureHints],
 ) -> ImageModel:
-    """The encoder alone of any checkpoint here or on the Hub; arguments as of `load_model`.
+    """The encoder alone of a checkpoint here or on the Hub, with the arguments of `load_model`.
 
     Raises:
         ValueError: as of `load_model`, but not for a missing decoder or head.
@@ -92,7 +92,7 @@ def _find(
     token: str | None,
     cache_dir: str | Path | None,
 ) -> Path | Mapping[str, Any]:
-    """What is here, as it is; for a name on the Hub, the weights file that was downloaded."""
+    """The checkpoint itself if it is here; else the downloaded weights file of a repository."""
     if isinstance(path_or_state_dict, Mapping):
         checkpoint: Path | Mapping[str, Any] = path_or_state_dict
         described = "state dict"
@@ -111,7 +111,7 @@ def _find(
 def _download(
     name: str, revision: str | None, token: str | None, cache_dir: str | Path | None
 ) -> Path:
-    """The weights file of a repository, in the local cache; config.json lies beside it."""
+    """The weights file of a repository, in the local cache with config.json beside it."""
     if not _REPOSITORY.fullmatch(name):
         raise ValueError(f"{name}: no such file or folder, and no name on the Hub (user/name)")
     hub = _import_hub(name)
@@ -125,7 +125,7 @@ def _download(
             library_name="simmim",
         )
     except Exception as error:
-        # its own kinds, and any of the HTTP client below it
+        # errors of huggingface_hub, and of any kind from its HTTP client
         raise _explained(error, name, revision, hub) from None
     weights = Path(folder) / WEIGHTS_FILE
     if not weights.is_file():
@@ -142,18 +142,21 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Upload a model of simmim",
 ) -> str:
-    """Upload a folder of `save_pretrained`, those files alone; returns the address.
+    """Upload the files that `save_pretrained` wrote to a folder, and no others.
 
     Args:
         folder: written by `save_pretrained` or `simmim export`.
-        name: of the repository, "user/name"; made if needed.
+        name: name of the repository, "user/name", which is made if needed.
         private: whether a new repository is private.
-        token: that may write; None takes the one that `hf auth login` stored.
+        token: one that may write; None takes the one that `hf auth login` stored.
         revision: branch; None is the main one.
-        message: of the commit.
+        message: message of the commit.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        ValueError: the folder holds no exported model, or the name is none.
+        ValueError: the folder holds no exported model, or the name cannot be one of the Hub.
         RunError: the Hub cannot be reached or refuses, or huggingface_hub is missing.
     """
     folder = Path(folder).expanduser()
@@ -174,7 +177,7 @@ def push_to_hub(
             allow_patterns=list(FILES),
         )
     except Exception as error:
-        # its own kinds, and any of the HTTP client below it
+        # errors of huggingface_hub, and of any kind from its HTTP client
         raise _explained(error, name, revision, hub) from None
     return str(address)
 
@@ -193,7 +196,7 @@ def _import_hub(name: str) -> ModuleType:
 def _explained(
     error: Exception, name: str, revision: str | None, hub: ModuleType
 ) -> ValueError | RunError:
-    """One line on why the Hub did not give or take something."""
+    """An error that says in one line why a download or an upload failed."""
     kinds: Any = hub.errors
     if isinstance(error, kinds.RevisionNotFoundError):
         return ValueError(f"{name}: has no revision {revision} on the Hub")

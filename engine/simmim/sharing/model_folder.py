@@ -1,4 +1,4 @@
-"""A model as a folder to share: weights, config.json, a card and its picture."""
+"""Writes a model as a folder to share: weights, config.json, a card and its picture."""
 
 import json
 import shutil
@@ -38,24 +38,24 @@ def save_pretrained(
 
     Args:
         model: on any device.
-        folder: made if needed.
-        facts: for the card; see `simmim.sharing.run_facts.read_facts`.
-        mask: unit and ratio that the model was trained with.
-        picture: reconstructions for the card, or the PNG of some.
-        license: the Hub's identifier of one, for the card.
-        overwrite: replace those files where they exist.
+        folder: folder to write, which is made if needed.
+        facts: facts for the card; see `simmim.sharing.run_facts.read_facts`.
+        mask: unit and ratio of the mask that the model was trained with.
+        picture: reconstructions for the card, as an image or as the path of a PNG.
+        license: the Hub's identifier of a license, for the card.
+        overwrite: whether to replace these files if they exist.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the folder is a run folder, or has such files already.
+        ValueError: the folder is a run folder, or has these files already.
         OSError: a file cannot be written.
     """
     folder = Path(folder).expanduser()
     check_output(folder, overwrite)
     if picture is None:
-        (folder / PICTURE_FILE).unlink(missing_ok=True)  # of the model that is replaced
+        (folder / PICTURE_FILE).unlink(missing_ok=True)  # that of the replaced model
     elif isinstance(picture, Path):
         source = picture
         write_atomic(folder / PICTURE_FILE, lambda temporary: shutil.copyfile(source, temporary))
@@ -89,14 +89,14 @@ def export(
     license: str = NO_LICENSE,
     overwrite: bool = False,
 ) -> ImageModel:
-    """Write the model of a checkpoint as a folder to share, with what its run tells of it.
+    """Write the model of a checkpoint as a folder to share, with the facts of its run.
 
     Args:
-        path: anything that `load_model` reads; of a fine-tuning run, its best weights.
+        path: anything that `load_model` reads; a fine-tuning run means its best weights.
         folder: see `save_pretrained`.
-        images: photos whose reconstructions the card shows; none takes the run's newest picture,
-            which shows images it was trained on.
-        with_picture: False leaves pictures out.
+        images: photos whose reconstructions the card shows. Without any, it shows the run's newest
+            picture, which is of training images.
+        with_picture: whether the card may show a picture.
         license: see `save_pretrained`.
         overwrite: see `save_pretrained`.
 
@@ -104,8 +104,8 @@ def export(
         The model.
 
     Raises:
-        ValueError: unreadable weights or photos, photos for a model that reconstructs nothing, or
-            files that exist.
+        ValueError: weights or photos cannot be read, photos were given for a model that
+            reconstructs nothing, or files exist already.
         OSError: a file cannot be written.
     """
     folder = Path(folder).expanduser()

@@ -1,4 +1,4 @@
-"""What a run folder tells of the weights that come from it; nothing of where its files lay."""
+"""Reads from a run folder what is known about its weights, leaving out where files lay."""
 
 import json
 import tomllib
@@ -18,17 +18,18 @@ LOSS_STEPS = 100
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run folder tells of weights that come from it; None or empty where it does not.
+    """What a run folder tells about weights that come from it; None or empty if it does not.
 
     Attributes:
-        name: of the run folder.
+        name: name of the run folder.
         recipe: the resolved configuration, without folders.
         step: step of the weights.
-        epochs: the same, in passes over the images.
-        data: images (number), digest (of their names) and unreadable (number).
+        epochs: passes over the images at that step.
+        data: number of images, digest of their names, and number of unreadable ones, as "images",
+            "digest" and "unreadable".
         loss: mean over the last `LOSS_STEPS` steps.
-        evaluation: of a fine-tuning run: top1, top5, loss, images.
-        environment: of the last start: versions, git_commit, device_name, processes.
+        evaluation: top1, top5, loss and images of a fine-tuning run.
+        environment: versions, git_commit, device_name and processes of the last start.
         picture: the newest reconstruction.
     """
 
@@ -44,7 +45,7 @@ class RunFacts:
 
 
 def read_facts(weights: Path) -> RunFacts | None:
-    """What is known of weights from the run folder that they lie in; None where there is none.
+    """What the run folder tells about the weights in it; None if they lie in none.
 
     Args:
         weights: a run folder, one of its checkpoints, or a weights file in either.
@@ -87,7 +88,7 @@ def _step(
         if folder in (weights, weights.parent):
             return number, state
     if weights == run.best_weights and evaluations:
-        # the earlier one of equals, as the run chose
+        # the first of equal ones, as the run chose
         return max(evaluations, key=lambda row: row.get("top1", 0.0))["step"], state
     return newest, state
 
@@ -108,7 +109,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    # where photos lie is nobody's business; what their folder is called tells which ones they are
+    # where photos lie is private, but the name of their folder tells which ones they are
     if isinstance(value, Mapping):
         return {key: _without_folders(inner) for key, inner in value.items()}
     if isinstance(value, str) and "/" in value:

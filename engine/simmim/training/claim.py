@@ -15,6 +15,21 @@ from simmim.config.values import to_toml
 from simmim.distributed import World
 from simmim.errors import ConfigError
 from simmim.run_folder import RunFolder
+from simmim.training.interrupts import Interrupts
+
+
+@contextmanager
+def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupts]]:
+    """This process, the run's folder, and what listens to signals, for as long as a run lasts.
+
+    Raises:
+        ConfigError: see `claimed_folder`.
+    """
+    world = distributed.init(config.device)
+    with Interrupts() as interrupts, claimed_folder(config, world) as folder:
+        yield world, folder, interrupts
+    # not after an error: leaving the group waits for processes that may wait for this one
+    distributed.finish(world)
 
 
 @contextmanager

@@ -117,47 +117,55 @@ def model_config(
         "encoder_stride": spec.stride,
     }
     if isinstance(spec, ViTSpec):
-        config |= {
-            "hidden_size": spec.embed_dim,
-            "num_hidden_layers": spec.depth,
-            "num_attention_heads": spec.num_heads,
-            "intermediate_size": int(spec.embed_dim * spec.mlp_ratio),
-            "layer_norm_eps": spec.norm_eps,
-        }
-        if family == "vit":
-            config["qkv_bias"] = spec.qkv_bias
-        else:
-            config |= {
-                "use_mask_token": "encoder.mask_token" in state,
-                "use_absolute_position_embeddings": spec.absolute_position,
-                "use_relative_position_bias": spec.layer_relative_position,
-                "use_shared_relative_position_bias": spec.shared_relative_position,
-                "use_mean_pooling": not spec.final_norm,
-                "layer_scale_init_value": spec.layer_scale or 0.0,
-                "drop_path_rate": spec.drop_path,
-            }
+        config |= _vit_fields(spec, family, masked="encoder.mask_token" in state)
     else:
         assert isinstance(spec, SwinSpec)
-        config |= {
-            "embed_dim": spec.embed_dim,
-            "depths": list(spec.depths),
-            "num_heads": list(spec.num_heads),
-            "num_layers": len(spec.depths),
-            "hidden_size": spec.embed_dim << (len(spec.depths) - 1),
-            "window_size": spec.window_size,
-            "mlp_ratio": spec.mlp_ratio,
-            "qkv_bias": spec.qkv_bias,
-            "drop_path_rate": spec.drop_path,
-            "layer_norm_eps": 1e-5,
-            "use_absolute_embeddings": False,
-        }
-        if isinstance(spec, SwinV2Spec):
-            config["pretrained_window_sizes"] = list(spec.pretrained_window_sizes)
+        config |= _swin_fields(spec)
     if kind == "classifier":
         classes = metadata.get("classes") or numbered_classes(len(state["head.weight"]))
         config["id2label"] = {str(number): name for number, name in enumerate(classes)}
         config["label2id"] = {name: number for number, name in enumerate(classes)}
     return config
+
+
+def _vit_fields(spec: ViTSpec, family: str, masked: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "hidden_size": spec.embed_dim,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.num_heads,
+        "intermediate_size": int(spec.embed_dim * spec.mlp_ratio),
+        "layer_norm_eps": spec.norm_eps,
+    }
+    if family == "vit":
+        return fields | {"qkv_bias": spec.qkv_bias}
+    return fields | {
+        "use_mask_token": masked,
+        "use_absolute_position_embeddings": spec.absolute_position,
+        "use_relative_position_bias": spec.layer_relative_position,
+        "use_shared_relative_position_bias": spec.shared_relative_position,
+        "use_mean_pooling": not spec.final_norm,
+        "layer_scale_init_value": spec.layer_scale or 0.0,
+        "drop_path_rate": spec.drop_path,
+    }
+
+
+def _swin_fields(spec: SwinSpec) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "embed_dim": spec.embed_dim,
+        "depths": list(spec.depths),
+        "num_heads": list(spec.num_heads),
+        "num_layers": len(spec.depths),
+        "hidden_size": spec.embed_dim << (len(spec.depths) - 1),
+        "window_size": spec.window_size,
+        "mlp_ratio": spec.mlp_ratio,
+        "qkv_bias": spec.qkv_bias,
+        "drop_path_rate": spec.drop_path,
+        "layer_norm_eps": 1e-5,
+        "use_absolute_embeddings": False,
+    }
+    if isinstance(spec, SwinV2Spec):
+        fields["pretrained_window_sizes"] = list(spec.pretrained_window_sizes)
+    return fields
 
 
 def preprocessor(spec: Spec, metadata: Mapping[str, Any]) -> dict[str, Any]:

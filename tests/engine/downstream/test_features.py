@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,8 @@ from simmim.model import weights_file
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SWIN = SwinSpec(
     image_size=(32, 64), embed_dim=8, depths=(1, 2), num_heads=(1, 2), window_size=4, drop_path=0.5
 )
@@ -52,14 +54,6 @@ def swin() -> SimMIM:
 
 def vit() -> SimMIM:
     return SimMIM(build_encoder(VIT))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.distributed import World
 from simmim.downstream import metrics as module
-from simmim.downstream.metrics import ClassificationMetrics, report_files, write_report
-from simmim.downstream.plots import MOST_CELLS, _pooled, save_confusion, save_layers
+from simmim.downstream.metrics import REPORT_FILES, ClassificationMetrics, write_report
+from simmim.downstream.plots import MOST_CELLS, pool_cells, save_confusion, save_layers
 
 CPU = torch.device("cpu")
 
@@ -182,7 +182,9 @@ def test_written_tables(tmp_path: Path) -> None:
         ['a "hen"', "0", "0", "0"],
         ["é", "0", "0", "1"],
     ]
-    assert {path for path in report_files(folder) if path.exists()} == set(folder.iterdir())
+    assert {folder / name for name in REPORT_FILES if (folder / name).exists()} == set(
+        folder.iterdir()
+    )
 
 
 def test_a_picture_that_is_not_drawn_leaves_no_old_one(
@@ -213,11 +215,11 @@ def test_too_many_classes_for_a_matrix(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_many_classes_share_a_cell() -> None:
     shares = np.random.default_rng(0).random((2 * MOST_CELLS + 1,) * 2)
-    cells, block = _pooled(shares)
+    cells, block = pool_cells(shares)
     assert (block, cells.shape) == (3, (167, 167))
     assert cells[0, 1] == shares[:3, 3:6].max()
     assert cells[-1, 5] == shares[498:, 15:18].max()
-    same, block = _pooled(shares[:MOST_CELLS, :MOST_CELLS])
+    same, block = pool_cells(shares[:MOST_CELLS, :MOST_CELLS])
     assert block == 1
     assert np.array_equal(same, shares[:MOST_CELLS, :MOST_CELLS])
 
@@ -257,7 +259,7 @@ def test_a_line_by_layer(tmp_path: Path) -> None:
 def test_a_whole_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert write_report(tmp_path, small(), "abc") == []
-    assert all(path.is_file() for path in report_files(tmp_path))
+    assert all((tmp_path / name).is_file() for name in REPORT_FILES)
 
 
 def test_pictures_touch_no_global_state(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from simmim.method.build import find_method, methods
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
-from simmim.sharing import hub
 from simmim.sharing.hub import load_encoder, load_model, push_to_hub
 from simmim.sharing.model_folder import FILES, save_pretrained
 
@@ -96,12 +95,15 @@ def test_one_line_without_the_package(tmp_path: Path) -> None:
 
 
 def test_what_is_here_is_not_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(*_: Any) -> Path:
-        raise AssertionError("asked the Hub")
+    asked: list[str] = []
 
-    monkeypatch.setattr(hub, "_download", download)
+    def download(name: str, **options: Any) -> str:
+        asked.append(name)
+        return str(tmp_path / "nothing")
+
+    monkeypatch.setattr(offline, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     save_pretrained(make_classifier(), tmp_path / "user" / "model")
     for here in ("user/model", tmp_path / "user" / "model", "user/model/model.safetensors"):
@@ -114,8 +116,10 @@ def test_what_is_here_is_not_asked_of_the_hub(
     for missing in (Path("runs/mine"), "mine.pth", "mine.safetensors", "runs/mine.bin"):
         with pytest.raises(ValueError, match=rf"^{missing}: no such file or folder$"):
             load_model(missing)
-    with pytest.raises(AssertionError, match="asked the Hub"):
+    assert asked == []
+    with pytest.raises(ValueError, match=r"user/another: has no model\.safetensors"):
         load_model("user/another")
+    assert asked == ["user/another"]
 
 
 def test_saved_files(tmp_path: Path) -> None:
