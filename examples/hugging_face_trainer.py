@@ -1,9 +1,10 @@
 """Pre-train transformers' Swin with its Trainer: python examples/hugging_face_trainer.py PHOTOS.
 
-What transformers' run_mim.py does, with crops and masks of our collator and the loss of our op.
-Needs transformers 5 and accelerate. The weights in runs/hugging_face are transformers' own layout,
-which `simmim convert`, `simmim features` and the like read. Trainer of transformers 5.24 does not
-resume a Swin's attention weights (its issue 43701): train in one go, or resume with a later one.
+It does what transformers' run_mim.py does, with our collator's crops and masks and our op's loss.
+It needs transformers 5 and accelerate. The weights in runs/hugging_face have transformers' own
+layout, which `simmim convert`, `simmim features` and other commands read. The Trainer of
+transformers 5.24 does not resume a Swin's attention weights (its issue 43701): train without a
+break, or resume with a later release.
 """
 
 import sys
@@ -43,8 +44,8 @@ class SwinForSimMIM(SwinForMaskedImageModeling):
 
     def __init__(self, config):
         super().__init__(config)
-        # Its parent's token of zeros has no variance, by which a layer norm's gradient is divided:
-        # the first gradients would be a thousand times those that follow.
+        # The parent's token of zeros has no variance, and a layer norm divides its gradient by the
+        # deviation: the first gradients would be a thousand times those that follow.
         trunc_normal_(self.swin.embeddings.mask_token, std=config.initializer_range)
 
     def forward(self, pixel_values, bool_masked_pos):

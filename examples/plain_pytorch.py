@@ -33,8 +33,8 @@ def train(photos="", *flags):
     optimizer = build_optimizer(model, config.optim, method.parameter_groups(model))
     loader = make_loader(config, source, world, method.view())
     with closing(loader.steps(0, schedule.total_steps)) as steps:
-        for step, batches in enumerate(steps):  # one batch for every accumulation step
-            seed_step(config.seed, step, world)  # of stochastic depth
+        for step, batches in enumerate(steps):  # a batch for each accumulation step
+            seed_step(config.seed, step, world)  # for stochastic depth
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_of(group, step)
             losses = []

@@ -1,7 +1,7 @@
 """Pre-train under Lightning: python examples/with_lightning.py PHOTOS [--section.key=value …].
 
-The losses are those of `simmim pretrain RECIPE --data.path=PHOTOS …`, on any number of devices, and
-after a resume. `simmim recipes` lists recipes; those of other methods than SimMIM run as well.
+The losses are those of `simmim pretrain RECIPE --data.path=PHOTOS …`, on any number of devices and
+after a resume. `simmim recipes` lists the recipes; those of other methods run as well.
 """
 
 import argparse
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     parser.add_argument("photos", help="folder of images, or of .tar shards")
     parser.add_argument("--recipe", default="smoke", help="or a TOML file")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--resume", metavar="CHECKPOINT", help="of Lightning, .ckpt")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="a .ckpt file of Lightning")
     options, flags = parser.parse_known_args()
     try:
         train(flags=flags, **vars(options))
