@@ -21,7 +21,8 @@ from PIL import Image
 
 from simmim.data.augment import crop_box, is_flipped, resized
 from simmim.data.decode import MAX_PIXELS, decode
-from simmim.data.mixing import _imported, draws_from
+from simmim.data.mixing import draws_from
+from simmim.data.timm_import import import_timm
 from simmim_kernels.splitmix import fold, uniform
 
 # Keeps the draws of views apart from other uses of the same (seed, epoch, sample).
@@ -229,7 +230,7 @@ class EvaluationView:
 
 
 def _published(pixels: Pixels, recipe: Recipe) -> Any:
-    transform = _imported("timm.data").create_transform(
+    transform = import_timm("timm.data").create_transform(
         input_size=pixels.size,
         is_training=True,
         scale=recipe.crop_scale,
@@ -248,7 +249,7 @@ def _published(pixels: Pixels, recipe: Recipe) -> Any:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = partial(_posterized, operation.aug_fn)
     if max(pixels.size) <= SMALL:
-        shift = _imported("torchvision.transforms").RandomCrop(pixels.size, padding=PADDING)
+        shift = import_timm("torchvision.transforms").RandomCrop(pixels.size, padding=PADDING)
         transform.transforms[0] = shift
     return transform
 

@@ -19,6 +19,7 @@ from simmim.backbone.convnet import ConvNet
 from simmim.data.finetune_views import EvaluationView
 from simmim.data.one_pass import one_pass
 from simmim.data.source import Source
+from simmim.data.unreadable import UnreadableImages
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluation_view
 from simmim.errors import DataError, RunError
@@ -32,9 +33,6 @@ OUTPUT = "output"
 
 # How the tokens of an image become its features.
 POOLS = ("mean", "cls", "none")
-
-# Unreadable images that are named; the rest is counted.
-NAMED_UNREADABLE = 20
 
 
 class FeatureOptions(TypedDict, total=False):
@@ -253,8 +251,8 @@ def feature_batches(
 ) -> Generator[FeatureBatch, None, None]:
     """Features of every image of a source, batch by batch, in order.
 
-    Images that cannot be read are reported by name and left out. The views are those of
-    evaluation: nothing is drawn.
+    Images that cannot be read are left out, and reported by name after the last batch. The views
+    are those of evaluation: nothing is drawn.
 
     Args:
         model: runs where it lies; left in the mode it was in.
@@ -268,23 +266,18 @@ def feature_batches(
     layers, pool = options.get("layers"), options.get("pool", "mean")
     report = options.get("report", print)
     samples, advance = options.get("samples"), options.get("advance")
-    unreadable: list[tuple[int, str]] = []
-
-    def note(sample: int, reason: str) -> None:
-        unreadable.append((sample, reason))
-        if len(unreadable) <= NAMED_UNREADABLE:
-            report(f"unreadable, left out: {source.names[sample]}: {reason}")
-
+    world = World(0, 1, model.mean.device)
+    unreadable = UnreadableImages(source, world)
     batches = one_pass(
         source,
         options.get("view") or evaluation_view(model),
-        World(0, 1, model.mean.device),
+        world,
         batch_size=options.get("batch_size", 64),
         workers=options.get("workers", -1),
         samples=samples,
         timeout_s=options.get("timeout_s", 120),
         report=report,
-        note_problem=note,
+        note_problem=unreadable.note,
     )
     with closing(batches):
         for batch in batches:
@@ -303,13 +296,12 @@ def feature_batches(
                 yield FeatureBatch(ids[ids >= 0], found)
             if advance is not None:
                 advance(len(ids))
-    asked = len(source.names if samples is None else samples)
-    if len(unreadable) > NAMED_UNREADABLE:
-        report(f"unreadable, left out: {len(unreadable)} of {asked} images in all")
-    if len(unreadable) == asked:
-        sample, reason = unreadable[0] if unreadable else (0, "there are none")
-        where = f"{source.names[sample]}: {reason}" if unreadable else reason
-        raise DataError(f"none of the {asked} images could be read ({where})")
+    asked = range(len(source.names)) if samples is None else samples
+    problems = unreadable.agree()
+    unreadable.report(problems, report, "unreadable, left out", len(asked))
+    if len(problems) == len(set(asked)):
+        first = unreadable.describe(problems[0]) if problems else "there are none"
+        raise DataError(f"none of the {len(asked)} images could be read ({first})")
 
 
 def extract_features(

@@ -224,9 +224,10 @@ class Plan:
         rows = ["source\treason", *(f"{name}\t{reason}" for name, reason in skipped)]
         files.write_text(folder / SKIPPED_FILE, "\n".join(rows) + "\n")
         if not images:
-            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise DataError(
-                f"{folder}: not one image could be packed ({told}); {SKIPPED_FILE} there names each"
+                f"{folder}: not one image could be packed ({counts}); {SKIPPED_FILE} there names "
+                "each"
             )
         dataset["images"], dataset["skipped"] = images, len(skipped)
         dataset["channels"] = common_channels(channels)
