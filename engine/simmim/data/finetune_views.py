@@ -164,7 +164,7 @@ class TrainingView:
             out[...] = self._transform(picture).numpy()
 
     def _enlarged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        # of an image of a few pixels, timm's crops hold none at times, and are black
+        # timm's crops of an image of a few pixels hold no pixel at times, and are then black
         low, high = self.recipe.crop_ratio
         least = image.shape[0] * image.shape[1] * self.recipe.crop_scale[0] * min(low, 1 / high)
         times = math.ceil(least**-0.5)
@@ -267,7 +267,7 @@ def _operations(transform: Any) -> Iterator[Any]:
 
 
 def _posterized(posterize: Any, image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    # the policy draws 0 bits at times: black, until Pillow took to refusing them
+    # the policy draws 0 bits at times, which mean black and which newer versions of Pillow refuse
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 

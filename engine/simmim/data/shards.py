@@ -149,7 +149,7 @@ def _labels(values: NDArray[np.int64], dataset: dict[str, Any] | None) -> Labels
 
 
 class _CheckedHeader(tarfile.TarInfo):
-    """A tar header whose sizes tarfile can act upon without reading, or circling, without end."""
+    """A tar header that is refused where its size would make tarfile read, or loop, without end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_CheckedHeader":

@@ -38,12 +38,12 @@ def dali_index(index: ShardIndex) -> str:
 
 
 def label_offset(offset: int, size: int) -> int:
-    """Where the data of the member behind an image begins."""
+    """Where the data of the member after an image begins, bytes."""
     return offset + size + -size % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
 
 
 def check_members(shard: Path, index: ShardIndex) -> list[str]:
-    """What a tar file's members are otherwise than its index says, a line each."""
+    """Where a tar file's members differ from what its index says: a line for each difference."""
     problems = []
     place_of: dict[str, tuple[int, int]] = {}
     try:

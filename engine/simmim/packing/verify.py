@@ -76,7 +76,7 @@ def _verify_shard(
             try:
                 # one larger than its index says is damaged: there is no need to decode it
                 data = file.read(index.size[row])
-                # of arrays only the index tells which axis is channels
+                # only the index says which axis of an array is channels
                 pixels = decode(
                     data,
                     indexed[2] if name.endswith(ARRAY_EXTENSION) else channels,
