@@ -163,25 +163,25 @@ def _pack(given: argparse.Namespace, workers: int) -> int:
     print(_line(given.folder, summary))
     if given.stats:
         with _progress("measured", summary.images) as progress:
-            found = pack_statistics(
+            mean_and_std = pack_statistics(
                 given.folder, workers=workers, max_pixels=given.max_pixels, tick=progress.update
             )
-        _print_statistics(*found)
+        _print_statistics(*mean_and_std)
     return 0
 
 
 def _source(
     path: str, shuffled: bool, label_file: Path | None = None
 ) -> tuple[Source, Labels | None]:
-    found = parquet_files(path)
+    paths = parquet_files(path)
     source: Source
-    if found:
+    if paths:
         if shuffled:
             raise DataError(
                 f"{path}: parquet has no random access: pack it without --shuffle, and pack that "
                 "folder with --shuffle and --keep-originals"
             )
-        source = ParquetSource(found)
+        source = ParquetSource(paths)
     else:
         source = open_source(path)
     return source, labels_of(source, label_file)
@@ -191,7 +191,7 @@ def _statistics(
     source: Source, workers: int, given: argparse.Namespace
 ) -> tuple[list[float], list[float]]:
     with _progress("measured", len(source.names)) as progress:
-        found = statistics(
+        sums = statistics(
             source,
             workers=workers,
             max_pixels=given.max_pixels,
@@ -199,9 +199,9 @@ def _statistics(
             channels=given.channels,
             tick=progress.update,
         )
-    if found.skipped:
-        print(f"simmim: {found.skipped} images could not be read", file=sys.stderr)
-    return found.mean_and_std()
+    if sums.skipped:
+        print(f"simmim: {sums.skipped} images could not be read", file=sys.stderr)
+    return sums.mean_and_std()
 
 
 def _print_statistics(mean: list[float], std: list[float]) -> None:
@@ -230,8 +230,8 @@ def _line(folder: Path, summary: Summary) -> str:
     )
     if summary.skipped:
         reasons: Counter[str] = summary.skipped
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        line += f"; skipped {reasons.total()} ({told}), see {SKIPPED_FILE}"
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        line += f"; skipped {reasons.total()} ({counts}), see {SKIPPED_FILE}"
     return line
 
 

@@ -177,8 +177,8 @@ def _jpeg_header(data: bytes) -> Header | None:
                 if data.startswith(b"Exif\0\0", at + 4):
                     orientation = _exif_orientation(data, at + 10)
                 elif data.startswith(XMP_MAGIC, at + 4):
-                    found = _XMP_ORIENTATION.search(data, at, at + 2 + length)
-                    by_xmp = int(found[1]) if found else 1
+                    match = _XMP_ORIENTATION.search(data, at, at + 2 + length)
+                    by_xmp = int(match[1]) if match else 1
             elif marker < 0xFF00:
                 return None
             at += 2 + length
@@ -284,12 +284,12 @@ def _fit(
 ) -> NDArray[np.uint8]:
     """[H, W, C] of any type → uint8 of the wanted number of channels."""
     pixels = _to_bytes(values, value_range)
-    found = pixels.shape[2]
-    if channels is None or found == channels:
+    own = pixels.shape[2]
+    if channels is None or own == channels:
         return pixels
-    if channels not in MODES or found not in (1, 2, 3, 4):
-        raise UnreadableImage(f"{found} channels instead of {channels}")
-    squeezed = pixels[:, :, 0] if found == 1 else pixels
+    if channels not in MODES or own not in (1, 2, 3, 4):
+        raise UnreadableImage(f"{own} channels instead of {channels}")
+    squeezed = pixels[:, :, 0] if own == 1 else pixels
     return _convert(Image.fromarray(np.ascontiguousarray(squeezed)), channels)
 
 

@@ -88,7 +88,7 @@ def draw(ids: Tensor, epochs: Tensor, view: int, seed: int, distortion: Distorti
     """
     keys = fold_tensor(fold_tensor(fold(STREAM, seed), 2 * epochs + view), ids)
     u = uniforms(keys, 12)
-    # in numbers of Python's: a tensor of them would have to be sent to the device
+    # Python's numbers: a tensor of them would have to be sent to the device
     *strengths, turn = distortion.jitter
     ranges = [(max(0.0, 1.0 - strength), 1.0 + strength) for strength in strengths]
     factors = [low + (high - low) * u[:, 5 + i] for i, (low, high) in enumerate(ranges)]
@@ -154,7 +154,7 @@ def _distort(image: Tensor, draws: Draws, largest_sigma: float, where: Where) ->
 def _jitter(x: Tensor, draws: Draws, where: Where) -> Tensor:
     jittered, order = draws.jittered, draws.order
     hue_at = (order == HUE).to(torch.uint8).argmax(dim=1)
-    # Hue is the dearest and may have to be done to all images, so it stands once, between the
+    # Hue costs most and may have to be done to all images, so it stands once, between the
     # blends that come before it and those that come after it.
     for place in range(3):
         x = where(jittered & (hue_at > place), _blend, x, order[:, place], draws.factors)
@@ -175,7 +175,7 @@ def _where_everywhere(
 def _where_chosen(
     chosen: Tensor, change: Callable[..., Tensor], x: Tensor, *parameters: Tensor
 ) -> Tensor:
-    """The same; `x` is changed in place."""
+    """As `_where_everywhere`, but of the chosen images alone; `x` is changed in place."""
     rows = chosen.nonzero()[:, 0]
     if len(rows) == len(x):
         return change(x, *parameters).contiguous()  # grey is expanded: not to be written into

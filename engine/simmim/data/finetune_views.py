@@ -21,7 +21,8 @@ from PIL import Image
 
 from simmim.data.augment import crop_box, is_flipped, resized
 from simmim.data.decode import MAX_PIXELS, decode
-from simmim.data.mixing import _imported, draws_from
+from simmim.data.mixing import draws_from
+from simmim.data.timm_import import import_timm
 from simmim_kernels.splitmix import fold, uniform
 
 # Keeps the draws of views apart from other uses of the same (seed, epoch, sample).
@@ -163,7 +164,7 @@ class TrainingView:
             out[...] = self._transform(picture).numpy()
 
     def _enlarged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        # of an image of a few pixels, timm's crops hold none at times, and are black
+        # timm's crops of an image of a few pixels hold no pixel at times, and are then black
         low, high = self.recipe.crop_ratio
         least = image.shape[0] * image.shape[1] * self.recipe.crop_scale[0] * min(low, 1 / high)
         times = math.ceil(least**-0.5)
@@ -229,7 +230,7 @@ class EvaluationView:
 
 
 def _published(pixels: Pixels, recipe: Recipe) -> Any:
-    transform = _imported("timm.data").create_transform(
+    transform = import_timm("timm.data").create_transform(
         input_size=pixels.size,
         is_training=True,
         scale=recipe.crop_scale,
@@ -248,7 +249,7 @@ def _published(pixels: Pixels, recipe: Recipe) -> Any:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = partial(_posterized, operation.aug_fn)
     if max(pixels.size) <= SMALL:
-        shift = _imported("torchvision.transforms").RandomCrop(pixels.size, padding=PADDING)
+        shift = import_timm("torchvision.transforms").RandomCrop(pixels.size, padding=PADDING)
         transform.transforms[0] = shift
     return transform
 
@@ -266,7 +267,7 @@ def _operations(transform: Any) -> Iterator[Any]:
 
 
 def _posterized(posterize: Any, image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    # the policy draws 0 bits at times: black, until Pillow took to refusing them
+    # the policy draws 0 bits at times, which mean black and which newer versions of Pillow refuse
     return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 

@@ -18,7 +18,7 @@ class FolderSource:
 
     def __init__(self, root: Path) -> None:
         self.root, self._prefix = root, os.path.join(root, "")
-        found: list[str] = []
+        images: list[str] = []
         arrays: list[str] = []
         seen: set[tuple[int, int]] = set()  # links may lead in circles
         for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -33,9 +33,9 @@ class FolderSource:
             subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             relative = os.path.relpath(folder, root)
             prefix = "" if relative == "." else relative + "/"
-            found += [prefix + name for name in files if is_image(name)]
+            images += [prefix + name for name in files if is_image(name)]
             arrays += [prefix + name for name in files if is_array(name)]
-        self.names = PackedStrings(sorted(found or arrays))
+        self.names = PackedStrings(sorted(images or arrays))
 
     def read(self, index: int) -> bytes:
         return read_file(f"{self._prefix}{self.names[index]}")

@@ -223,7 +223,7 @@ def _kind(value: Any) -> str:
 def _columns(where: str, kind: str, header: list[str]) -> tuple[int, int]:
     # the places of name and label
     lower = [cell.strip().lower() for cell in header]
-    found = []
+    columns = []
     for role, accepted in (("name", NAME_COLUMNS), ("label", LABEL_COLUMNS)):
         at = next((lower.index(word) for word in accepted if word in lower), None)
         if at is None:
@@ -231,8 +231,8 @@ def _columns(where: str, kind: str, header: list[str]) -> tuple[int, int]:
                 f"{where}: of the {kind} {_one_line(', '.join(header)) or '(none)'} none is a "
                 f"{role}; call it {', '.join(accepted[:4])} …"
             )
-        found.append(at)
-    return found[0], found[1]
+        columns.append(at)
+    return columns[0], columns[1]
 
 
 def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

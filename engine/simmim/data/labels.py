@@ -1,7 +1,7 @@
-"""Class labels: of a label file, of labelled shards, or of class folders; and splits by class.
+"""Class labels: of a label file, of labelled shards, or of class folders.
 
 Numbers are zero-based everywhere. A label file whose numbers do not begin at 0 is never guessed to
-be one-based: its reader is told with `first_number`.
+be one-based: whoever reads it says so with `first_number`.
 """
 
 import os

@@ -151,15 +151,17 @@ class Loader:
         self.waiting = True
         if self._copied is not None:
             self._copied.synchronize()  # the producer writes that memory again from now on
-        found = next(filled)
+        filled_batch = next(filled)
         self.waiting = False
         self.wait_s += time.perf_counter() - started
         places = asked.popleft()
-        empty = [slot for slot, _ in found.problems]
-        self._note_problems([(places[slot][1], reason) for slot, reason in found.problems], places)
+        empty = [slot for slot, _ in filled_batch.problems]
+        self._note_problems(
+            [(places[slot][1], reason) for slot, reason in filled_batch.problems], places
+        )
         both = torch.tensor(places)  # [B, 2]: epoch, sample
         both[empty, 1] = -1
-        image, both = self._to_device(found.image, both)
+        image, both = self._to_device(filled_batch.image, both)
         return Batch(image, both[:, 1], both[:, 0], len(places) - len(empty))
 
     def _to_device(self, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,16 +182,18 @@ class Loader:
         numbers.record_stream(here)
         return moved, numbers
 
-    def _note_problems(self, found: list[tuple[int, str]], places: list[tuple[int, int]]) -> None:
-        self.problems += found
-        if len(found) < len(places):
+    def _note_problems(
+        self, problems: list[tuple[int, str]], places: list[tuple[int, int]]
+    ) -> None:
+        self.problems += problems
+        if len(problems) < len(places):
             self._unreadable_in_a_row = 0
             return
-        self._unreadable_in_a_row += len(found)
+        self._unreadable_in_a_row += len(problems)
         limit = min(len(self.source.names), MAX_UNREADABLE_IN_A_ROW)
         if self._unreadable_in_a_row >= limit:
-            name = self.source.names[found[0][0]]
+            name = self.source.names[problems[0][0]]
             raise DataError(
                 f"the last {self._unreadable_in_a_row} images could all not be read "
-                f"({name}: {found[0][1]}); is the disk still there?"
+                f"({name}: {problems[0][1]}); is the disk still there?"
             )

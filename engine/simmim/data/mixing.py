@@ -3,14 +3,12 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simmim.errors import RunError
+from simmim.data.timm_import import import_timm
 from simmim_kernels.splitmix import fold
 
 # Keeps the draws of mixing apart from other uses of the same seed.
@@ -48,7 +46,7 @@ class Mixing:
         self.enabled = mixup > 0 or cutmix > 0
         self.smoothing = smoothing
         if self.enabled:
-            self._mix = _imported("timm.data").Mixup(
+            self._mix = import_timm("timm.data").Mixup(
                 mixup_alpha=mixup,
                 cutmix_alpha=cutmix,
                 prob=probability,
@@ -108,15 +106,3 @@ def draws_from(key: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
-
-
-def _imported(module: str) -> Any:
-    try:
-        return import_module(module)
-    except Exception as error:
-        # torchvision, which timm imports, raises all kinds beside a torch it was not built for
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(
-            f"training views and mixing need timm, which cannot be imported ({reason}): "
-            "pip install 'simmim[finetune]'"
-        ) from None

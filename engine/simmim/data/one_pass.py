@@ -65,13 +65,13 @@ def one_pass(
 
     # whatever ends the loop: processes must be gone before the interpreter waits for them
     with closing(producer.batches(places())) as filled:
-        for asked, found in zip(places(), filled):
+        for asked, made in zip(places(), filled):
             ids = torch.tensor([sample for _, sample in asked])
-            for slot, reason in found.problems:
+            for slot, reason in made.problems:
                 if note_problem is not None:
                     note_problem(int(ids[slot]), reason)
                 ids[slot] = -1
             # a copy: the producer goes on to write where the image lies
-            image = found.image.to(world.device, copy=True)
+            image = made.image.to(world.device, copy=True)
             ids = ids.to(world.device)
-            yield Batch(image, ids, torch.zeros_like(ids), len(asked) - len(found.problems))
+            yield Batch(image, ids, torch.zeros_like(ids), len(asked) - len(made.problems))

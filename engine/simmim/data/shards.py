@@ -59,7 +59,7 @@ class ShardSource:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         contents = [scan_tar(shard) for shard in shards]
-        if not any(found.names for found in contents):  # then arrays are the images
+        if not any(part.names for part in contents):  # then arrays are the images
             contents = [scan_tar(shard, is_array) for shard in shards]
         self._gather(zip(shards, contents), None)
 
@@ -76,9 +76,9 @@ class ShardSource:
                 f"{folder}: a pack that is not finished; the same simmim pack command finishes it"
             )
         every = (folder / f"{shard_name(number)}.tar" for number in range(dataset["shards"]))
-        found = ((shard, read_index(shard, whole=False).contents()) for shard in every)
+        contents = ((shard, read_index(shard, whole=False).contents()) for shard in every)
         source = cls.__new__(cls)
-        source._gather((pair for pair in found if pair[1].names), dataset)
+        source._gather((pair for pair in contents if pair[1].names), dataset)
         if len(source.names) != dataset["images"]:
             raise DataError(
                 f"{folder / DATASET_FILE}: says {dataset['images']} images, the shards' indices "
@@ -95,16 +95,16 @@ class ShardSource:
         places = [np.empty((0, 3), dtype=np.int64)]
         labels = [np.empty(0, dtype=np.int64)]
         sizes = [np.empty((0, 2), dtype=np.int32)]
-        for number, (shard, found) in enumerate(shards):
+        for number, (shard, contents) in enumerate(shards):
             self.shards.append(shard)
             prefix = f"{shard.name}/"
-            names.append(PackedStrings([prefix + name for name in found.names]))
-            self.skipped += [(prefix + name, reason) for name, reason in found.skipped]
-            column = np.full((len(found.names), 1), number, dtype=np.int64)
-            places.append(np.hstack([column, found.places]))
-            labels.append(found.labels)
-            if found.sizes is not None:
-                sizes.append(found.sizes)
+            names.append(PackedStrings([prefix + name for name in contents.names]))
+            self.skipped += [(prefix + name, reason) for name, reason in contents.skipped]
+            column = np.full((len(contents.names), 1), number, dtype=np.int64)
+            places.append(np.hstack([column, contents.places]))
+            labels.append(contents.labels)
+            if contents.sizes is not None:
+                sizes.append(contents.sizes)
         self.names = PackedStrings.joined(names)
         self._places: NDArray[np.int64] = np.concatenate(places)
         self.labels = _labels(np.concatenate(labels), dataset)
@@ -149,7 +149,7 @@ def _labels(values: NDArray[np.int64], dataset: dict[str, Any] | None) -> Labels
 
 
 class _CheckedHeader(tarfile.TarInfo):
-    """A tar header whose sizes tarfile can act upon without reading, or circling, without end."""
+    """A tar header that is refused where its size would make tarfile read, or loop, without end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_CheckedHeader":
@@ -166,12 +166,6 @@ class _CheckedHeader(tarfile.TarInfo):
         if extends and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
-
-
-def tar_index(shard: Path) -> list[tuple[str, int, int]]:
-    """(name, offset, size) of every image in a tar file, in file order; see `scan_tar`."""
-    found = scan_tar(shard)
-    return [(name, int(o), int(s)) for name, (o, s) in zip(found.names, found.places)]
 
 
 def scan_tar(shard: Path, wanted: Callable[[str], bool] = is_image) -> ShardContents:
@@ -192,9 +186,9 @@ def scan_tar(shard: Path, wanted: Callable[[str], bool] = is_image) -> ShardCont
         key = f"2|{shard.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         cache = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if cache.is_file():
-            found = json.loads(cache.read_text())
-            skipped = [(str(name), str(reason)) for name, reason in found["skipped"]]
-            return _contents(found["images"], skipped, wanted)
+            cached = json.loads(cache.read_text())
+            skipped = [(str(name), str(reason)) for name, reason in cached["skipped"]]
+            return _contents(cached["images"], skipped, wanted)
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         pass  # no cache, or not one of ours: scan, and write it anew
     images: list[tuple[str, int, int, int]] = []
@@ -235,7 +229,7 @@ def _scan(
 ) -> bool:
     """Add (name, offset, size, label) and (name, reason) of members; whether it saw the end."""
     labels: dict[str, int] = {}
-    found: list[tuple[str, int, int]] = []
+    places: list[tuple[str, int, int]] = []
     end = shard.stat().st_size
     whole = True
     with (
@@ -253,7 +247,7 @@ def _scan(
                 if is_wanted and problem:
                     skipped.append((name, problem))
                 elif is_wanted and not member.isdir():
-                    found.append((name, member.offset_data, min(member.size, _MAX_SIZE)))
+                    places.append((name, member.offset_data, min(member.size, _MAX_SIZE)))
                 elif name.endswith(".cls") and not problem and member.size <= MAX_LABEL_BYTES:
                     label = _class_number(os.pread(file.fileno(), member.size, member.offset_data))
                     labels[name.removesuffix(".cls")] = label
@@ -265,7 +259,7 @@ def _scan(
             else:
                 whole = _ends(file.fileno(), archive.offset, skipped)
         finally:
-            images += [(*image, _label_of(image[0], labels)) for image in found]
+            images += [(*image, _label_of(image[0], labels)) for image in places]
     return whole
 
 

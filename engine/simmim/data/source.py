@@ -1,4 +1,4 @@
-"""Where images come from: a folder of files, or tar shards with random access. Bytes out."""
+"""What a source of encoded images is, and how its files are named and read."""
 
 import errno
 import hashlib

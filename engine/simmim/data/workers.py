@@ -161,7 +161,7 @@ class _Crew:
         return Filled(torch.from_numpy(table.pixels[slot, : len(batch)]), problems)
 
     def _wait(self) -> None:
-        """Until a task is done, a process is gone, or it is time to look at them."""
+        """Wait until a task is done, a process is gone, or it is time to look at the processes."""
         sentinels = [process.sentinel for process in self.crew]
         heard = wait([self.answers, *sentinels], min(LOOK_INTERVAL_S, self.pool.timeout_s / 4))
         if self.answers in heard:

@@ -1,4 +1,4 @@
-"""dataset.json of a packed folder: written, and asked for what its images were packed with."""
+"""Writes the dataset.json of a packed folder, and reads from it how images were packed."""
 
 import json
 from pathlib import Path

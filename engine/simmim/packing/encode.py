@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 class TooLarge(UnreadableImage):
-    """Above the limit of pixels; the message is its size."""
+    """An image with more pixels than the limit; the message is its size."""
 
 
 def encode(data: bytes, options: Options) -> Encoded:

@@ -38,28 +38,28 @@ def dali_index(index: ShardIndex) -> str:
 
 
 def label_offset(offset: int, size: int) -> int:
-    """Where the data of the member behind an image begins."""
+    """Where the data of the member after an image begins, bytes."""
     return offset + size + -size % tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
 
 
 def check_members(shard: Path, index: ShardIndex) -> list[str]:
-    """What a tar file's members are otherwise than its index says, a line each."""
+    """Where a tar file's members differ from what its index says: a line for each difference."""
     problems = []
-    found: dict[str, tuple[int, int]] = {}
+    place_of: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 if member.size < 0:
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
-                if member.name in found or not member.isreg():
+                if member.name in place_of or not member.isreg():
                     problems.append(f"{printable(member.name)}: there twice, or no file")
-                found[member.name] = member.offset_data, member.size
+                place_of[member.name] = member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         problems.append(f"not a whole tar file: {error}")
     with shard.open("rb") as file:
         for row, name in enumerate(index.name):
             offset, size = index.offset[row], index.size[row]
-            place = found.pop(name, None)
+            place = place_of.pop(name, None)
             if place != (offset, size):
                 problems.append(f"{name}: " + ("missing" if place is None else f"is at {place}"))
             digest = hashlib.sha256(os.pread(file.fileno(), size, offset)).hexdigest()
@@ -68,11 +68,11 @@ def check_members(shard: Path, index: ShardIndex) -> list[str]:
             label = -1 if index.label is None else index.label[row]
             if label >= 0:
                 text = str(label).encode()
-                place = found.pop(f"{name.partition('.')[0]}.cls", None)
+                place = place_of.pop(f"{name.partition('.')[0]}.cls", None)
                 offset = label_offset(offset, size)
                 if (
                     place != (offset, len(text))
                     or os.pread(file.fileno(), len(text), offset) != text
                 ):
                     problems.append(f"{name}: its label is not {label}")
-    return problems + [f"{printable(name)}: not in the index" for name in found]
+    return problems + [f"{printable(name)}: not in the index" for name in place_of]

@@ -43,15 +43,15 @@ def parquet_files(path: str) -> list[Path]:
         matching = sorted(Path(p) for p in glob.glob(str(root)))
         return matching if all(p.suffix == PARQUET_EXTENSION for p in matching) else []
     # metadata.parquet stands beside the image files that it describes
-    found = sorted(p for p in root.rglob(f"*{PARQUET_EXTENSION}") if p.stem != "metadata")
-    matches = [_SPLIT.fullmatch(p.name) for p in found]
+    paths = sorted(p for p in root.rglob(f"*{PARQUET_EXTENSION}") if p.stem != "metadata")
+    matches = [_SPLIT.fullmatch(p.name) for p in paths]
     splits = sorted({match[1] for match in matches if match})
     if len(splits) > 1:
         raise DataError(
             f"{path}: holds the splits {', '.join(splits)}; choose one with a pattern in quotes: "
-            f"'{os.path.commonpath([p.parent for p in found])}/{splits[-1]}-*.parquet'"
+            f"'{os.path.commonpath([p.parent for p in paths])}/{splits[-1]}-*.parquet'"
         )
-    return found
+    return paths
 
 
 class ParquetSource:
@@ -97,12 +97,12 @@ class ParquetSource:
             relative = os.path.relpath(path, root)
             names += [f"{relative}/{row}" for row in range(sum(rows))]
             starts.append(len(names))
-        if len(columns) > 1 or len({found and found[1] for found in labels}) > 1:
+        if len(columns) > 1 or len({part and part[1] for part in labels}) > 1:
             raise DataError(f"{root}: its parquet files differ in image column or classes")
         self._column = columns.pop()
         self.names = PackedStrings(names)
         self._starts = np.array(starts, dtype=np.int64)
-        self.labels = _join([found for found in labels if found is not None])
+        self.labels = _join([part for part in labels if part is not None])
         self._at: tuple[int, int, int] | None = None  # process, file, row group
         self._batches: Iterator[Any] = iter(())
         self._batch: list[Any] = []

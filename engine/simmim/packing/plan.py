@@ -1,4 +1,4 @@
-"""Which image of a source stands where in its pack, and the making of each shard by that plan."""
+"""The plan of a pack: which image stands where; and the shards that are made by it."""
 
 import hashlib
 import io
@@ -42,7 +42,8 @@ SKIPPED_FILE = "skipped.tsv"
 # Keeps the shuffle apart from other uses of the same seed.
 STREAM = 0x7061636B  # "pack"
 
-# Images that cannot be read in a row, within a shard: the disk is gone, not an image broken.
+# So many unreadable images in a row, within a shard, mean that the disk is gone, not that an image
+# is broken.
 MAX_UNREADABLE_IN_A_ROW = 1000
 
 # Files that a pack that was killed leaves behind.
@@ -224,9 +225,10 @@ class Plan:
         rows = ["source\treason", *(f"{name}\t{reason}" for name, reason in skipped)]
         files.write_text(folder / SKIPPED_FILE, "\n".join(rows) + "\n")
         if not images:
-            told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise DataError(
-                f"{folder}: not one image could be packed ({told}); {SKIPPED_FILE} there names each"
+                f"{folder}: not one image could be packed ({counts}); {SKIPPED_FILE} there names "
+                "each"
             )
         dataset["images"], dataset["skipped"] = images, len(skipped)
         dataset["channels"] = common_channels(channels)

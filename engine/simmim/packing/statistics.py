@@ -79,15 +79,15 @@ class Statistics:
         """
         channels = common_channels(set(self.sums))
         if channels is None:
-            told = ", ".join(f"{n} images of {c}" for c, n in sorted(self.images.items()))
+            counts = ", ".join(f"{n} images of {c}" for c, n in sorted(self.images.items()))
             raise DataError(
-                f"no mean and std: {told} channels"
-                if told
+                f"no mean and std: {counts} channels"
+                if counts
                 else "no mean and std: no image was read"
             )
         whole = Statistics()
-        for found, (pixels, sums, squares) in self.sums.items():
-            times = channels // found
+        for number, (pixels, sums, squares) in self.sums.items():
+            times = channels // number
             whole._add(channels, pixels, sums * times, squares * times, images=0)
         pixels, sums, squares = whole.sums[channels]
         mean = [s / (pixels * 255) for s in sums]
@@ -153,8 +153,9 @@ def pack_statistics(
     if dataset["mean"] and dataset["std"]:
         return dataset["mean"], dataset["std"]
     source = ShardSource.of_pack(folder)
-    common = dataset["channels"]  # more than four are arrays, which must be told
-    found = statistics(
+    # an array does not say which axis is channels: its reader must be told how many there are
+    common = dataset["channels"]
+    sums = statistics(
         source,
         workers=workers,
         max_pixels=max_pixels,
@@ -163,7 +164,7 @@ def pack_statistics(
         tick=tick,
     )
     try:
-        mean, std = found.mean_and_std()
+        mean, std = sums.mean_and_std()
     except DataError as error:
         raise DataError(f"{folder}: {error}") from None
     dataset["mean"], dataset["std"] = mean, std

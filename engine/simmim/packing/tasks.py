@@ -1,4 +1,4 @@
-"""Numbered tasks over forked processes, each result as it comes; nothing outlives the caller."""
+"""Runs numbered tasks in forked processes, none of which outlives the caller."""
 
 import multiprocessing
 import os

@@ -41,9 +41,9 @@ def verify(
         workers,
         f"{folder}/{{:06d}}.tar",
     )
-    found = dict(tasks.results(range(dataset["shards"]), lambda tally: tick(tally.total()[0])))
-    problems = [line for number in sorted(found) for line in found[number][1]]
-    images = sum(count for count, _ in found.values())
+    checked = dict(tasks.results(range(dataset["shards"]), lambda tally: tick(tally.total()[0])))
+    problems = [line for number in sorted(checked) for line in checked[number][1]]
+    images = sum(count for count, _ in checked.values())
     if not problems and images != dataset["images"]:
         problems = [f"{DATASET_FILE}: says {dataset['images']} images, the indices {images}"]
     return images, problems
@@ -72,21 +72,21 @@ def _verify_shard(
     with shard.open("rb") as file:
         for row, name in enumerate(index.name):
             file.seek(index.offset[row])
-            told = index.height[row], index.width[row], index.channels[row]
+            indexed = index.height[row], index.width[row], index.channels[row]
             try:
-                # larger than told is damaged: there is no need to decode it
+                # one larger than its index says is damaged: there is no need to decode it
                 data = file.read(index.size[row])
-                # of arrays only the index tells which axis is channels
+                # only the index says which axis of an array is channels
                 pixels = decode(
                     data,
-                    told[2] if name.endswith(ARRAY_EXTENSION) else channels,
-                    max_pixels=told[0] * told[1],
+                    indexed[2] if name.endswith(ARRAY_EXTENSION) else channels,
+                    max_pixels=indexed[0] * indexed[1],
                     value_range=value_range,
                 )
             except UnreadableImage as error:
                 problems.append(f"{name}: unreadable: {error}")
             else:
-                if pixels.shape != told:
-                    problems.append(f"{name}: is {list(pixels.shape)}, not {list(told)}")
+                if pixels.shape != indexed:
+                    problems.append(f"{name}: is {list(pixels.shape)}, not {list(indexed)}")
             tally.add(done=1)
     return len(index.name), [printable(f"{shard.name}: {problem}") for problem in problems]

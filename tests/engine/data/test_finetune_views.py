@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import finetune_views as labelled
+from simmim.data import finetune_views, timm_import
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
 from simmim.data.mixing import Mixing, draws_from
@@ -92,7 +92,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         used.append(key)
         return draws_from(key)
 
-    monkeypatch.setattr(labelled, "draws_from", noted)
+    monkeypatch.setattr(finetune_views, "draws_from", noted)
     return used
 
 
@@ -436,7 +436,7 @@ def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     absent: Any = None
     for patch in (
         lambda: monkeypatch.setitem(sys.modules, "timm.data", absent),
-        lambda: monkeypatch.setattr(labelled, "import_module", missing),
+        lambda: monkeypatch.setattr(timm_import, "import_module", missing),
     ):
         patch()
         for wants_timm in (lambda: TrainingView(COLOUR, 0), lambda: Mixing(10, 0)):

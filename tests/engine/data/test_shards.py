@@ -13,7 +13,7 @@ import pytest
 
 from simmim.data.open import open_source
 from simmim.data.shard_index import read_index
-from simmim.data.shards import ShardSource, scan_tar, tar_index
+from simmim.data.shards import ShardSource, scan_tar
 from simmim.errors import DataError
 from simmim.packing.options import Options
 from simmim.packing.pack import pack
@@ -112,7 +112,7 @@ def test_a_damaged_header_in_the_middle_is_told(tmp_path: Path, jpeg: bytes) -> 
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name in ("a.jpg", "b.jpg", "c.jpg"):
             add(archive, name, jpeg)
-    offset = tar_index(tmp_path / "x.tar")[1][1] - tarfile.BLOCKSIZE
+    offset = int(scan_tar(tmp_path / "x.tar").places[1, 0]) - tarfile.BLOCKSIZE
     with (tmp_path / "x.tar").open("r+b") as file:
         file.seek(offset + 148)
         file.write(b"000000")

@@ -1,4 +1,4 @@
-"""Whether DALI is there, and which backend decodes."""
+"""Whether DALI can be imported, and which backend decodes."""
 
 import functools
 import importlib

@@ -26,7 +26,7 @@ MAX_FAILURES = 3
 
 
 class MicroBatch:
-    """A micro-batch on its way: being read, then in sub-batches at DALI, then finished."""
+    """A micro-batch on its way: it is read, DALI makes it in sub-batches, and it is finished."""
 
     def __init__(self, reads: list[Read[PreparedSample]]) -> None:
         self.reads = reads
@@ -142,7 +142,7 @@ class Pass:
         for batch in self.begun:
             if batch.samples is None:
                 if not all(read.is_answered() for read in batch.reads):
-                    return  # or failed, which is told when its batch's turn has come
+                    return  # or one has failed, which is raised when the turn of its batch has come
                 self._begin(batch, [read.future.result() for read in batch.reads])
             assert batch.samples is not None
             while batch.waiting:
@@ -155,7 +155,7 @@ class Pass:
                     if not self.scheduled:
                         batch.waiting.popleft()
                         self._make_here(batch, slots, error)
-                    return  # otherwise the oldest in work fails as well, and is dealt with first
+                    return  # otherwise the oldest in work fails as well, and its turn comes first
                 batch.waiting.popleft()
                 self.scheduled.append((batch, slots))
 
@@ -173,7 +173,7 @@ class Pass:
         self.failures = 0
 
     def _make_here(self, batch: MicroBatch, slots: list[int], error: Exception) -> None:
-        """A sub-batch that DALI failed on, by the CPU path; DALI starts anew with the others."""
+        """Make a sub-batch that failed by the CPU path; DALI starts anew with the others."""
         assert batch.samples is not None
         for other, others in reversed(self.scheduled):
             other.waiting.appendleft(others)

@@ -94,7 +94,7 @@ class Decoder:
         return pipeline
 
     def schedule(self, samples: list[PreparedSample]) -> None:
-        """Start on samples; returns at once."""
+        """Give DALI samples to work on; returns at once."""
         feed = self.pipeline.feed_input
         feed("encoded", [np.frombuffer(sample.data, np.uint8) for sample in samples])
         feed("box", np.array([sample.box for sample in samples], np.int32))
@@ -129,7 +129,7 @@ class Decoder:
 
 
 def reason_of(error: Exception) -> str:
-    """The lines of DALI's report that say what happened, in one."""
+    """The last line of DALI's report that says what happened."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [
         line for line in lines if re.search(r"sample #\d|failure|[Ff]ailed|rror code|emory", line)

@@ -1,4 +1,4 @@
-"""How much memory a pipeline of DALI takes, as far as it can be told before."""
+"""An estimate, made before a run, of the memory that a pipeline of DALI takes."""
 
 import math
 
@@ -8,30 +8,24 @@ from simmim.errors import DataError
 # Sub-batches that DALI works on: one is decoded while the one before is resized.
 SCHEDULED = 2
 
-
 # Of a sub-batch's pixels, the share that one image may have; larger ones are decoded by us.
 LARGEST_SHARE = 1 / 4
-
 
 # The smallest sub-batch in pixels: images of one megapixel go to DALI under every budget.
 MIN_PIXELS = 2**22
 
-
+# The largest sub-batch in pixels, whatever the budget.
 MAX_SUB_BATCH_PIXELS = 2**31
-
 
 # Bytes a pixel that a decoding thread needs: the coefficients of a progressive JPEG (three
 # channels, 16 bits), on the device and, in two halves, page-locked on the host.
 DEVICE_WORKSPACE, HOST_WORKSPACE = 6, 3
 
-
 # DALI resizes this many images in one kernel call (`minibatch_size`).
 RESIZED_AT_ONCE = 32
 
-
 # Allocators round up and keep holes.
 SLACK = 1.25
-
 
 # What DALI has loaded and set up once it runs, whatever it decodes; 58 MiB were seen on the CPU.
 BASE_BYTES = 2**26

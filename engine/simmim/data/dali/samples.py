@@ -1,4 +1,4 @@
-"""Samples on their way to DALI: read, and given to whoever decodes them as the CPU path would."""
+"""Reads samples, and decides whether DALI or the CPU path decodes each of them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from simmim.data.decode import Header, UnreadableImage, decode, read_header
 from simmim.data.source import Source, is_machine_fault
 from simmim.data.views import RandomCrops
 
-# An end marker further from the end is a truncated file, or a question for the CPU path.
+# Where the end marker is further from the end, the file is truncated or the CPU path decides.
 TAIL_BYTES = 64
 END_OF_IMAGE = b"\xff\xd9"
 
