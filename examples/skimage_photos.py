@@ -17,7 +17,7 @@ SHORT_SIDE = 160  # pixels; the demo trains on small crops, and big PNGs decode 
 
 
 def collect(folder: Path) -> list[Path]:
-    """Write small copies of the photos that this release of scikit-image has; return their paths."""
+    """Write small copies of the photos that this scikit-image has; return their paths."""
     shipped = Path(skimage.__file__).parent / "data"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
