@@ -212,12 +212,17 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width. [B, H, W, C] → [B, H/2, W/2, 2C]."""
+    """Four neighbours become one token of twice the width. [B, H, W, C] → [B, H/2, W/2, 2C].
+
+    A version has its norm before or after the projection: over 4C or over 2C.
+    """
+
+    norm_widths = 4
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(4 * width, NORM_EPS)
+        self.norm = nn.LayerNorm(self.norm_widths * width, NORM_EPS)
 
     def forward(self, x: Tensor, backend: str | None) -> Tensor:
         return merge_patches(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simmim.backbone.layers import MlpLayers
-from simmim.backbone.swin import NORM_EPS, Swin, SwinBlock, SwinSpec, SwinStage
+from simmim.backbone.swin import PatchMerging, Swin, SwinBlock, SwinSpec, SwinStage
 from simmim_kernels import post_norm_attention, post_norm_mlp
 
 # Hidden width of the network of position biases, and the largest bias it gives.
@@ -171,13 +171,10 @@ class SwinV2Block(SwinBlock):
     mlp_type = PostNormMlp
 
 
-class PatchMerging(nn.Module):
-    """Four neighbours become one token of twice the width. [B, H, W, C] → [B, H/2, W/2, 2C]."""
+class PostNormPatchMerging(PatchMerging):
+    """`PatchMerging` with its norm after the projection."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(2 * width, NORM_EPS)
+    norm_widths = 2
 
     def forward(self, x: Tensor, backend: str | None) -> Tensor:
         B, H, W, C = x.shape
@@ -191,7 +188,7 @@ class SwinV2Stage(SwinStage):
     """The blocks of one resolution, then the merging to the next."""
 
     block_type = SwinV2Block
-    merging_type = PatchMerging
+    merging_type = PostNormPatchMerging
 
 
 class SwinV2(Swin):

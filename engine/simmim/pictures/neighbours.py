@@ -13,13 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from simmim.config.sections import Config
-from simmim.data.augment import centre_view
-from simmim.data.decode import UnreadableImage, decode
 from simmim.data.source import Source
 from simmim.data.views import View
 from simmim.model.image_model import ImageModel, evaluation_mode
 from simmim.pictures.grid import titled_grid
-from simmim_kernels.splitmix import fold, permutation
+from simmim.pictures.samples import pictured_images
 
 # Images among which neighbours are looked for, and how many of them are shown.
 POOL, NEIGHBOURS = 60, 2
@@ -50,29 +48,14 @@ class ViewPictures:
         distort: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]],
     ) -> None:
         self.distort, self.drawn = distort, config.log.pictures
-        self.ids: list[int] = []
-        self.whole: list[NDArray[np.uint8]] = []
-        self.views: list[NDArray[np.uint8]] = []
         wanted = self.drawn + POOL
-        for sample in permutation(fold(config.seed), len(source.names))[: 2 * wanted].tolist():
-            if len(self.ids) == wanted:
-                break
-            try:
-                data = source.read(sample)
-                image = decode(
-                    data,
-                    config.data.channels,
-                    max_pixels=config.data.max_pixels,
-                    value_range=config.data.value_range,
-                )
-            except (UnreadableImage, OSError):
-                continue
-            if len(self.ids) < self.drawn:
-                views = np.empty(view.shape, np.uint8)
-                view.fill(views, data, 0, sample)
-                self.views.append(views)
-            self.ids.append(sample)
-            self.whole.append(centre_view(image, config.image_size))
+        images = list(pictured_images(source, config, wanted, tries=2 * wanted))
+        self.ids = [image.sample for image in images]
+        self.whole = [image.centre for image in images]
+        self.views: list[NDArray[np.uint8]] = []
+        for image in images[: self.drawn]:
+            self.views.append(np.empty(view.shape, np.uint8))
+            view.fill(self.views[-1], image.data, 0, image.sample)
 
     def draw(self, model: ImageModel) -> Image.Image | None:
         """The picture of the model as it is; None when no image could be read."""

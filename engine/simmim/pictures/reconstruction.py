@@ -16,7 +16,7 @@ from simmim.data.source import Source
 from simmim.model.image_model import ImageModel, MaskedImageModel, evaluation_mode
 from simmim.model.masking import sample_mask
 from simmim.pictures.grid import titled_grid
-from simmim_kernels.splitmix import fold, permutation
+from simmim.pictures.samples import pictured_images
 
 COLUMNS = ("original", "masked", "reconstruction")
 HIDDEN_GREY = 128
@@ -135,22 +135,9 @@ class FixedSamples:
         count: int,
     ) -> None:
         self.draw_mask = draw_mask
-        self.ids: list[int] = []
-        self.views: list[NDArray[np.uint8]] = []
-        for sample in permutation(fold(config.seed), len(source.names))[: 4 * count].tolist():
-            if len(self.ids) == count:
-                break
-            try:
-                image = decode(
-                    source.read(sample),
-                    config.data.channels,
-                    max_pixels=config.data.max_pixels,
-                    value_range=config.data.value_range,
-                )
-            except (UnreadableImage, OSError):
-                continue
-            self.ids.append(sample)
-            self.views.append(centre_view(image, config.image_size))
+        images = list(pictured_images(source, config, count, tries=4 * count))
+        self.ids = [image.sample for image in images]
+        self.views = [image.centre for image in images]
 
     def draw(self, model: ImageModel) -> Image.Image | None:
         """The picture of the model as it is; None when no image could be read."""
