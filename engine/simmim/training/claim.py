@@ -1,4 +1,4 @@
-"""Takes the folder of a run for one process, and describes the run for whoever finds it later."""
+"""Claims a run folder for one process, and records what every start of the run ran on."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupt
 
 @contextmanager
 def claimed_folder(config: RunConfig, world: World) -> Iterator[RunFolder]:
-    """The run folder, made if needed and locked against a second run.
+    """Yield the run folder, which is made if needed and locked against a second run.
 
     Raises:
         ConfigError: the folder holds something else, cannot be made, or is in use.
