@@ -20,7 +20,7 @@ from simmim.training.interrupts import Interrupts
 
 @contextmanager
 def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupts]]:
-    """This process, the run's folder, and what listens to signals, for as long as a run lasts.
+    """Yield this process, the claimed run folder and the signals, for as long as a run lasts.
 
     Raises:
         ConfigError: see `claimed_folder`.
@@ -28,7 +28,7 @@ def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupt
     world = distributed.init(config.device)
     with Interrupts() as interrupts, claimed_folder(config, world) as folder:
         yield world, folder, interrupts
-    # not after an error: leaving the group waits for processes that may wait for this one
+    # skipped after an error: leaving the group waits for processes that may wait for this one
     distributed.finish(world)
 
 

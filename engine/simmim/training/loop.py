@@ -70,8 +70,8 @@ def train(
         0 when the run is complete, 75 when a signal stopped it.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
-        DataError: the images cannot be trained on.
+        ConfigError: what the folder holds is a run of other settings.
+        DataError: data fails.
         CheckpointError: a checkpoint could not be written or read.
         RunStopped: too many steps in a row had non-finite gradients.
     """
@@ -128,7 +128,7 @@ class Loop:
             return self._interrupted(interrupts)
         except DataError:
             # data is asked for between two steps: nothing is half done. With several processes the
-            # others wait inside a step, and the processes cannot agree on a save.
+            # others wait in a step, and no save can be agreed on.
             if self.world.size == 1 and self.state.step > self.first_step:
                 self._save()
             raise
