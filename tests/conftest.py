@@ -1,4 +1,4 @@
-"""Fixtures: photos, the backends, and `torch.empty` that is never accidentally right."""
+"""Fixtures: photos, the backends, and a `torch.empty` that is never right by accident."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from simmim_kernels import native
 
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
 
-# "native-bfloat16" multiplies matrices in bfloat16, as on processors that have it
+# "native-bfloat16" multiplies matrices in bfloat16, as processors with such products do
 BACKENDS = [
     "reference",
     "native",
@@ -52,7 +52,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_image(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a smooth random image: write_image(name, mode="RGB", size=(w, h), **save options)."""
+    """Write a smooth random image: write_image(name, mode="RGB", size=(w, h), **save options)."""
 
     def write(
         name: str, mode: str = "RGB", size: tuple[int, int] = (90, 70), **options: object
@@ -69,7 +69,7 @@ def write_image(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory holds NaN or a pattern: an output that nobody wrote cannot pass."""
+    """Fill new memory with NaN or a pattern, so that an output that nobody wrote cannot pass."""
     for owner, name in [
         (torch, "empty"),
         (torch, "empty_like"),
@@ -90,7 +90,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name to give as `backend`; Triton runs in its interpreter, every access checked."""
+    """The name to give as `backend`; Triton runs in its interpreter, which checks every access."""
     name, _, how = request.param.partition("-")
     if name == "triton":
         pytest.importorskip("triton")
@@ -122,7 +122,7 @@ def _seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole models through the Triton interpreter take minutes; its ops have tests of their own."""
+    """Whole models take minutes in the Triton interpreter; its ops have their own tests."""
     for item in items:
         if item.path.name == "test_golden.py" and "triton-interpreted" in item.name:
             item.add_marker(pytest.mark.slow)

@@ -1,8 +1,8 @@
 """The `simmim` command, or a script, in a fork of a process that has imported everything.
 
-A fresh interpreter imports for seconds; a fork of a server begins at once, and what remains, from
-arguments and environment to signals and exit code, is a command's. That the real command starts is
-for the tests that start it.
+A fresh interpreter imports for seconds; a fork of a server begins at once, and everything
+else, from arguments and environment to signals and exit code, is that of a command. Tests of the
+real command show that it starts.
 """
 
 import os
@@ -36,7 +36,7 @@ _context = get_context("forkserver")
 class Started:
     """A command that runs, with the methods of `subprocess.Popen` that tests use.
 
-    It leads a session of its own, as with `start_new_session=True`.
+    It leads its own session, as with `start_new_session=True`.
 
     Args:
         program: "simmim", or the path of a script.
@@ -76,7 +76,7 @@ class Started:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it wrote to stdout and stderr, once it has ended."""
+        """Wait for its end; return what it wrote to stdout and stderr."""
         self.wait(timeout)
         out, error = self._texts
         return out, error
@@ -99,7 +99,7 @@ def finish(
         arguments: its arguments.
         timeout: in seconds.
         processes: how many train together over gloo, as torchrun would start them; the result is
-            that of the first, but for the exit code, which is the first that is not 0.
+            that of the first, except the exit code, which is the first that is not 0.
     """
     environments: list[dict[str, str]] = [{}]
     if processes > 1:

@@ -25,19 +25,19 @@ def load_golden_json(name: str) -> Any:
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, which is cut off."""
+    """The tensors whose names have a prefix, by their names without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def gradient_rows(gradient: Tensor) -> Tensor:
-    """What `grad_rows/` holds of the gradient of a large matrix: every fourth row, and the last."""
+    """The rows of a large matrix's gradient in `grad_rows/`: every fourth row, and the last."""
     return gradient[sorted({*range(0, len(gradient), 4), len(gradient) - 1})]
 
 
 def assert_close_to(
     actual: Tensor, expected: Tensor, tolerance: dict[str, float], what: str
 ) -> None:
-    """`actual` within the rtol and atol that the golden index states."""
+    """Assert that `actual` is within the rtol and atol that the golden index states."""
     torch.testing.assert_close(
         actual,
         expected,
@@ -59,7 +59,7 @@ def assert_no_worse(
     exact: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """At most twice torch's error; a little more, as some are the error of a few numbers only."""
+    """Assert at most twice torch's error, plus a little: some are errors of a few numbers only."""
     assert found.keys() == exact.keys()
     tiny = max(torch.finfo(dtype).eps / 8, 1e-6)
     for name, expected in exact.items():

@@ -19,7 +19,7 @@ from simmim.training.step import TrainState
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Depths are keys of a recipe, a ConvNet's widths are not: the smallest preset trains for minutes.
+# A recipe can set depths, but not a ConvNet's widths, and its smallest preset takes minutes.
 NARROW = {
     "resnet_narrow": ResNetSpec(depths=(1, 1, 1, 1), bottleneck=False, width=8),
     "convnext_narrow": ConvNeXtSpec(depths=(1, 1, 1, 1), widths=(8, 16, 24, 32)),
@@ -40,10 +40,10 @@ class Case:
     """A method on a backbone.
 
     Attributes:
-        recipe: a shipped one of seconds.
-        model: the [model] table in its stead; {} keeps the recipe's.
+        recipe: a shipped recipe that takes seconds.
+        model: replaces the recipe's [model] table; {} keeps it.
         batch_norms: whether an image's features depend on the others of its micro-batch.
-        views: of an image that the method takes.
+        views: how many views of an image the method takes.
     """
 
     recipe: str

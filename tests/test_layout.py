@@ -89,8 +89,8 @@ ROOTS: list[tuple[str, Floors]] = [("engine", FLOORS_OF_ENGINE), ("kernels", FLO
 
 
 def import_statements(source: str, module: str) -> Iterator[tuple[str, str]]:
-    """(module, name in it or "") of all that a source text imports, in functions and under
-    TYPE_CHECKING too.
+    """(module, name in it or "") of everything that a source text imports, also in functions and
+    under TYPE_CHECKING.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -144,8 +144,8 @@ def arrows_upwards(floors: Floors, sources: Mapping[str, str]) -> list[str]:
     """Imports of a higher floor by a lower one.
 
     Args:
-        floors: bottom first.
-        sources: the source text of each module by its name; others' imports are not looked at.
+        floors: from the lowest to the highest.
+        sources: the source text of each module by its name; imports of other modules do not count.
     """
     return [
         f"{importer} ({floors[below][0]}) imports {module} ({floors[above][0]})"

@@ -1,4 +1,4 @@
-"""The ordinary suite loses no pair of values to `pairwise`, and `make test-all` no combination."""
+"""`pairwise` keeps every pair of values in the ordinary suite, and every combination overall."""
 
 import itertools
 

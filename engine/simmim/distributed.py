@@ -55,7 +55,7 @@ def init(device: str) -> World:
                 f"{torch.cuda.device_count()}; lower --nproc-per-node"
             )
         torch.cuda.set_device(local_rank)
-        # float32 means float32: parity with the published numbers
+        # float32 without TF32, for parity with the published numbers
         torch.backends.cudnn.allow_tf32 = False
     chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if size > 1:
@@ -81,7 +81,7 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
 
 
 def broadcast_object(value: object, world: World) -> object:
-    """Rank 0's value, in every process."""
+    """Return rank 0's value in every process."""
     if world.size == 1:
         return value
     box = [value]
@@ -90,7 +90,7 @@ def broadcast_object(value: object, world: World) -> object:
 
 
 def gather_objects(value: T, world: World) -> list[T]:
-    """Every process's value, in every process, in order of rank."""
+    """Return the values of all processes, in order of rank, in every process."""
     if world.size == 1:
         return [value]
     values: list[T | None] = [None] * world.size

@@ -1,4 +1,4 @@
-"""What this process runs in: its place among torchrun's, versions, devices, the git commit."""
+"""Where this process runs: its place among torchrun's, versions, devices, the git commit."""
 
 import os
 import platform
@@ -43,7 +43,7 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> "Launch":
-        """What torchrun's environment variables tell."""
+        """Read torchrun's environment variables."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101")))
 
@@ -92,7 +92,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device, world_size: int) -> dict[str, Any]:
-    """Everything worth keeping beside a run's results."""
+    """What a run records about its environment."""
     return {
         "versions": package_versions(),
         "git_commit": git_commit(),

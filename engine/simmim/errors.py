@@ -1,23 +1,23 @@
-"""What ends a run with one clear line instead of a traceback."""
+"""Errors that end a run with one clear line instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says what, where, and what to do."""
+    """A run cannot start or continue; the message says what failed, where, and what to do."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; one line that names the key and what would work."""
+    """A configuration cannot run; the message names the key and what would work."""
 
 
 class DataError(RunError):
-    """Data that cannot be trained on; one line that names the folder or file."""
+    """Data cannot be trained on; the message names the folder or file."""
 
 
 class PathError(DataError):
-    """The path that a caller gave means no usable data; the message begins with that path."""
+    """A path leads to no usable data; the message begins with that path."""
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def from_setting(key: str) -> Iterator[None]:
     """Name the setting that a path came from: "photos: no image" becomes "data.path=photos: …".
 
     Args:
-        key: of the configuration; "" where the path is no setting's.
+        key: key of the configuration; "" if the path comes from no setting.
 
     Raises:
         DataError: instead of a PathError.

@@ -10,8 +10,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it.
 
     Raises:
-        OSError: nothing at `path` has changed then, and the temporary file is gone; a device or
-            folder at `path` is never replaced, and a link is written through.
+        OSError: the file could not be written; `path` has not changed, and the temporary file is
+            gone. A device or folder at `path` is never replaced, and a link is followed.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():

@@ -1,4 +1,4 @@
-"""A collator for Hugging Face's Trainer: our views and masks under the names its models take.
+"""A collator for Hugging Face's Trainer: our views and masks under the names that its models take.
 
 B batch, C channels, H W pixels, L patches.
 """
@@ -41,7 +41,7 @@ class MaskCollator:
         patch_size: side of the model's patches, in pixels: `config.patch_size`.
         mask_unit: side of a mask unit, in pixels; a multiple of patch_size that divides the image.
         mask_ratio: share of the units that is hidden, rounded up to whole units.
-        seed: of crops, flips and masks.
+        seed: seed of crops, flips and masks.
         crop_scale: smallest and largest share of the area that a random crop covers.
         crop_ratio: smallest and largest width/height of a random crop.
         flip: probability of a horizontal flip.
@@ -79,11 +79,11 @@ class MaskCollator:
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}")
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which pass over the data begins; workers of a DataLoader learn it when they start."""
+        """Set which pass over the data begins; workers of a DataLoader read it when they start."""
         self.epoch = epoch
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch of some examples.
+        """Make the batch of a list of examples.
 
         Returns:
             "pixel_values", float32 [B, C, H, W], and "bool_masked_pos", bool [B, L], True marks a
@@ -91,7 +91,7 @@ class MaskCollator:
 
         Raises:
             ValueError: an example has neither image nor pixel values, or pixel values of another
-                size; UnreadableImage, a ValueError too, where encoded bytes are no image.
+                size; encoded bytes that are no image raise UnreadableImage, which is a ValueError.
         """
         epoch, ids = self._places(examples)
         if "pixel_values" in examples[0]:
@@ -115,10 +115,10 @@ class MaskCollator:
         return {"pixel_values": pixels, "bool_masked_pos": mask.flatten(1)}
 
     def _places(self, examples: Sequence[Mapping[str, Any]]) -> tuple[int, list[int]]:
-        """(epoch, ids) that every draw of the batch is keyed with."""
+        """The epoch and the ids from which every draw of the batch follows."""
         if all("id" in example for example in examples):
             return self.epoch, [int(example["id"]) for example in examples]
-        # one draw a batch stands for the epoch; the processes of a run have equal generators
+        # one draw per batch replaces the epoch; with the rank, as processes have equal generators
         drawn = fold(int(torch.randint(2**62, ())), Launch.of_environment().rank)
         return drawn >> 1, list(range(len(examples)))
 
@@ -143,7 +143,7 @@ class MaskCollator:
 
 
 def _pixels(image: Any, channels: int) -> NDArray[np.uint8]:
-    """uint8 [H, W, C] of any form that an image of an example may have."""
+    """uint8 [H, W, C] from any form that an image of an example may have."""
     if isinstance(image, Mapping):
         image = image["bytes"] or Path(image["path"]).read_bytes()
     if isinstance(image, bytes):

@@ -1,10 +1,9 @@
-"""Any method of the engine under Lightning's Trainer: its module, its data, its rates.
+"""Runs any method of the engine under Lightning's Trainer: its module, its data, its rates.
 
-The Trainer takes the place of the engine's loop: devices, precision, accumulation, checkpoints and
-logs are what it is told, not what the configuration's [train], [checkpoint] and [log] say. Batches,
-masks, rates, clipping and therefore losses are those of `simmim pretrain`. What the engine does
-beside the steps (skipping those with non-finite gradients, pictures, validation) is left to
-callbacks.
+The Trainer replaces the engine's loop: its own arguments decide devices, precision, accumulation,
+checkpoints and logs, and not the configuration's [train], [checkpoint] and [log]. Batches, masks,
+rates, clipping and therefore losses are those of `simmim pretrain`. Everything else that the
+engine does (skipping steps with non-finite gradients, pictures, validation) is left to callbacks.
 """
 
 import logging
@@ -43,17 +42,17 @@ log = logging.getLogger("simmim")
 
 
 class MethodDataModule(LightningDataModule):
-    """The micro-batches of a run, from the step that the Trainer stands at.
+    """The micro-batches of a run, from the present step of the Trainer on.
 
     Every process takes its own part of the run's order, which is the same for any number of
-    processes; Lightning must add no sampler (`use_distributed_sampler=False`). Its epoch is as many
-    whole steps as the images fill, and the next one goes on where that ended, so no image is left
-    out. The position is a function of `trainer.global_step` alone: a resumed run goes on at the
-    very sample.
+    processes; Lightning must add no sampler (`use_distributed_sampler=False`). An epoch of
+    Lightning has as many whole steps as the images fill, and the next one continues where it ended,
+    so no image is left out. The position is a function of `trainer.global_step` alone, so a resumed
+    run continues at the exact sample.
 
     Args:
-        config: of the run; `train.batch_size` is that of a step over all processes, and
-            `train.accumulation_steps` must be the Trainer's `accumulate_grad_batches`.
+        config: the run's configuration; `train.batch_size` is that of a step over all processes,
+            and `train.accumulation_steps` must be the Trainer's `accumulate_grad_batches`.
 
     Attributes:
         schedule: the run's rates and number of steps, for `MethodModule` and `max_steps`.
@@ -80,11 +79,11 @@ class MethodDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """Nothing is left to move."""
+        """Return the batch, which is already on the device."""
         return batch
 
     def micro_batches_of(self, step: int) -> list[Batch]:
-        """This process's micro-batches of a step; steps in a row cost no new start."""
+        """This process's micro-batches of a step; consecutive steps need no new start."""
         if self._steps is None or step != self._next_step:
             self.close()
             world, view = world_of(self.trainer), find_method(self.config).view()
@@ -117,7 +116,7 @@ class MethodDataModule(LightningDataModule):
 
 
 class MicroBatchStream:
-    """What a Trainer iterates over: `len` micro-batches an epoch, without an end of its own."""
+    """What a Trainer iterates over: it never ends, and `len` is the micro-batches of an epoch."""
 
     def __init__(self, data: MethodDataModule) -> None:
         self.data = data
@@ -126,19 +125,19 @@ class MicroBatchStream:
         return self.data.steps_per_epoch * self.data.config.train.accumulation_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        # asked when the first batch is: by then a resumed Trainer knows its step
+        # this runs when the first batch is asked for: by then a resumed Trainer knows its step
         trainer = self.data.trainer
         assert trainer is not None
         while True:
             yield from self.data.micro_batches_of(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: which images the run sees, for the check on resume."""
+        """What a checkpoint keeps: the fingerprint of the images, which a resumed run checks."""
         names = self.data.source.names
         return {"images": len(names), "digest": names.digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Warn where the images are not those of the checkpoint; the position needs no state."""
+        """Warn if the images are not those of the checkpoint; the position needs no state."""
         if state != self.state_dict():
             log.warning(
                 "data.path: %s images, the checkpoint was of %s, or other names; the order of the "
@@ -151,12 +150,12 @@ class MicroBatchStream:
 class MethodModule(LightningModule):
     """The module, loss and optimiser of the method that a configuration names.
 
-    Logs "loss", the mean of a step over its micro-batches and all processes, and what the method
+    It logs "loss", the mean of a step over its micro-batches and all processes, and what the method
     measures.
 
     Args:
-        config: of the run.
-        schedule: of `MethodDataModule`.
+        config: the run's configuration.
+        schedule: the schedule of `MethodDataModule`.
 
     Attributes:
         model: the engine's module, which every function of the engine takes.
@@ -167,7 +166,7 @@ class MethodModule(LightningModule):
         self.config, self.schedule = config, schedule
         self.method = find_method(config)
         self.model = build_model(config, torch.device("cpu"))
-        # of the present step: Σ loss·share, and the share of slots with an image by micro-batch
+        # in the present step: Σ loss·share, and each micro-batch's share of slots with an image
         self._loss, self._shares = torch.zeros(()), list[float]()
 
     def setup(self, stage: str) -> None:
@@ -197,7 +196,7 @@ class MethodModule(LightningModule):
         """The run's optimiser and the rate of every step."""
         groups = self.method.parameter_groups(self.model)
         optimizer: Any = build_optimizer(self.model, self.config.optim, groups)
-        # it is fused, and would have to unscale by itself; Lightning clips only what it unscaled
+        # a fused optimiser unscales by itself, but Lightning clips only what Lightning unscaled
         optimizer._step_supports_amp_scaling = False
         scheduler = StepRates(optimizer, self.schedule)
         return {
@@ -220,7 +219,7 @@ class MethodModule(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients count empty slots as images; divide them by the share that held one."""
+        """Divide gradients, which count empty slots as images, by the share that held one."""
         share = torch.tensor(sum(self._shares) / len(self._shares), device=self.device)
         self._shares = []
         if self.trainer.world_size > 1:
@@ -248,7 +247,7 @@ class MethodModule(LightningModule):
 
 
 class StepRates(LRScheduler):
-    """The engine's rate of every step, as a scheduler of PyTorch that is stepped once a step."""
+    """The engine's rate of every step, as a PyTorch scheduler that is stepped once per step."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -261,11 +260,11 @@ class StepRates(LRScheduler):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values alone: the schedule is the configuration's."""
+        """Plain values only; the configuration gives the schedule."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a step; rates follow the present schedule."""
+        """Continue at a step; the rates follow the present schedule."""
         self.last_epoch = int(state_dict["last_epoch"])
         for group, lr in zip(self.optimizer.param_groups, self.get_lr()):
             group["lr"] = lr

@@ -8,7 +8,7 @@ from simmim.method.method import Method
 from simmim.training.observer import Draw, Observer, draw_picture
 from simmim.training.run import Run
 
-# Steps from a warning of the method to the next.
+# Steps between two warnings of the method.
 WARNING_INTERVAL = 1000
 
 
@@ -16,14 +16,14 @@ class Pictures(Observer):
     """Draws a picture with every checkpoint, or as `log.picture_every_steps` says.
 
     Args:
-        draw: the picture of the model as it is; only the main process draws.
+        draw: draws the model in its present state; only the main process draws.
     """
 
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
 
     def observe(self, run: Run, *, last: bool, stopping: bool) -> None:
-        """Draw where a picture is due."""
+        """Draw if a picture is due."""
         if run.world.is_main and self._is_due(run, last):
             draw_picture(run, self.draw, run.state.model, run.folder.pictures, "reconstruction")
             run.restart_clock()
@@ -42,10 +42,10 @@ class Pictures(Observer):
 
 
 class MethodMeasures(Observer):
-    """What the method measures: for the records, and its warning, at most once in a while.
+    """Records what the method measures, and logs its warning once in WARNING_INTERVAL steps.
 
     Args:
-        method: of the run.
+        method: the run's method.
     """
 
     def __init__(self, method: Method) -> None:
@@ -56,7 +56,7 @@ class MethodMeasures(Observer):
         return self.method.measures(run.state.model)
 
     def measured(self, run: Run, values: dict[str, float]) -> None:
-        """Say what the method warns of."""
+        """Log the method's warning, if there is one."""
         if run.step >= self.next_warning and (warning := self.method.warning(values)):
             self.next_warning = run.step + WARNING_INTERVAL
             if run.world.is_main:

@@ -36,7 +36,7 @@ def pretrain(config: Config) -> int:
 
     Raises:
         ConfigError: the run folder cannot be used.
-        DataError: no data.
+        DataError: there are no images.
         CheckpointError: a checkpoint could not be written or read.
         RunStopped: too many steps in a row had non-finite gradients.
     """
@@ -89,13 +89,13 @@ def _observers(method: Method, loader: Loader, world: World) -> Observers:
 def build_state(
     config: Config, num_images: int, world: World, method: Method | None = None
 ) -> TrainState:
-    """The model, optimiser and schedule of a run, before its first step.
+    """Build the model, optimiser and schedule of a run, before its first step.
 
     Args:
-        config: of the run.
-        num_images: of the data, which tells how many steps an epoch has.
+        config: the run's configuration.
+        num_images: number of images in the data, which gives the steps of an epoch.
         world: this process.
-        method: of the run; None builds it.
+        method: the run's method; None builds it.
 
     Raises:
         RunError: `kernels` names a backend that cannot run here.
@@ -117,12 +117,12 @@ def build_state(
 
 
 def build_model(config: Config, device: torch.device, method: Method | None = None) -> ImageModel:
-    """The configured model, initialised from the run's seed, on `device`.
+    """Build the configured model on `device`, initialised from the run's seed.
 
     Args:
-        config: of the run.
-        device: where it is to run.
-        method: of the run; None builds it.
+        config: the run's configuration.
+        device: where the model runs.
+        method: the run's method; None builds it.
 
     Raises:
         RunError: `kernels` names a backend that cannot run here.

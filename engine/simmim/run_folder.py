@@ -1,4 +1,4 @@
-"""What lies where in the folder of a run."""
+"""The paths inside the folder of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 # The weights of a model, in any folder that holds one.
 WEIGHTS_FILE = "model.safetensors"
 
-# Of a checkpoint: its plain values, and the list of its files that makes it valid.
+# Plain values of a checkpoint, and the list of its files, without which it is not valid.
 STATE_FILE = "state.json"
 
 
@@ -25,7 +25,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that trains in the folder."""
+        """The file that the training process locks."""
         return self.root / ".lock"
 
     @property
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def records(self) -> tuple[Path, ...]:
-        """The files of rows that each belong to a step."""
+        """The files whose rows each belong to a step."""
         return (self.metrics, self.validations, self.evaluations)
 
     @property
@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints, a folder each."""
+        """Checkpoints, each of them a folder."""
         return self.root / "checkpoints"
 
     @property
@@ -80,17 +80,17 @@ class RunFolder:
 
     @property
     def best_weights(self) -> Path:
-        """Of fine-tuning: the weights of the best evaluation."""
+        """The weights of the best evaluation of fine-tuning."""
         return self.root / "best.safetensors"
 
     @property
     def best_report(self) -> Path:
-        """Of fine-tuning: the best evaluation's accuracy by class and confusion matrix."""
+        """Accuracy by class and confusion matrix of the best evaluation of fine-tuning."""
         return self.root / "best"
 
     @property
     def handover(self) -> Path:
-        """Of fine-tuning: what became of every pre-trained weight."""
+        """What fine-tuning did with every pre-trained weight."""
         return self.root / "handover.txt"
 
     @property
@@ -105,7 +105,7 @@ class RunFolder:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether a run began here, which may not have come to its first step."""
+        """Whether a run began here, even if it did not reach its first step."""
         return self.lock.exists() or self.starts.exists()
 
     @property

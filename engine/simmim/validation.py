@@ -1,4 +1,4 @@
-"""Validation as a run goes on: loss, PSNR and SSIM of images that are held out of training.
+"""Validation during a run: loss, PSNR and SSIM of images that are held out of training.
 
 B batch, C channels, H W pixels.
 """
@@ -33,9 +33,9 @@ from simmim.training.run import Run
 
 
 class MaskingMethod(Protocol):
-    """What validation asks of a method; `simmim.method.method.Method` tells more of it.
+    """What validation needs from a method; see `simmim.method.method.MaskingMethod`.
 
-    Its module is a `simmim.model.image_model.MaskedImageModel`.
+    The method's model is a `simmim.model.image_model.MaskedImageModel`.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class MaskingMethod(Protocol):
         """The mean loss of a batch's images."""
 
     def arrange(self, image: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] as they travel → [B, C, H, W]."""
+        """Rearrange the loader's uint8 [B, H, W, C] to [B, C, H, W]."""
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
         """The masks of samples, bool [B, gh, gw]."""
@@ -62,17 +62,17 @@ def open_validation(config: Config) -> Source:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
-        images: that could be read.
+        images: number of images that could be read.
         loss: mean over the images of the training loss under their masks of epoch 0.
         psnr: peak signal-to-noise ratio in dB, from the mean squared error over all pixels of all
             images; infinite without any error.
         ssim: mean over the images of `simmim.pictures.image_quality.structural_similarity`.
 
-    For psnr and ssim an image is its hidden pixels as the model predicts them, cut off at 0 and 1,
-    beside its visible pixels as they are: on the 0–1 scale, visible pixels count as without error.
+    psnr and ssim compare an image with a copy on the 0–1 scale whose hidden pixels are predicted
+    and clipped to 0 and 1. Visible pixels are copied, so they count as without error.
     """
 
     images: int
@@ -91,18 +91,18 @@ def validate(
     batch_size: int,
     report: Callable[[str], None] = print,
 ) -> Measured:
-    """Measure a model on every image of a source once, shared among processes.
+    """Measure a model once on every image of a source; processes share the images.
 
     Args:
         method: draws the masks and computes the loss.
-        model: on the world's device; left in the mode it was in.
-        source: images.
+        model: the model on the world's device; its mode is restored.
+        source: the images.
         world: this process.
         batch_size: images per device.
-        report: told, in lines, of images that cannot be read and of replaced processes.
+        report: called with lines about unreadable images and replaced processes.
 
     Returns:
-        The same in every process.
+        The result, equal in every process.
 
     Raises:
         DataError: no image could be read.
@@ -158,13 +158,13 @@ def _measure(method: MaskingMethod, model: MaskedImageModel, batch: Batch, world
 
 
 class Validation(PeriodicObserver):
-    """Validates as the run goes on; see `simmim.training.observer.Observer`.
+    """Validates during the run; see `simmim.training.observer.PeriodicObserver`.
 
-    Every validation is a row of validations.jsonl, a line of the log and a picture of held-out
-    images. One that a stop cut short is made when the run goes on.
+    Every validation writes a row of validations.jsonl, a line of the log and a picture of held-out
+    images. If a stop interrupts a validation, it is made when the run resumes.
 
     Args:
-        method: of the run.
+        method: the run's method.
         world: this process.
 
     Raises:

@@ -45,7 +45,7 @@ def blocks() -> list[str]:
 
 
 def run_block(number: int, **given: Any) -> dict[str, Any]:
-    """The names that a block leaves behind, given names that it takes from its surroundings."""
+    """Run a block with the names that it needs; return the names that it sets."""
     module = ModuleType(f"readme_block_{number}")
     module.__file__ = str(README)
     vars(module).update(given)
@@ -56,7 +56,7 @@ def run_block(number: int, **given: Any) -> dict[str, Any]:
 
 @functools.cache
 def torchvision_problem() -> str | None:
-    """Why an installed torchvision does not import; transformers and lightly fail with it then."""
+    """Why an installed torchvision cannot be imported; transformers and lightly then fail too."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
@@ -68,7 +68,7 @@ def torchvision_problem() -> str | None:
 
 
 def imported(package: str, version: str) -> ModuleType:
-    """The package, or a skipped test that says why."""
+    """Import the package, or skip the test and say why."""
     if problem := torchvision_problem():
         pytest.skip(problem)
     return pytest.importorskip(package, version, reason=f"{package} ≥ {version} is not installed")
@@ -83,8 +83,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def assert_same_step(
     ours: nn.Module, loss: Callable[[], Tensor], other: nn.Module, other_loss: Callable[[], Tensor]
 ) -> None:
-    """Equal loss and equal gradients under equal names, up to float32 rounding."""
-    torch.manual_seed(7)  # of stochastic depth and dropout
+    """Assert equal loss and equal gradients under equal names, up to float32 rounding."""
+    torch.manual_seed(7)  # for stochastic depth and dropout
     expected_loss = other_loss()
     expected = gradients(other, expected_loss)
     torch.manual_seed(7)
@@ -264,7 +264,7 @@ class TestTransformers:
 
     @pytest.fixture
     def namespace(self, transformers: ModuleType) -> dict[str, Any]:
-        """What the second block leaves behind, after its own step."""
+        """The names that the second block sets, after its own step."""
         config = transformers.SwinConfig(
             image_size=64,
             embed_dim=16,

@@ -1,4 +1,4 @@
-"""Every method on every kind of backbone through the command: what the engine promises to each."""
+"""Runs of the command, every method on every kind of backbone: what the engine promises to each."""
 
 import json
 import os
@@ -72,7 +72,7 @@ class Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def _here() -> Iterator[None]:
-    """The narrow presets in this process too, and one thread: bits are compared."""
+    """Narrow presets in this process too, and one thread, because bits are compared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

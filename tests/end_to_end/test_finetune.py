@@ -1,4 +1,4 @@
-"""Fine-tuning through the command: it learns, resumes bit for bit, refuses bad input in a line."""
+"""Fine-tuning by the command: it learns, resumes bit for bit, and refuses bad input in a line."""
 
 import json
 import os

@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    """The example as a module; skipped where what it needs is not installed."""
+    """The example as a module; skips the test if a package that it needs is not installed."""
     pytest.importorskip("accelerate", "1.1", reason="accelerate ≥ 1.1 is not installed")
     pytest.importorskip(
         "transformers", "5.0", reason="transformers ≥ 5 does not import", exc_type=ImportError

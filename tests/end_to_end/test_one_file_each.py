@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Runs a module, or code, with the engine of this folder, whatever engine is installed.
+# Runs a module, or code, with the engine of this folder, and not with the installed one.
 START = """
 import runpy, sys
 from importlib.machinery import PathFinder
@@ -79,7 +79,7 @@ def test_the_engine_trains_them_resumes_them_and_reads_them(tree: Path, photos: 
 
 
 def test_they_go_with_all_the_others(tree: Path, photos: Path) -> None:
-    """The new backbone under SimMIM, and a key of the new method on the command line."""
+    """Train the new backbone under SimMIM, and set a key of the new method on the command line."""
     run(
         tree, "-m", "simmim", "pretrain", "mean_colour", "--method.name=simmim",
         f"--data.path={photos}", "--output=masked", "--train.steps=2",

@@ -1,4 +1,4 @@
-"""Whole runs through the command: killed, stopped, damaged, in two processes, on broken data."""
+"""Whole runs of the command: killed, stopped, damaged, in two processes, on broken data."""
 
 import gc
 import json

@@ -1,7 +1,7 @@
-"""The engine's command, a plain loop and Lightning: the same losses from the same seed.
+"""The engine's command, a plain loop and Lightning reach the same losses from the same seed.
 
-The two examples run as a reader would run them, but that they need not import. In one thread, and
-without clipping, all sums are made in the same order, and the losses agree to the bit.
+The two examples run as a reader would run them, in a process that has already imported everything.
+In one thread, without clipping, all sums have the same order, and the losses are equal bit for bit.
 """
 
 import importlib.util

@@ -24,7 +24,7 @@ from simmim.training.step import train_step
 STEPS = 7
 IMAGES = 20  # with batches of 8, an epoch of Lightning is two steps, and one of the data 2.5
 
-# lightning's own
+# Lightning's own warnings
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -132,7 +132,7 @@ def test_every_method_trains_as_by_the_engine(
 def test_a_resumed_run_ends_in_the_same_bits(
     adapters: Any, folder: Path, tmp_path: Path, stop: int
 ) -> None:
-    """Saved within Lightning's epochs of two steps, and between them."""
+    """Checkpoints are saved within Lightning's epochs of two steps, and between them."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     config = configured(folder, "--model.drop_path=0.2")

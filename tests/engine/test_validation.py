@@ -81,7 +81,7 @@ def pairs() -> tuple[Tensor, Tensor]:
 
 
 def test_similarity_by_definition() -> None:
-    """Window by window, in NumPy, without any convolution."""
+    """It is computed window by window, in NumPy, without a convolution."""
     x, y = torch.rand(2, 1, 2, 9, 8, dtype=torch.float64)
     padded = [np.pad(t[0].numpy(), ((0, 0), (5, 5), (5, 5)), mode="reflect") for t in (x, y)]
     offsets = np.arange(11) - 5.0
@@ -101,7 +101,7 @@ def test_similarity_by_definition() -> None:
 
 
 def test_similarity_and_noise_of_scikit_image(pairs: tuple[Tensor, Tensor]) -> None:
-    """It leaves out what is near the border."""
+    """scikit-image leaves out the pixels near the border."""
     metrics = pytest.importorskip("skimage.metrics")
     x, y = pairs
     found = similarity_map(x, y)[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))
@@ -189,7 +189,7 @@ def test_numbers_are_those_of_each_image(recipe: str, images: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_pictures_and_reconstructions_show_the_same(recipe: str, images: Path) -> None:
-    """To half a step of 8 bits."""
+    """They agree to half a step of 8 bits."""
     from simmim.pictures.reconstruction import reconstruction_panels
 
     method, model = prepare(images, *RECIPES[recipe])

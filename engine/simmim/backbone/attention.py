@@ -1,4 +1,4 @@
-"""Position biases of global attention; those of windows come with `window_attention`.
+"""Position biases of global attention; `window_attention` supplies those of windows.
 
 N heads, L patch tokens, h w rows and columns of them.
 """
@@ -10,7 +10,7 @@ from simmim_kernels.window_attention import relative_position_bias
 
 
 def relative_position_bias_with_cls(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """As `relative_position_bias`, with a leading class token. → [N, 1 + h·w, 1 + h·w].
+    """`relative_position_bias` with a leading class token, [N, 1 + h·w, 1 + h·w].
 
     The last three rows of the table are class-to-patch, patch-to-class and class-to-class.
     """

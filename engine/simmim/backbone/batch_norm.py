@@ -1,7 +1,8 @@
-"""Batch norm with what stands behind it in a residual network: a sum with the shortcut, and ReLU.
+"""Batch norm with what follows it in a residual network: the sum with the shortcut, and ReLU.
 
-Functions of a norm and not a norm of its own: modules stay `torch.nn.BatchNorm2d`, which
-`torch.nn.SyncBatchNorm.convert_sync_batchnorm` and others know how to exchange.
+These are functions that take a norm, and not a new kind of norm: modules stay
+`torch.nn.BatchNorm2d`, which `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and other tools can
+replace.
 B batch, C channels.
 """
 
@@ -25,15 +26,15 @@ def norm_relu(
 ) -> Tensor:
     """relu(norm(x) · branch_scale + shortcut).
 
-    One op where it has kernels (the CPU's, for maps in channels-last order) and `norm` is a plain
-    batch norm in training; else PyTorch's own operations.
+    This is one op if it has kernels (on the CPU, for maps in channels-last order) and `norm` is a
+    plain batch norm in training mode; otherwise PyTorch's own operations run.
 
     Args:
-        norm: over the channels of x.
+        norm: the norm over the channels of x.
         x: [B, C, …].
-        shortcut: like x; None adds nothing.
+        shortcut: a tensor like x; None adds nothing.
         branch_scale: factor of each image, float32 [B]; None is 1.
-        backend: of the op; "triton", which it has not, is PyTorch's own.
+        backend: backend of the op; "triton", which the op does not have, means PyTorch's own.
     """
     if branch_scale is None and backend != "triton" and _fits(norm, x, shortcut):
         assert isinstance(norm, nn.BatchNorm2d)
@@ -50,12 +51,12 @@ def norm_relu(
 
 
 def _fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> bool:
-    """Whether the op says the same of these maps, and nobody wants to see the norm's output."""
+    """Whether the op gives the same for these maps, and no hook reads the norm's output."""
     if type(norm) is not nn.BatchNorm2d or not norm.training or not norm.affine:
         return False
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
         return False
-    # a single value per channel is for the norm itself to refuse
+    # the norm itself refuses a single value per channel
     if x.dim() != 4 or x.numel() <= x.shape[1] or not x.movedim(1, -1).is_contiguous():
         return False
     if shortcut is None:
@@ -65,13 +66,13 @@ def _fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None) -> bool:
 
 
 def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
-    """Let a batch count in a norm's running statistics, as PyTorch's batch norms do.
+    """Add a batch to a norm's running statistics, as PyTorch's batch norms do.
 
     Args:
-        norm: its buffers are changed in place, if it has any.
-        mean: of every channel, [C].
-        variance: biased, [C]; what is kept is the unbiased one.
-        count: values of a channel.
+        norm: the norm, whose buffers, if any, are changed in place.
+        mean: mean of every channel, [C].
+        variance: biased variance, [C]; the running statistics take the unbiased one.
+        count: number of values of a channel.
     """
     if not norm.track_running_stats or norm.running_mean is None:
         return

@@ -1,7 +1,7 @@
-"""Encoders by name, and by the architecture that a checkpoint stores.
+"""Finds encoders by name, and by the architecture that a checkpoint stores.
 
 Every file of this package that has `PRESETS` (name → an `EncoderSpec`), `preset_for` (a name → an
-`EncoderSpec` or None) or both is a backbone; nothing else names it.
+`EncoderSpec` or None) or both is a backbone; no list names it.
 """
 
 import difflib
@@ -42,7 +42,7 @@ def find_preset(name: str) -> Spec:
     """The architecture that a model's name means.
 
     Raises:
-        ValueError: no backbone knows the name; says which names are near.
+        ValueError: no backbone knows the name; the message names similar ones.
     """
     if name in PRESETS:
         return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What convolutional encoders share: the mask token after the stem, blocks computed again.
+"""What convolutional encoders share: the mask token after the stem, and recomputed blocks.
 
 B batch, C channels, H W pixels, h w cells of the mask grid, D width of the stem.
 Source: Westlake-AI/openmixup openmixup/models/backbones/mim_resnet.py (where the token goes).
@@ -22,7 +22,7 @@ from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
 @dataclass(frozen=True)
 class ConvNetSpec(EncoderSpec):
-    """What every convolutional encoder is told.
+    """The settings that every convolutional encoder has.
 
     Attributes:
         image_size: (height, width) in pixels.
@@ -30,7 +30,7 @@ class ConvNetSpec(EncoderSpec):
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
     """
 
-    # a classifier puts a norm of this epsilon over the mean of the map; 0 puts none
+    # epsilon of the norm that a classifier applies to the mean of the map; 0 means no norm
     pooled_norm_eps: ClassVar[float] = 0.0
 
     @property
@@ -58,7 +58,7 @@ class ConvNetSpec(EncoderSpec):
 
 
 def raise_problems(problems: list[tuple[str, str]]) -> None:
-    """Raise ValueError with all of (field, message); nothing where there are none."""
+    """Raise ValueError that lists all (field, message); do nothing if there are none."""
     if problems:
         raise ValueError("; ".join(f"{field}: {message}" for field, message in problems))
 
@@ -66,12 +66,12 @@ def raise_problems(problems: list[tuple[str, str]]) -> None:
 class ConvNet(Encoder):
     """A convolutional encoder with a mask token after its stem.
 
-    Unlike a patch embedding, a stem whose windows overlap shows a visible cell some pixels of its
-    hidden neighbours, and so do all convolutions after it; the token hides the cell itself.
+    Unlike a patch embedding, a stem with overlapping windows shows a visible cell some pixels of
+    its hidden neighbours, and the convolutions after it spread them. The token hides only the cell.
 
     Args:
         spec: the architecture.
-        stem_width: D, width of the map that the stem puts out.
+        stem_width: D, width of the stem's output.
         num_features: width of the output.
     """
 
@@ -115,7 +115,7 @@ class ConvNet(Encoder):
         return self.encode(image, mask)
 
     def encode(self, image: Tensor, mask: Tensor | None) -> Tensor:
-        """`forward` of a normalised image."""
+        """Features of a normalised image; see `forward`."""
         return self.body(self.hide(self.embed(image), mask))
 
     def embed(self, image: Tensor) -> Tensor:
@@ -123,11 +123,11 @@ class ConvNet(Encoder):
         raise NotImplementedError
 
     def body(self, x: Tensor) -> Tensor:
-        """Everything behind the stem: [B, D, h, w] → [B, num_features, …]."""
+        """Everything after the stem: [B, D, h, w] → [B, num_features, …]."""
         raise NotImplementedError
 
     def blocks_in_order(self) -> list[nn.Module]:
-        """The blocks, first to last; each puts out [B, width, …, …]."""
+        """The blocks, first to last; each returns [B, width, …, …]."""
         raise NotImplementedError
 
     @property
@@ -136,7 +136,7 @@ class ConvNet(Encoder):
         return len(self.blocks_in_order())
 
     def hide(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, D, h, w] with the mask token where `mask`, bool [B, h, w], is True.
+        """Put the mask token into x, [B, D, h, w], where `mask`, bool [B, h, w], is True.
 
         Raises:
             ValueError: the encoder has no mask token, or the mask is not on its grid.
@@ -152,14 +152,14 @@ class ConvNet(Encoder):
             )
         if not x.is_contiguous(memory_format=torch.channels_last):
             return torch.where(mask.unsqueeze(1), token.to(x.dtype), x)
-        rows = x.permute(0, 2, 3, 1)  # [B, h, w, D], in the order of memory
+        rows = x.permute(0, 2, 3, 1)  # [B, h, w, D], in memory order
         hidden = substitute_mask_tokens(
             rows.flatten(1, 2), mask.flatten(1), token.flatten(), backend=self.backends.ops
         )
         return hidden.view(rows.shape).permute(0, 3, 1, 2)
 
     def run(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
-        """A block of x; computed again in the backward where `activation_checkpointing` says."""
+        """Run a block on x; `activation_checkpointing` has the backward pass compute it again."""
         recompute = self.activation_checkpointing and self.training
         return run_once_more(lambda x: block(x, *arguments), block, recompute, x)
 
@@ -167,13 +167,13 @@ class ConvNet(Encoder):
 def run_once_more(
     call: Callable[[Tensor], Tensor], owner: nn.Module, recompute: bool, x: Tensor
 ) -> Tensor:
-    """call(x); with `recompute` its activations are computed again in the backward.
+    """Return call(x); with `recompute` the backward pass computes its activations again.
 
     Args:
-        call: what to run.
+        call: the function to run.
         owner: the module whose batch norms `call` runs: a batch counts once in their statistics.
-        recompute: whether to.
-        x: its input.
+        recompute: whether to compute the activations again.
+        x: the input of `call`.
     """
     if not recompute:
         return call(x)
@@ -187,11 +187,11 @@ def run_once_more(
 
 @contextmanager
 def still_statistics(module: nn.Module) -> Iterator[None]:
-    """Batch norms inside normalise by their batch as before, but their running statistics rest."""
+    """Keep running statistics unchanged, while batch norms still normalise by their batch."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        # copies take the update: the op saves what it is given, so it must be given as much
+        # copies take the update: the second run must save as many tensors as the first
         for name, buffer in norm._buffers.items():
             norm._buffers[name] = None if buffer is None else buffer.clone()
     try:

@@ -1,7 +1,8 @@
 """ConvNeXt as an encoder of masked images, under timm's parameter names.
 
-timm's, and not torchvision's: they say what a parameter is (`stages.0.blocks.1.conv_dw`, there
-`features.1.1.block.0`), and every other ConvNeXt checkpoint on the Hub of timm has them.
+The names are timm's and not torchvision's: they say what a parameter is
+(`stages.0.blocks.1.conv_dw`, which torchvision calls `features.1.1.block.0`), and timm's ConvNeXt
+checkpoints on the Hub have them.
 B batch, C width of a stage, h w cells of the mask grid.
 Source: Liu et al. 2022 (arXiv 2201.03545); timm/models/convnext.py of
 huggingface/pytorch-image-models.
@@ -25,15 +26,15 @@ NORM_EPS = 1e-6
 class ConvNeXtSpec(ConvNetSpec):
     """Everything that defines a ConvNeXt encoder; what a checkpoint stores to rebuild it.
 
-    The encoder ends without a norm: as published, the norm belongs to a classifier, over the mean.
+    The encoder ends without a norm: as published, a classifier normalises the mean instead.
 
     Attributes:
         image_size: (height, width) in pixels.
         channels: image channels.
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
         depths: blocks of each of the four stages.
-        widths: of each stage; the first is the stem's.
-        layer_scale: initial gain of every branch's channels; None has none.
+        widths: width of each stage; the first is also the stem's.
+        layer_scale: initial gain of every branch's channels; None means no gain.
     """
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
@@ -44,7 +45,7 @@ class ConvNeXtSpec(ConvNetSpec):
     pooled_norm_eps: ClassVar[float] = NORM_EPS
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         problems = self.size_problems()
         for name, values in (("depths", self.depths), ("widths", self.widths)):
             if len(values) != 4 or min(values) < 1:
@@ -88,7 +89,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """7×7 convolution of every channel, norm and MLP, beside a shortcut. [B, C, h, w]."""
+    """A 7×7 convolution of every channel, a norm and an MLP, added to the input [B, C, h, w]."""
 
     def __init__(self, width: int, layer_scale: float | None, drop_path: float) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Norm and 2×2 convolution that halve the map (but in the first stage), then blocks."""
+    """A norm and a 2×2 convolution that halve the map (not in the first stage), then blocks."""
 
     def __init__(self, spec: ConvNeXtSpec, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class ConvNeXt(ConvNet):
         return x
 
     def layer_of(self, name: str) -> int:
-        """See `Encoder`; what halves the map counts to the block after it."""
+        """See `Encoder`; what halves the map belongs to the block after it."""
         match = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
         if match is None:
             return 0

@@ -1,4 +1,4 @@
-"""What every encoder of images is to the rest of the engine, and what describes one.
+"""The interface of every encoder of images, and the description of its architecture.
 
 B batch, C channels, H W pixels, D width, h w cells of the encoder's output.
 """
@@ -19,7 +19,7 @@ class EncoderSpec:
         image_size: (height, width) in pixels.
         channels: image channels.
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
-        arch: names the kind of architecture, in a checkpoint.
+        arch: name of the kind of architecture, in a checkpoint.
         cosine_attention: whether attention is of the scaled-cosine kind, which has fewer backends.
     """
 
@@ -46,7 +46,7 @@ class EncoderSpec:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         raise NotImplementedError
 
     def build(self) -> "Encoder":
@@ -60,9 +60,9 @@ class Encoder(nn.Module):
     Attributes:
         spec: the architecture.
         num_features: D, width of the feature map.
-        mask_token: takes the place of hidden cells; None where nothing is ever hidden.
-        backends: what runs its kernels.
-        activation_checkpointing: compute activations again in the backward pass.
+        mask_token: replaces hidden cells; None if nothing is ever hidden.
+        backends: the backends of its ops.
+        activation_checkpointing: whether the backward pass computes activations again.
         no_decay: names of parameters that weight decay leaves alone.
     """
 
@@ -96,13 +96,13 @@ class Encoder(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Blocks, as layer-wise decay counts them: between the embedding and the head."""
+        """Number of blocks between embedding and head, as layer-wise decay counts them."""
         raise NotImplementedError
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter: embeddings 0, blocks from 1, the rest `num_layers` + 1.
 
         Args:
-            name: as the encoder has it, without a prefix.
+            name: the parameter's name in the encoder, without a prefix.
         """
         raise NotImplementedError

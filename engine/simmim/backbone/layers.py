@@ -11,11 +11,11 @@ from simmim_kernels import residual_mlp
 
 
 class Backends(NamedTuple):
-    """What runs the kernels of a backbone; None takes the first backend that can.
+    """The backends of an encoder's ops; None takes the first backend that can run.
 
     Attributes:
-        ops: of every op but
-        attention: attention with its projections.
+        ops: backend of every op except attention.
+        attention: backend of attention with its projections.
     """
 
     ops: str | None = None
@@ -41,7 +41,7 @@ class MlpLayers(nn.Module):
 
 
 class Mlp(MlpLayers):
-    """Two linear layers with exact GELU between, as a residual branch behind a norm."""
+    """Two linear layers with exact GELU between, as a residual branch after a norm."""
 
     def forward(
         self,
@@ -75,7 +75,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """Factor of every image's branch, float32 [B]; None where all of them are 1."""
+        """Factor of every image's branch, float32 [B]; None if all of them are 1."""
         if self.rate == 0.0 or not self.training:
             return None
         scale = torch.empty(len(x), device=x.device)
@@ -91,16 +91,16 @@ def drop_path_rates(rate: float, num_blocks: int) -> list[float]:
 
 
 def run_block(block: Callable[..., Tensor], recompute: bool, *inputs: object) -> Tensor:
-    """Run a block; with `recompute` its activations are computed again in the backward."""
+    """Run a block; with `recompute` the backward pass computes its activations again."""
     if not recompute:
         return block(*inputs)
-    # the step seeds the generator from its number, so that restoring it here costs nothing else
+    # checkpoint itself saves and restores torch's generator, which the step has seeded
     out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
     return out
 
 
 def init_linear(module: nn.Module, bound: float = 2.0) -> None:
-    """As published: linear weights normal(0, 0.02) cut at ±bound, biases 0, norms 1 and 0."""
+    """Initialise as published: linear weights normal(0, 0.02) cut at ±bound, biases 0, norms 1."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-bound, b=bound)
         if module.bias is not None:
@@ -111,7 +111,7 @@ def init_linear(module: nn.Module, bound: float = 2.0) -> None:
 
 
 def scale_branch(branch: Tensor, factor: Tensor | None) -> Tensor:
-    """A residual branch [B, …] times its images' factors, float32 [B]; None is 1."""
+    """Multiply a residual branch [B, …] by its images' factors, float32 [B]; None is 1."""
     if factor is None:
         return branch
     return branch * factor.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))

@@ -27,7 +27,7 @@ class ResNetSpec(ConvNetSpec):
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
         depths: blocks of each of the four stages.
         bottleneck: blocks of 1×1, 3×3 and 1×1 convolutions (from ResNet-50 on) instead of two 3×3.
-        width: of the stem; every stage is twice as wide as the one before.
+        width: width of the stem; every stage is twice as wide as the one before.
         zero_init_residual: begin with the weight of each block's last norm at 0, so that a block
             starts as its shortcut.
     """
@@ -45,7 +45,7 @@ class ResNetSpec(ConvNetSpec):
         return 4 if self.bottleneck else 1
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         problems = self.size_problems()
         if len(self.depths) != 4 or min(self.depths) < 1:
             problems.append(("depths", f"{list(self.depths)} must be four numbers of blocks"))
@@ -68,13 +68,13 @@ PRESETS = {
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions, or with `bottleneck` 1×1, 3×3 and 1×1, beside a shortcut.
+    """Two 3×3 convolutions, or with `bottleneck` a 1×1, a 3×3 and a 1×1, added to a shortcut.
 
     Args:
         inputs: width of the input.
-        width: of the 3×3 convolutions.
-        stride: of the first of them.
-        bottleneck: which of the two it is.
+        width: width of the 3×3 convolutions.
+        stride: stride of the first 3×3 convolution.
+        bottleneck: whether the convolutions are 1×1, 3×3 and 1×1.
         drop_path: rate of stochastic depth.
     """
 
@@ -106,7 +106,7 @@ class Block(nn.Module):
         return self.bn3 if self.bottleneck else self.bn2
 
     def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
-        """[B, inputs, …] → [B, outputs, …], of the block's stride; `backend` is of its norms."""
+        """[B, inputs, …] → [B, outputs, …], smaller by the stride; `backend` runs the norms."""
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = self.conv2(norm_relu(self.bn1, self.conv1(x), backend=backend))
         if self.bottleneck:
@@ -168,7 +168,7 @@ class ResNet(ConvNet):
         return x
 
     def layer_of(self, name: str) -> int:
-        """See `Encoder`; a block's shortcut counts to it."""
+        """See `Encoder`; a block's shortcut belongs to the block."""
         match = re.match(r"layer(\d)\.(\d+)\.", name)
         if match is None:
             return 0

@@ -82,7 +82,7 @@ class SwinSpec(EncoderSpec):
         return self.window_size // 2
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         problems = []
         if len(self.num_heads) != len(self.depths):
             problems.append(
@@ -191,7 +191,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and MLP, each with a LayerNorm and a residual; a version has its own two."""
+    """Window attention and MLP, each with a LayerNorm and a residual; SwinV2 replaces both."""
 
     attention_type: type[nn.Module] = WindowAttention
     mlp_type: type[nn.Module] = Mlp
@@ -236,7 +236,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The blocks of one resolution, then the merging to the next; another version has others."""
+    """The blocks of one resolution, then the merging to the next; SwinV2 replaces both."""
 
     block_type: type[nn.Module] = SwinBlock
     merging_type: type[nn.Module] = PatchMerging
@@ -265,7 +265,7 @@ class Swin(Encoder):
         ValueError: the parts of `spec` do not fit together.
     """
 
-    # as published; position tables are decided by the optimiser's settings
+    # as published; the optimiser's settings decide about position tables
     no_decay = frozenset({"absolute_pos_embed", "mask_token"})
     spec: SwinSpec
     stage_type: type[SwinStage] = SwinStage
@@ -345,9 +345,9 @@ class Swin(Encoder):
         return sum(self.spec.depths)
 
     def layer_of(self, name: str) -> int:
-        """See `Encoder`; merging counts to the block before it.
+        """See `Encoder`; merging belongs to the block before it.
 
-        As published, absolute positions count to the head, as the final norm does.
+        As published, absolute positions and the final norm belong to the head.
         """
         if name.startswith("patch_embed.") or name == "mask_token":
             return 0

@@ -1,7 +1,7 @@
 """Swin Transformer V2 as an encoder of masked images, under the published parameter names.
 
-Each branch is normalised after it, attention is the cosine of q and k times a learned factor, and
-the position bias comes from a small network over log-spaced offsets, which fits any window.
+A norm follows each branch, attention is the cosine of q and k times a learned factor, and a small
+network over log-spaced offsets gives the position bias, for any window.
 
 B batch, H W token rows and columns of a stage, C width, N heads, K head width, w side of a window.
 Source: microsoft/Swin-Transformer models/swin_transformer_v2.py and models/simmim.py.
@@ -27,8 +27,8 @@ class SwinV2Spec(SwinSpec):
     """Everything that defines a SwinV2 encoder; see `SwinSpec`, whose `qk_scale` stays None.
 
     Attributes:
-        pretrained_window_sizes: per stage the window that the position network was trained with; 0
-            is the stage's own, in all stages where none are given.
+        pretrained_window_sizes: for each stage, the window that the position network was trained
+            with; 0 is the stage's own window, and () is 0 for all stages.
     """
 
     window_size: int = 12
@@ -42,7 +42,7 @@ class SwinV2Spec(SwinSpec):
             object.__setattr__(self, "pretrained_window_sizes", (0,) * len(self.depths))
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         problems = super().problems()
         if self.qk_scale is not None:
             problems.append(("qk_scale", "has no meaning for SwinV2; leave it out"))
@@ -207,4 +207,4 @@ class SwinV2(Swin):
         super()._initialise()
         for name, parameter in self.named_parameters():
             if ".blocks." in name and (".norm1." in name or ".norm2." in name):
-                nn.init.zeros_(parameter)  # every branch begins as nothing
+                nn.init.zeros_(parameter)  # every branch starts at zero

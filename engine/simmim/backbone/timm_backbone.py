@@ -1,7 +1,7 @@
 """Any convolutional model of timm as an encoder of masked images: model.name = "timm:NAME".
 
-The only file that imports timm for models. What a model looks like is found out by running it once
-on the meta device, which computes nothing.
+This is the only file that imports timm for models. It learns the structure of a model by running
+it once on the meta device, which computes nothing.
 B batch, C channels, H W pixels, h w cells of the mask grid, D width of the stem.
 """
 
@@ -32,7 +32,7 @@ class TimmSpec(ConvNetSpec):
         image_size: (height, width) in pixels.
         channels: image channels.
         drop_path: `drop_path_rate` of timm's model.
-        name: of timm's model, such as "resnet50d".
+        name: name of timm's model, such as "resnet50d".
     """
 
     name: str = ""
@@ -45,7 +45,7 @@ class TimmSpec(ConvNetSpec):
         return look_at(self.name, self.channels).stride
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         try:
             look_at(self.name, self.channels)
         except ValueError as error:
@@ -64,15 +64,15 @@ def preset_for(name: str) -> TimmSpec | None:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a trial run of a model showed.
+    """The structure of a model, as a trial run showed it.
 
     Attributes:
-        place: name of the module where the mask token goes in.
-        before: whether it goes into the input of `place`, else into its output.
+        place: name of the module where the mask token is put in.
+        before: whether it is put into the input of `place`, or else into its output.
         stem_width: channels of the map there, whose stride is 4.
         num_features: channels of the output.
         stride: pixels per side of an output cell.
-        stages: names of the modules, behind that place, that end a stage.
+        stages: names of the modules after that place that end a stage.
         layers: module → number of stages that had ended before it ran; 0 in the stem.
         idle: names of children that features do not need, such as the head's norm.
     """
@@ -88,10 +88,10 @@ class Anatomy:
 
 
 def import_timm() -> Any:
-    """The library.
+    """Import timm.
 
     Raises:
-        ValueError: it is not here, or cannot be imported; says why and what to do.
+        ValueError: it is not installed, or cannot be imported; the message says what to do.
     """
     try:
         with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def import_timm() -> Any:
             raise ValueError("timm's models need timm: pip install timm") from None
         reason = str(error)
     except Exception as error:
-        # torchvision, which timm imports, raises all kinds beside a torch it was not built for
+        # timm imports torchvision, which raises many kinds of error with a torch that does not fit
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(
         f"timm's models need timm, which cannot be imported ({reason}); install a torchvision that "
@@ -111,7 +111,7 @@ def import_timm() -> Any:
 
 
 def create(name: str, channels: int, drop_path: float = 0.0) -> nn.Module:
-    """timm's model without a class head, freshly initialised; nothing is downloaded.
+    """Create timm's model without a class head, freshly initialised; nothing is downloaded.
 
     Raises:
         ValueError: there is no such model, or it does not take these options.
@@ -130,7 +130,7 @@ def create(name: str, channels: int, drop_path: float = 0.0) -> nn.Module:
             warnings.simplefilter("ignore")
             model: nn.Module = timm.create_model(name, **options)
     except Exception as error:
-        # every model has a constructor of its own
+        # every model has its own constructor, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"timm's {name} cannot be built with {options}: {reason}") from None
     return model
@@ -138,10 +138,10 @@ def create(name: str, channels: int, drop_path: float = 0.0) -> nn.Module:
 
 @lru_cache(maxsize=32)
 def look_at(name: str, channels: int) -> Anatomy:
-    """What timm's model looks like, from a trial run.
+    """Learn the structure of timm's model from a trial run.
 
     Raises:
-        ValueError: see `create`; or it is no ConvNet whose stem can be told.
+        ValueError: see `create`; or the end of the model's stem cannot be found.
     """
     with torch.device("meta"):
         model = create(name, channels).eval()
@@ -150,13 +150,13 @@ def look_at(name: str, channels: int) -> Anatomy:
         calls, out = _watch(model, trial)
         stages = _ends_of_stages(model)
     except Exception as error:
-        # timm's models run code of their own
+        # every model runs its own code, which may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"timm's {name} does not run on any image size: {reason}") from None
     return _told_by(name, model, calls, out, stages)
 
 
-# (module's name, shape of its input, of its output), in the order in which modules ended
+# (module's name, shape of its input, shape of its output), in the order in which modules ended
 _Calls = list[tuple[str, torch.Size | None, torch.Size | None]]
 
 
@@ -180,7 +180,7 @@ def _shape(value: Any) -> torch.Size | None:
 
 
 def _ends_of_stages(model: nn.Module) -> list[tuple[str, int]]:
-    """(module, stride) that timm tells of a model, first to last."""
+    """(module, stride) of every stage of a model according to timm, first to last."""
     information: Any = model.feature_info
     return [(info["module"], info["reduction"]) for info in information]
 
@@ -209,7 +209,7 @@ def _told_by(
             f"{_TRIAL} px, no map [B, C, H/s, W/s]"
         )
     place, order = places[0], [module for module, _, _ in calls]
-    # what ends no earlier than the token's place, in the order in which it runs
+    # stages that end at the token's place or later, in the order in which they run
     ends = [m for m, _ in stages if m in order and order.index(m) >= order.index(place)]
     first = order.index(ends[0])
     inner = {module for module in order[: first + 1] if module.startswith(f"{place}.")} | {place}
@@ -227,7 +227,7 @@ def _told_by(
 
 
 def _stride(shape: torch.Size | None) -> int | None:
-    """The stride of a map of the trial image; None where it is no map of whole cells."""
+    """The stride of a map of the trial image; None if it is no map of whole cells."""
     if shape is None or shape[2] != shape[3] or shape[2] < 1 or _TRIAL % shape[2]:
         return None
     return _TRIAL // shape[2]
@@ -239,7 +239,7 @@ def _runs(child: str, order: list[str]) -> bool:
 
 def _layers(order: list[str], ends: list[str], stem: set[str], before: bool) -> dict[str, int]:
     layer_of: dict[str, int] = {}
-    # where the token goes behind the first end, the stage before that is part of the stem
+    # if the token goes after the first end, the stage before it is part of the stem
     layer = 1 if before else 0
     for module in order:
         layer_of.setdefault(module, 0 if module in stem else layer)
@@ -253,15 +253,15 @@ def _layers(order: list[str], ends: list[str], stem: set[str], before: bool) -> 
 class TimmEncoder(ConvNet):
     """A ConvNet of timm with a mask token where its map has a stride of 4.
 
-    That is before the first stage where the stem alone comes to it (ResNet, ConvNeXt), else behind
-    the stage that does (RegNet, EfficientNet).
+    The token goes before the first stage if the stem alone reaches this stride (ResNet, ConvNeXt),
+    and otherwise after the stage that reaches it (RegNet, EfficientNet).
 
     Args:
-        spec: names the model.
+        spec: the architecture, which names the model.
 
     Raises:
-        ValueError: timm is not here or has no such model, its stem cannot be told, or the image
-            size does not fit.
+        ValueError: timm is not installed or has no such model, the end of its stem cannot be found,
+            or the image size does not fit.
     """
 
     spec: TimmSpec
@@ -278,14 +278,14 @@ class TimmEncoder(ConvNet):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._mask: Tensor | None = None
         place = self.model.get_submodule(self._anatomy.place)
-        # bound methods: a deep copy of the encoder has those of the copy
+        # bound methods: a deep copy of the encoder gets its own
         if self._anatomy.before:
             place.register_forward_pre_hook(self._hide_input)
         else:
             place.register_forward_hook(self._hide_output)
 
     def blocks_in_order(self) -> list[nn.Module]:
-        """The stages behind the mask token; see `ConvNet`."""
+        """The stages after the mask token; see `ConvNet`."""
         return [self.model.get_submodule(name) for name in self._anatomy.stages]
 
     @property
@@ -294,7 +294,7 @@ class TimmEncoder(ConvNet):
         return max(self._anatomy.layers.values())
 
     def encode(self, image: Tensor, mask: Tensor | None) -> Tensor:
-        """See `ConvNet`; the token goes in on the way."""
+        """See `ConvNet`; a hook puts the token in on the way."""
         self._mask = mask
         forward: Any = self.model.forward_features
         try:
@@ -305,7 +305,7 @@ class TimmEncoder(ConvNet):
         return features
 
     def layer_of(self, name: str) -> int:
-        """See `Encoder`; all that runs before a stage ends counts to it."""
+        """See `Encoder`; everything that runs before the end of a stage belongs to it."""
         owner, layers = name.removeprefix("model.").rpartition(".")[0], self._anatomy.layers
         while owner not in layers and owner:
             owner = owner.rpartition(".")[0]
@@ -319,9 +319,9 @@ class TimmEncoder(ConvNet):
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
-        """Within it, stages compute their activations again where `activation_checkpointing` says.
+        """Have stages compute their activations again if `activation_checkpointing` is set.
 
-        timm's own way would count every batch twice in the statistics of batch norms.
+        timm's own checkpointing would count every batch twice in the statistics of batch norms.
         """
         if not (self.activation_checkpointing and self.training):
             yield
@@ -329,8 +329,8 @@ class TimmEncoder(ConvNet):
         with ExitStack() as stack:
             for stage in self.blocks_in_order():
                 if next(stage.parameters(), None) is None:
-                    continue  # an activation that ends a stage is no stage
-                # in place of the method for as long as features are computed; hooks stay outside
+                    continue  # an activation that ends a stage is not a stage
+                # this replaces the method while features are computed; hooks stay outside
                 again = partial(run_once_more, stage.forward, stage, True)
                 stage.__dict__["forward"] = again
                 stack.callback(stage.__dict__.pop, "forward")

@@ -45,7 +45,7 @@ class ViTSpec(EncoderSpec):
         frozen_position: the absolute position is a table of sines and cosines that does not train.
         shared_relative_position: one relative position table for all blocks, as published.
         layer_relative_position: a relative position table in each block.
-        layer_scale: initial LayerScale gain; None has no LayerScale.
+        layer_scale: initial LayerScale gain; None means no LayerScale.
         final_norm: LayerNorm after the last block.
         norm_eps: epsilon of every LayerNorm.
         drop_path: stochastic-depth rate of the last block; grows linearly from 0.
@@ -83,7 +83,7 @@ class ViTSpec(EncoderSpec):
         return int(self.class_token)
 
     def problems(self) -> list[tuple[str, str]]:
-        """(field, message) for all that does not fit together; empty when it can be built."""
+        """(field, message) for everything that does not fit together; empty if it can be built."""
         problems = []
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             problems.append(
@@ -151,7 +151,7 @@ class RelativePositionBias(nn.Module):
 def sine_cosine_positions(grid: tuple[int, int], width: int, num_prefix: int) -> Tensor:
     """Position of every token as sines and cosines, float32 [1, num_prefix + h·w, width].
 
-    Prefix tokens have zeros. The first half of a patch's values encodes its column, the second its
+    Prefix tokens get zeros. The first half of a patch's values encodes its column, the second its
     row; each half holds the sines of position · 10000^(-4i / width), then the cosines.
 
     Source: facebookresearch/mae util/pos_embed.py.
@@ -225,7 +225,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm, a LayerScale and a residual."""
+    """Attention and MLP, each with a LayerNorm, a LayerScale and a residual."""
 
     def __init__(self, spec: ViTSpec, drop_path: float) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ class ViT(Encoder):
         return self.spec.depth
 
     def layer_of(self, name: str) -> int:
-        """See `Encoder`; as published, a shared position table counts to the head."""
+        """See `Encoder`; as published, a shared position table belongs to the head."""
         if name.startswith("patch_embed.") or name in ("cls_token", "pos_embed", "mask_token"):
             return 0
         match = re.match(r"blocks\.(\d+)\.", name)

@@ -1,4 +1,4 @@
-"""Methods by name. A file of this package that defines a `Method` is one; nothing else names it."""
+"""Finds methods by name: every file of this package that defines a `Method`; no list names them."""
 
 import difflib
 import pkgutil
@@ -26,10 +26,10 @@ def methods() -> dict[str, type[Method]]:
 
 
 def method_class(name: str) -> type[Method]:
-    """The method that `method.name` means.
+    """The class of the method that `method.name` means.
 
     Raises:
-        ConfigError: there is none; names what there is.
+        ConfigError: there is no such method; the message names the known ones.
     """
     known = methods()
     if name in known:

@@ -1,4 +1,4 @@
-"""What a method of pre-training supplies; all else of a run is the engine's.
+"""What a method of pre-training supplies; the engine supplies everything else of a run.
 
 B batch.
 """
@@ -24,9 +24,9 @@ from simmim.training.optim import parameter_groups
 class Method:
     """A method of pre-training; one file of this package defines one.
 
-    A subclass names itself, says what its [method] table holds, and gives at least `build` and
-    `loss`. It keeps no state between steps: whatever is drawn is a function of the seed, the epoch
-    and the sample, which makes a resumed run end as an unbroken one.
+    A subclass sets its name, declares its [method] table, and defines at least `build` and `loss`.
+    It keeps no state between steps: every random draw is a function of the seed, the epoch and the
+    sample, so a resumed run ends like an unbroken one.
 
     Args:
         config: of the run; `config.method` is of the type `Settings`.
@@ -55,7 +55,7 @@ class Method:
         """Raise ConfigError for what does not fit together, before any data is read."""
 
     def build(self, encoder: Encoder) -> ImageModel:
-        """The module that trains, with the encoder as its `encoder`; called after seeding."""
+        """Build the module that trains, with `encoder` as its encoder; called after seeding."""
         raise NotImplementedError
 
     @cached_property  # every micro-batch asks for it
@@ -64,9 +64,9 @@ class Method:
         return resolve_spec(self.config)
 
     def arrange(self, image: Tensor) -> Tensor:
-        """Images as they travel, [B, …, H, W, C], as the model takes them: [B, …, C, H, W].
+        """Rearrange the loader's images, [B, …, H, W, C], for the model: [B, …, C, H, W].
 
-        In the memory format that the run's model is in.
+        The result has the memory format of the run's model.
         """
         image = image.movedim(-1, -3)
         if self.config.channels_last_on(image.device.type):
@@ -74,7 +74,7 @@ class Method:
         return image.contiguous()
 
     def view(self) -> View:
-        """What makes an array of an image; a random crop, as uint8 [H, W, C], unless overridden."""
+        """What turns an image into an array: a random crop, uint8 [H, W, C], unless overridden."""
         data = self.config.data
         augmentation = Augmentation(
             self.config.image_size, data.crop_scale, data.crop_ratio, data.flip, data.channels
@@ -90,8 +90,9 @@ class Method:
         """The mean loss of the images of a micro-batch; empty slots (id -1) carry no weight.
 
         Args:
-            model: what `build` gave, or a wrapper of it (DistributedDataParallel, torch.compile).
-            batch: what `view` made, [B, *shape], on the model's device.
+            model: what `build` returned, or a wrapper of it (DistributedDataParallel,
+                torch.compile).
+            batch: the arrays that `view` made, [B, *shape], on the model's device.
 
         Returns:
             A scalar that gradients flow from.
@@ -110,30 +111,30 @@ class Method:
         )
 
     def measures(self, model: ImageModel) -> dict[str, Tensor]:
-        """Scalars of the last step beside the loss; read only where a progress line is due."""
+        """Scalars of the last step besides the loss; read only when a progress line is due."""
         return {}
 
     def warning(self, measures: dict[str, float]) -> str:
-        """What is wrong with `measures` and what helps, in a line; "" where nothing is."""
+        """A line that says what is wrong with `measures` and what helps; "" if nothing is wrong."""
         return ""
 
     def picture(self, source: Source) -> Draw | None:
-        """What draws the model as it is, always of the same images of `source`; None draws none."""
+        """What draws the model, always with the same images of `source`; None draws nothing."""
         return None
 
 
 class MaskingMethod(Method):
     """A method that hides part of an image; its model is a `MaskedImageModel`.
 
-    It is validated, and its pictures show reconstructions.
+    It can be validated, and its pictures show reconstructions.
     """
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
-        """The masks of samples, bool [B, gh, gw], True hides; from (seed, epoch, sample).
+        """Draw the masks of samples, bool [B, gh, gw], True hides, from (seed, epoch, sample).
 
         Args:
-            ids: int64 [B], of the samples; nothing of a negative one is hidden.
-            epochs: int64 [B].
+            ids: int64 [B], ids of the samples; a negative id hides nothing.
+            epochs: int64 [B], epochs of the samples.
         """
         raise NotImplementedError
 

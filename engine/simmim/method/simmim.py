@@ -61,7 +61,7 @@ class SimMIM(MaskedImageModel):
         return {"norm_target": self.norm_target}
 
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
-        """See `ImageModel.use_backend`; the loss takes `name` too."""
+        """See `ImageModel.use_backend`; the loss uses `name` too."""
         super().use_backend(name, attention)
         self.loss_backend = name
 
@@ -73,7 +73,7 @@ class SimMIM(MaskedImageModel):
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Scalar loss: mean absolute error over the hidden pixels, in normalised units.
 
-        The head is applied by the loss, to the cells with hidden pixels alone.
+        The loss applies the head, and only to cells with hidden pixels.
         """
         features = self._features(image, self.token_mask(mask))
         head = self.decoder[0]
@@ -111,11 +111,11 @@ class SimMIMMethod(MaskingMethod):
         return SimMIM(encoder, norm_target=norm_target, mean=data.mean, std=data.std)
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
-        """The mask units of samples, bool [B, gh, gw], from (seed, epoch, sample).
+        """Draw the mask units of samples, bool [B, gh, gw], from (seed, epoch, sample).
 
         Args:
-            ids: int64 [B], of the samples.
-            epochs: int64 [B].
+            ids: int64 [B], ids of the samples.
+            epochs: int64 [B], epochs of the samples.
         """
         config = self.config
         return sample_mask(
@@ -132,11 +132,13 @@ class SimMIMMethod(MaskingMethod):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`."""
         if batch.num_valid < len(batch.ids) and has_batch_norm(model):
-            batch = batch.without_empty_slots()  # nothing is hidden there, but zeros are seen
+            batch = (
+                batch.without_empty_slots()
+            )  # they hide nothing, but batch norms see their zeros
         loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
         return loss
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the images of a batch see one another."""
+    """Whether the images of a batch influence one another."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())

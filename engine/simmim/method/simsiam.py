@@ -1,4 +1,4 @@
-"""SimSiam: two views of an image, one network; each view predicts the other, which stands still.
+"""SimSiam: one network sees two views of an image, and each predicts the other, held constant.
 
 B batch, C channels, H W pixels, D width of the projection.
 Source: Chen and He 2020 (arXiv 2011.10566); facebookresearch/simsiam simsiam/builder.py and
@@ -32,8 +32,8 @@ from simmim.training.observer import Draw
 # Share of the healthy deviation of features below which a run counts as collapsing.
 COLLAPSED_SHARE = 0.3
 
-# Projections shorter than this share of a healthy one's length count as this long: features that
-# are all the same leave rounding noise behind the last batch norm, and noise points everywhere.
+# Projections shorter than this share of a healthy length count as this long: if all features are
+# equal, the last batch norm gives rounding noise, and noise points in all directions.
 SHORTEST_SHARE = 0.01
 
 
@@ -64,20 +64,20 @@ class SimSiamConfig(MethodConfig):
 class SimSiam(ImageModel):
     """An encoder, a projector over the mean of its output cells, a predictor, and the loss.
 
-    Of a model that is not in training mode, the loss is that of running statistics.
+    In evaluation mode, the loss is computed with running statistics.
 
     Args:
         encoder: a backbone of `simmim.backbone`; its mask token is taken away.
         projector_width: D.
         projector_layers: linear layers of the projector, at least 1.
-        predictor_width: of the predictor's hidden layer.
+        predictor_width: width of the predictor's hidden layer.
         mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
 
     Attributes:
-        feature_std: scalar on the device: of the last training forward, the standard deviation
-            over the batch of projections of length 1, mean over D; 1/√D where they point
-            everywhere, 0 where they are all the same.
+        feature_std: scalar on the device, from the last training forward: the standard deviation
+            over the batch of the projections, scaled to length 1, as a mean over D. It is 1/√D if
+            they point in all directions, and 0 if they are all equal.
     """
 
     kind = "simsiam"
@@ -106,8 +106,8 @@ class SimSiam(ImageModel):
             layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(True)]
         last = nn.Linear(width, projector_width)
         assert last.bias is not None
-        # Published so: the norm behind takes the bias away again, and decay would change nothing
-        # but the running mean.
+        # As published: the norm after it removes the bias again, and decay would change only the
+        # running mean.
         last.bias.requires_grad_(False)
         self.projector = nn.Sequential(*layers, last, nn.BatchNorm1d(projector_width, affine=False))
         self.predictor = nn.Sequential(
@@ -129,7 +129,7 @@ class SimSiam(ImageModel):
         return projection
 
     def forward(self, view_a: Tensor, view_b: Tensor) -> Tensor:
-        """Scalar loss of two views [B, C, H, W] of the same images, at least 2 in training.
+        """Scalar loss of two views [B, C, H, W] of the same images; training needs 2 images.
 
         The views go through every batch norm one after the other, as published.
         """
@@ -152,14 +152,14 @@ class SimSiam(ImageModel):
 def negative_cosine(p_a: Tensor, p_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
     """-(mean cos(p_a, z_b) + mean cos(p_b, z_a)) / 2; no gradient goes to z.
 
-    Computed in float32. PyTorch's own operations: at [256, 2048] they take less than a thousandth
-    of a ResNet-50's step, so that an op of ours would have nothing to win.
+    It is computed in float32 with PyTorch's own operations: at [256, 2048] they take less than a
+    thousandth of a ResNet-50's step, so a fused op could save nothing.
 
     Args:
-        p_a: predictions of the one view, [B, D].
-        p_b: of the other.
-        z_a: projections of the one view, [B, D].
-        z_b: of the other.
+        p_a: predictions from the first view, [B, D].
+        p_b: predictions from the second view, [B, D].
+        z_a: projections of the first view, [B, D].
+        z_b: projections of the second view, [B, D].
     """
     towards_b = F.cosine_similarity(p_a.float(), z_b.detach().float()).mean()
     towards_a = F.cosine_similarity(p_b.float(), z_a.detach().float()).mean()
@@ -243,7 +243,7 @@ class SimSiamMethod(Method):
 
     @torch.no_grad()
     def distorted(self, image: Tensor, ids: Tensor, epochs: Tensor) -> list[Tensor]:
-        """The two views as the model takes them: uint8 [B, 2, H, W, C] → two of [B, C, H, W]."""
+        """Distort both crops for the model: uint8 [B, 2, H, W, C] → two of uint8 [B, C, H, W]."""
         views = []
         for view in range(VIEWS):
             draws = draw(ids, epochs, view, self.config.seed, self.distortion)
@@ -254,14 +254,14 @@ class SimSiamMethod(Method):
         return views
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See `Method`; empty slots do not even take part in batch norms."""
+        """See `Method`; empty slots take no part in batch norms."""
         batch = batch.without_empty_slots(2)  # batch norms refuse one image alone
         loss: Tensor = model(*self.distorted(batch.image, batch.ids, batch.epochs))
-        # beside an empty slot, one image has nothing to differ from
+        # one image without others has nothing to differ from
         return loss if batch.num_valid > 1 else loss * 0.0
 
     def parameter_groups(self, model: ImageModel) -> list[dict[str, Any]]:
-        """All that trains is decayed, as published; the predictor may keep its peak rate."""
+        """As published, all that trains is decayed; the predictor may keep its peak rate."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = []
         for of_predictor in (False, True):
@@ -277,13 +277,13 @@ class SimSiamMethod(Method):
         return groups
 
     def measures(self, model: ImageModel) -> dict[str, Tensor]:
-        """feature_std, and its share of the 1/√D of features that point everywhere."""
+        """`feature_std`, and its share of 1/√D, which features in all directions have."""
         assert isinstance(model, SimSiam)
         healthy = 1 / math.sqrt(self.settings.projector_width)
         return {"feature_std": model.feature_std, "feature_std_share": model.feature_std / healthy}
 
     def warning(self, measures: dict[str, float]) -> str:
-        """Warns of a collapse: features that are the same for every image."""
+        """Warn of a collapse, in which all images have the same features."""
         share = measures["feature_std_share"]
         if not share < COLLAPSED_SHARE:
             return ""
@@ -295,5 +295,5 @@ class SimSiamMethod(Method):
         )
 
     def picture(self, source: Source) -> Draw:
-        """The views of the same images, and which images are near to each."""
+        """Draw the views of the same images, and the images nearest to each."""
         return ViewPictures(source, self.config, self.view(), self.distorted).draw

@@ -1,10 +1,10 @@
-"""Token-wise SimMIM: hide single tokens of a plain ViT, regress the pixels of those alone.
+"""Token-wise SimMIM: hide single tokens of a plain ViT, and regress only their pixels.
 
 B batch, C channels, H W pixels, D width, h w token grid, L = h·w, K hidden tokens of an image,
 p side of a patch, P = C·p·p values of a patch in the order (colour, row, column).
 Source: lightly-ai/lightly examples/pytorch/simmim.py and models/utils.py (random_token_mask);
-kristi700/ViT-SSL vit_core/ssl/simmim. lightly orders a patch as (row, column, colour): the rows of
-its decoder must be permuted, those of ViT-SSL's and of microsoft/SimMIM's need not.
+kristi700/ViT-SSL vit_core/ssl/simmim. lightly orders a patch as (row, column, colour), so the rows
+of its decoder must be permuted; those of ViT-SSL and microsoft/SimMIM need not be.
 """
 
 import math
@@ -39,7 +39,7 @@ def num_hidden_tokens(num_tokens: int, ratio: float, rounding: Rounding) -> int:
     """How many tokens of an image are hidden.
 
     "up" keeps int(L · (1 - ratio)) tokens, as lightly counts, and "down" hides int(L · ratio), as
-    ViT-SSL does; both products are taken in float64, and may land a hair beside an integer.
+    ViT-SSL does; both products are computed in float64 and may lie slightly off an integer.
     """
     if rounding == "up":
         return num_tokens - int(num_tokens * (1 - ratio))
@@ -49,8 +49,8 @@ def num_hidden_tokens(num_tokens: int, ratio: float, rounding: Rounding) -> int:
 class TokenSimMIM(MaskedImageModel):
     """An encoder, a head that sees hidden tokens only, and the mean error of their pixels.
 
-    Images are those of every `ImageModel`, masks those of every `MaskedImageModel`. A linear head
-    has the names and the layout of SimMIM's decoder.
+    It takes the images of every `ImageModel` and the masks of every `MaskedImageModel`. A linear
+    head has the names and the layout of SimMIM's decoder.
 
     Args:
         encoder: a backbone of `simmim.backbone` whose output cells are its tokens.
@@ -58,15 +58,15 @@ class TokenSimMIM(MaskedImageModel):
         mlp_hidden: width of the hidden layers of an "mlp" head; 0 takes the encoder's.
         mlp_depth: hidden layers of an "mlp" head, 1 to 16.
         loss: "l1", the mean absolute error, or "l2", the mean squared error.
-        target: "pixels", normalised by mean and std, or "normalised": of these every patch by its
-            own mean and variance (facebookresearch/mae: over all P values, divisor P - 1, 1e-6
-            added to the variance).
+        target: "pixels", normalised by mean and std, or "normalised", which also normalises every
+            patch by its own mean and variance (facebookresearch/mae: over all P values, divisor
+            P - 1, 1e-6 added to the variance).
         mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
 
     Raises:
-        ValueError: the output cells of the encoder are no tokens of its mask, or an argument is
-            none of those above.
+        ValueError: the output cells of the encoder are not its mask's tokens, or an argument has
+            none of the values above.
     """
 
     kind = "tokens"
@@ -124,22 +124,22 @@ class TokenSimMIM(MaskedImageModel):
         return {name: getattr(self, name) for name in names}
 
     def trained_mask(self, mask: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """See `MaskedImageModel`; the unit is one token whatever is configured."""
+        """See `MaskedImageModel`; the unit is always one token."""
         return None if mask is None else {**mask, "unit": self.patch_size}
 
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
-        """See `ImageModel.use_backend`; the loss takes `name` too."""
+        """See `ImageModel.use_backend`; the loss uses `name` too."""
         super().use_backend(name, attention)
         self.loss_backend = name
 
     def forward(self, image: Tensor, mask: Tensor, num_hidden: int | None = None) -> Tensor:
-        """Scalar loss: the mean error over all values of the hidden patches; 0 where none is.
+        """Scalar loss: the mean error over all values of the hidden patches; 0 if none is hidden.
 
         Args:
             image: [B, C, H, W], uint8 or normalised.
             mask: bool, on any grid of whole patches; True hides.
-            num_hidden: tokens that are hidden in each image, but for images of which nothing is;
-                None counts them, and waits for the device.
+            num_hidden: number of hidden tokens in each image that hides any; None counts them,
+                which waits for the device.
         """
         mask = self.token_mask(mask)
         features = self._features(image, mask)
@@ -162,16 +162,16 @@ class TokenSimMIM(MaskedImageModel):
         if self.target == "normalised":
             mean, deviation = _patch_statistics(target)
             target = (target - mean) / deviation
-        # `where` before the error: nothing of an absent token reaches the gradient
+        # `where` before the error keeps absent tokens out of the gradient
         error = torch.where(present.unsqueeze(2), prediction - target, 0.0)
         error = error.abs() if self.loss == "l1" else error.square()
         return error.sum() / (present.sum() * target.shape[2]).clamp(min=1)
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The image [B, C, H, W] in normalised units, its hidden patches as they are predicted.
+        """The image [B, C, H, W] in normalised units, with the prediction in its hidden patches.
 
-        Visible patches have no prediction and stay. Under target "normalised" a patch is predicted
-        up to its mean and deviation: they are those of the image.
+        Visible patches have no prediction and do not change. With target "normalised" the
+        prediction lacks the mean and deviation of a patch, which are taken from the image.
         """
         mask = self.token_mask(mask)
         places, present = _hidden_places(mask, None)
@@ -192,7 +192,7 @@ class TokenSimMIM(MaskedImageModel):
         return head.weight.flatten(1), head.bias
 
     def _predict(self, features: Tensor, places: Tensor) -> Tensor:
-        """What the head makes of tokens: [B, D, h, w], [B, K] → float32 [B, K, P]."""
+        """Apply the head to the tokens at `places`: [B, D, h, w], [B, K] → float32 [B, K, P]."""
         tokens = features.flatten(2).transpose(1, 2)
         tokens = tokens.gather(1, places.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
         out = self.decoder(tokens) if self.head == "mlp" else F.linear(tokens, *self._linear_head())
@@ -201,7 +201,7 @@ class TokenSimMIM(MaskedImageModel):
 
     def _pixels(self, image: Tensor, places: Tensor) -> Tensor:
         """Normalised pixels of patches: [B, K] → float32 [B, K, P]."""
-        # bytes are gathered as they are: only what is asked for becomes floating point
+        # bytes are gathered first: only the requested pixels become floating point
         return self.normalise(self._cells(image)[self._index(places)]).float().flatten(2)
 
     def _cells(self, image: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class TokenSimMIM(MaskedImageModel):
         return image.view(*image.shape[:2], h, p, w, p)
 
     def _index(self, places: Tensor) -> tuple[Tensor | slice, ...]:
-        """What takes patches from `_cells`: [B, K] → an index whose result is [B, K, C, p, p]."""
+        """The index of patches in `_cells`: [B, K] → an index whose result is [B, K, C, p, p]."""
         everything, columns = slice(None), self.encoder.spec.grid[1]
         images = torch.arange(len(places), device=places.device).unsqueeze(1)
         return images, everything, places // columns, everything, places % columns, everything
@@ -224,9 +224,9 @@ def _patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _hidden_places(mask: Tensor, num_hidden: int | None) -> tuple[Tensor, Tensor]:
-    """Tokens that are hidden: bool [B, h, w] → int64 [B, K] ascending, and whether they really are.
+    """Find the hidden tokens: bool [B, h, w] → int64 [B, K] ascending, bool [B, K] whether hidden.
 
-    Images that hide fewer than K fill up with visible tokens.
+    Images that hide fewer than K tokens are filled up with visible tokens.
     """
     hidden = mask.flatten(1)
     if num_hidden is None:
@@ -314,14 +314,14 @@ class TokenMethod(MaskingMethod):
         )
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
-        """The hidden tokens of samples, bool [B, h, w], from (seed, epoch, sample).
+        """Draw the hidden tokens of samples, bool [B, h, w], from (seed, epoch, sample).
 
         Args:
-            ids: int64 [B], of the samples; nothing of a negative one is hidden.
-            epochs: int64 [B].
+            ids: int64 [B], ids of the samples; a negative id hides nothing.
+            epochs: int64 [B], epochs of the samples.
         """
         spec = self.spec
-        # sampling rounds its share of the units up: half a token below the count gives the count
+        # sampling rounds its share of the units up, so half a token less than the count gives it
         share = (self.num_hidden - 0.5) / math.prod(spec.grid)
         return sample_mask(
             ids,

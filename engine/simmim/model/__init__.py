@@ -1,1 +1,1 @@
-"""Models of images and their weights files; nothing of a run or a method."""
+"""Models of images and their weights files; they know nothing of a run or a method."""

@@ -32,7 +32,7 @@ class Classifier(ImageModel):
         classes: the name of every class, in the order of the head's rows.
         mean: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.5.
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
-        margin: how images become views when predicting: see
+        margin: how prediction scales and crops images, see
             `simmim.data.finetune_views.EvaluationView`.
     """
 

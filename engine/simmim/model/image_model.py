@@ -30,7 +30,7 @@ class ImageModel(nn.Module):
         std: per channel on the 0–1 scale; ImageNet's for 3 channels, else 0.25.
 
     Raises:
-        ValueError: `mean` or `std` has not one value per channel.
+        ValueError: `mean` or `std` does not have one value per channel.
     """
 
     # how a weights file names this kind of model: for the models of a method, by the method's name
@@ -65,7 +65,7 @@ class ImageModel(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, in plain values, that rebuild the model beside encoder, mean and std."""
+        """The plain arguments that rebuild the model, in addition to encoder, mean and std."""
         return {}
 
     def use_backend(self, name: str | None, attention: str | None = None) -> None:
@@ -141,7 +141,7 @@ class MaskedImageModel(ImageModel):
         return mask
 
     def encode(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Feature map of the image, [B, D, h, w]; hidden tokens see the mask token instead."""
+        """Feature map of the image, [B, D, h, w]; the mask token replaces hidden tokens."""
         return self._features(image, None if mask is None else self.token_mask(mask))
 
     def reconstruct(self, image: Tensor, mask: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class MaskedImageModel(ImageModel):
         return hidden.unsqueeze(1)
 
     def completed(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Images with their hidden pixels as predicted, float32 [B, C, H, W] on the 0–1 scale.
+        """Images with predicted hidden pixels, float32 [B, C, H, W] on the 0–1 scale.
 
         Args:
             image: uint8 [B, C, H, W].

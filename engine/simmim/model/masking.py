@@ -16,7 +16,7 @@ def sample_mask(
     seed: int,
     backend: str | None = None,
 ) -> Tensor:
-    """Mask of each sample in whole units, made on the device of `ids`.
+    """Draw the mask of each sample in whole units, on the device of `ids`.
 
     Args:
         ids: int64 [B], sample ids. A negative id marks an empty slot (an unreadable image): nothing

@@ -34,7 +34,7 @@ def save_tensors(
 
     Raises:
         OSError: it cannot be written.
-        SafetensorError: the same, as safetensors says it.
+        SafetensorError: the same, raised by safetensors.
     """
     save_file(dict(tensors), path, metadata=metadata)
     # safetensors makes files that only their owner can read, but others may want the encoder
@@ -84,7 +84,7 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain: list[Any] = [(OrderedDict, "yacs.config.CfgNode")]
     try:
         with torch.serialization.safe_globals(plain), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on the pickle protocol
+            warnings.simplefilter("ignore")  # warnings about the pickle protocol
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL " in str(error) or "Unsupported class" in str(error):

@@ -1,1 +1,1 @@
-"""Pictures of what a model makes of images, and how near images are; nothing of a run."""
+"""Pictures of what a model makes of images, and how near images are; they know nothing of a run."""

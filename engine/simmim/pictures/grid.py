@@ -1,4 +1,4 @@
-"""Panels of pixels as one picture, and a picture as a file."""
+"""Joins panels of pixels into one picture, and writes a picture to a file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +18,12 @@ HEADER = 18
 def titled_grid(
     panels: NDArray[np.uint8], titles: Sequence[str], captions: Sequence[Sequence[str]] = ()
 ) -> Image.Image:
-    """Panels uint8 [B, columns, H, W, C] as one picture: a row an image, a titled column each.
+    """Join panels uint8 [B, columns, H, W, C]: one row for each image, one title for each column.
 
     Args:
-        panels: of 1, 3 or more channels, of which the first three show.
-        titles: one a column.
-        captions: of every row, one below each panel; none at all where it is empty.
+        panels: pixels of 1, 3 or more channels; the first three are shown.
+        titles: one for each column.
+        captions: for every row, one text below each panel; () draws none.
     """
     B, num_columns, H, W, C = panels.shape
     if C < 3:
@@ -49,5 +49,5 @@ def titled_grid(
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG completely or not at all."""
     write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))

@@ -20,7 +20,7 @@ _CHUNK = 16
 
 
 def signal_to_noise(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of values between 0 and 1; infinite without an error."""
+    """Peak signal-to-noise ratio in dB of values between 0 and 1; infinite if there is no error."""
     return math.inf if mean_squared_error == 0 else -10.0 * math.log10(mean_squared_error)
 
 

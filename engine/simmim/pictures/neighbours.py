@@ -19,23 +19,23 @@ from simmim.model.image_model import ImageModel, evaluation_mode
 from simmim.pictures.grid import titled_grid
 from simmim.pictures.samples import pictured_images
 
-# Images among which neighbours are looked for, and how many of them are shown.
+# Number of images among which neighbours are searched, and number of neighbours shown.
 POOL, NEIGHBOURS = 60, 2
 
-# Images that are encoded at a time.
+# Images that are encoded at once.
 ENCODED = 8
 
 
 class ViewPictures:
-    """The same images under the same draws, to see what a run compares and what it makes of it.
+    """Draws the same images and views again and again, to show what a run compares and learns.
 
-    Views are those of epoch 0. Neighbours are the images whose mean feature has the highest cosine
-    with that of the image, among a few dozen of the run, all seen whole.
+    The views are those of epoch 0. The neighbours of an image are those whose mean features have
+    the highest cosine with its own, among the largest central crops of a few dozen images.
 
     Args:
-        source: images; unreadable ones are passed over.
-        config: the run, whose seed picks the images.
-        view: makes uint8 [V, H, W, C] of an image.
+        source: the run's images; unreadable ones are skipped.
+        config: the run's configuration, whose seed picks the images.
+        view: makes uint8 [V, H, W, C] from an image.
         distort: (uint8 [B, V, H, W, C], ids, epochs) → V tensors uint8 [B, C, H, W], as the model
             takes them.
     """
@@ -58,7 +58,7 @@ class ViewPictures:
             view.fill(self.views[-1], image.data, 0, image.sample)
 
     def draw(self, model: ImageModel) -> Image.Image | None:
-        """The picture of the model as it is; None when no image could be read."""
+        """Draw the model in its present state; None if no image could be read."""
         if not self.ids:
             return None
         device = model.mean.device
@@ -77,7 +77,7 @@ class ViewPictures:
 
     @torch.no_grad()
     def _neighbours(self, model: ImageModel) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Of every drawn image, the indices [B, K] of the nearest others, and their cosines."""
+        """For every drawn image, the indices [B, K] of the nearest others, and their cosines."""
         features = []
         with evaluation_mode(model):
             for start in range(0, len(self.whole), ENCODED):

@@ -1,4 +1,4 @@
-"""Pictures of what the model sees and makes: original | masked | reconstruction."""
+"""Pictures of what the model sees and predicts: original | masked | reconstruction."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ def reconstruction_panels(
     (the loss never asked for the visible part).
 
     Args:
-        model: put in evaluation mode for the moment.
+        model: the model, which is in evaluation mode during the call.
         image: uint8 [B, C, H, W], on the model's device.
         mask: bool [B, gh, gw], True hides.
 
@@ -48,7 +48,7 @@ def reconstruction_panels(
 
 
 def draw_grid(panels: NDArray[np.uint8], captions: list[str] | None = None) -> Image.Image:
-    """Panels [B, 3, H, W, C] of `reconstruction_panels` as one picture, named on the left."""
+    """Join panels [B, 3, H, W, C] of `reconstruction_panels`; captions stand in the left column."""
     below = [[caption, "", ""] for caption in captions or ()]
     return titled_grid(panels, COLUMNS, below)
 
@@ -81,15 +81,15 @@ def reconstruct_files(
     """Reconstruct photos: the largest central crop of each, masked at random.
 
     Args:
-        model: where it lies is where it runs.
+        model: the model, which runs on the device where it is.
         files: image files.
         mask_unit: side of a mask unit, in pixels.
         ratio: share of units that is hidden.
-        seed: of the masks; image i of the list gets the mask of sample i.
+        seed: seed of the masks; image i of the list gets the mask of sample i.
         value_range: see `simmim.data.decode.decode`.
 
     Raises:
-        ValueError: a file is no image; the message names it.
+        ValueError: the mask does not fit the model, or a file is no image; the message names it.
     """
     spec = model.encoder.spec
     if mask_unit % spec.patch_size or any(side % mask_unit for side in spec.image_size):
@@ -118,13 +118,13 @@ def reconstruct_files(
 
 
 class FixedSamples:
-    """The same images under the same masks, to see a run progress.
+    """Draws the same images under the same masks, to show the progress of a run.
 
     Args:
-        source: images; unreadable ones are passed over.
-        config: the run, whose seed picks the images.
+        source: the run's images; unreadable ones are skipped.
+        config: the run's configuration, whose seed picks the images.
         draw_mask: (ids, epochs) → the masks of samples, bool [B, gh, gw].
-        count: of images.
+        count: number of images.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class FixedSamples:
         self.views = [image.centre for image in images]
 
     def draw(self, model: ImageModel) -> Image.Image | None:
-        """The picture of the model as it is; None when no image could be read."""
+        """Draw the model in its present state; None if no image could be read."""
         assert isinstance(model, MaskedImageModel)
         if not self.ids:
             return None

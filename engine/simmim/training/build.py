@@ -1,4 +1,4 @@
-"""What every training run builds before its first step: the model as it runs, and its state."""
+"""Builds what a training run needs before its first step: the model as it runs, and its state."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def seed_initialisation(config: RunConfig) -> None:
 
 
 def prepare_model(model: ModelT, config: RunConfig, device: torch.device) -> ModelT:
-    """The model on `device`, computing as the configuration says."""
+    """Move the model to `device`, and make it compute as the configuration says."""
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
     model.use_backend(config.kernels.backend, config.kernels.attention)
     if config.channels_last_on(device.type):
@@ -46,15 +46,15 @@ def build_state(
     ema_decay: float = 0.0,
     mask: MaskConfig | None = None,
 ) -> TrainState:
-    """A run's model as it is called, its optimiser and its schedule.
+    """Build a run's state: the model as it is called, its optimiser and its schedule.
 
     Args:
-        model: prepared, see `prepare_model`.
-        config: of the run.
-        num_images: of the data, which tells how many steps an epoch has.
+        model: the model that `prepare_model` returned.
+        config: the run's configuration.
+        num_images: number of images in the data, which gives the steps of an epoch.
         world: this process.
-        parameter_groups: model → groups for the optimiser, see `simmim.training.optim`; asked once
-            the model is wrapped, for a wrapper may put other parameters in place.
+        parameter_groups: model → groups for the optimiser, see `simmim.training.optim`; it is
+            called after the model is wrapped, because a wrapper may replace parameters.
         loss_of: see `TrainState`.
         ema_decay: see `TrainState`.
         mask: see `TrainState`.

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, checked before use, never unpickled.
+"""Checkpoints are written completely or not at all, checked before use, and never unpickled.
 
 A checkpoint is a folder `step_XXXXXXXX` of two safetensors files (weights; optimiser state) and
-state.json, which lists the others with size and SHA-256 and is what makes the folder valid. The
-folder is filled under another name, flushed to the disk, and renamed.
+state.json, which lists the other files with size and SHA-256. Without state.json a folder is not a
+checkpoint. The folder is filled under another name, flushed to the disk, and renamed.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ _NAME = re.compile(r"step_(\d{8})$")
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be written or read; names the folder and the reason."""
+    """A checkpoint cannot be written or read; the message names the folder and the reason."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's content, read and checked.
+    """The content of a checkpoint, after reading and checking it.
 
     Attributes:
-        folder: where it lies.
+        folder: the checkpoint's folder.
         state: the plain values of state.json.
         weights: name → tensor.
-        optimizer: "exp_avg/name" and so on → tensor.
+        optimizer: state and parameter, such as "exp_avg/name" → tensor.
         average: name → averaged tensor; empty where the run keeps no average.
     """
 
@@ -61,15 +61,15 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
 
     Args:
         root: folder of all checkpoints of the run.
-        state: what to save; nothing in it changes.
-        extra: plain values to keep beside it (configuration, data fingerprint).
+        state: the state to save; it does not change.
+        extra: plain values to store with it (configuration, data fingerprint).
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: it could not be written (no space, no permission); nothing is left behind
-            and older checkpoints are untouched.
+        CheckpointError: it could not be written (no space, no permission); nothing is left behind,
+            and older checkpoints do not change.
     """
     final = root / f"step_{state.step:08d}"
     temporary = root / f".{final.name}.tmp-{os.getpid()}"
@@ -92,7 +92,7 @@ def save(root: Path, state: TrainState, extra: dict[str, Any]) -> Path:
         for name in (*files, STATE_FILE):
             sync(temporary / name)
         sync(temporary)
-        if final.exists():  # of an earlier life of this run, found damaged on resume
+        if final.exists():  # an earlier start wrote it, and resuming found it damaged
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(root)
@@ -122,18 +122,18 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def steps(root: Path) -> dict[int, Path]:
-    """Step → folder of every checkpoint under `root`, oldest first; damaged ones included."""
+    """Map steps to the checkpoints under `root`, oldest first; damaged ones are included."""
     if not root.is_dir():
         return {}
-    found = {int(match[1]): p for p in root.iterdir() if (match := _NAME.match(p.name))}
-    return dict(sorted(found.items()))
+    folders = {int(match[1]): p for p in root.iterdir() if (match := _NAME.match(p.name))}
+    return dict(sorted(folders.items()))
 
 
 def read(folder: Path) -> Loaded:
     """Read a checkpoint and check it against its own list of files.
 
     Raises:
-        CheckpointError: something is missing or damaged; says what.
+        CheckpointError: something is missing or damaged; the message says what.
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
@@ -153,10 +153,10 @@ def read(folder: Path) -> Loaded:
 
 
 def read_newest(root: Path, warn: Callable[[str], None]) -> Loaded | None:
-    """The newest checkpoint that is whole; None when there is none at all.
+    """Read the newest checkpoint that is not damaged; None if there is no checkpoint at all.
 
-    Damaged ones that are newer get the name damaged_step_…, so that they neither count as
-    checkpoints to keep nor are lost.
+    Newer checkpoints that are damaged get the name damaged_step_…: they are not lost, and they do
+    not count as checkpoints to keep.
 
     Args:
         root: folder of all checkpoints of the run.
@@ -195,7 +195,7 @@ def restore(state: TrainState, loaded: Loaded) -> None:
     try:
         state.model.load_state_dict(loaded.weights)
         if state.averaged is not None:
-            # a run that only now begins to average begins with the weights as they are
+            # a run that has not averaged before starts from the present weights
             state.averaged.load_state_dict(loaded.average or loaded.weights)
         _restore_optimizer(state, loaded.optimizer)
     except (RuntimeError, KeyError, ValueError) as error:
@@ -213,18 +213,18 @@ def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
             for key in keys:
                 value = tensors[f"{key}/{name}"]
                 if value.shape == parameter.shape:
-                    # in the parameter's memory format, which the fused optimiser counts on
+                    # the fused optimiser relies on the parameter's memory format
                     value = torch.empty_like(parameter).copy_(value)
                 state.optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def prune(root: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Remove all but the newest `keep_last` checkpoints and the milestones; returns what went."""
+    """Remove all but the newest `keep_last` checkpoints and the milestones; return the removed."""
     removed = []
     for step, folder in list(steps(root).items())[:-keep_last]:
         if keep_every_steps and step % keep_every_steps == 0:
             continue
-        # renamed first: a removal that is cut short must not leave half a checkpoint under its name
+        # rename first: an interrupted removal must not leave half a checkpoint under its name
         gone = folder.with_name(f".{folder.name}.tmp-removed")
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(folder, gone)
@@ -234,7 +234,7 @@ def prune(root: Path, keep_last: int, keep_every_steps: int) -> list[Path]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove the checkpoints that a killed process left half written."""
     if root.is_dir():
         for folder in root.glob(".step_*.tmp-*"):
             shutil.rmtree(folder, ignore_errors=True)

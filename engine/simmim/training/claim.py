@@ -1,4 +1,4 @@
-"""Takes the folder of a run for one process, and describes the run for whoever finds it later."""
+"""Claims a run folder for one process, and records what every start of the run ran on."""
 
 import fcntl
 import json
@@ -20,7 +20,7 @@ from simmim.training.interrupts import Interrupts
 
 @contextmanager
 def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupts]]:
-    """This process, the run's folder, and what listens to signals, for as long as a run lasts.
+    """Yield this process, the claimed run folder and the signals, for as long as a run lasts.
 
     Raises:
         ConfigError: see `claimed_folder`.
@@ -28,13 +28,13 @@ def claimed_run(config: RunConfig) -> Iterator[tuple[World, RunFolder, Interrupt
     world = distributed.init(config.device)
     with Interrupts() as interrupts, claimed_folder(config, world) as folder:
         yield world, folder, interrupts
-    # not after an error: leaving the group waits for processes that may wait for this one
+    # skipped after an error: leaving the group waits for processes that may wait for this one
     distributed.finish(world)
 
 
 @contextmanager
 def claimed_folder(config: RunConfig, world: World) -> Iterator[RunFolder]:
-    """The run folder, made if needed and locked against a second run.
+    """Yield the run folder, which is made if needed and locked against a second run.
 
     Raises:
         ConfigError: the folder holds something else, cannot be made, or is in use.

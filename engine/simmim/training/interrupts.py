@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to save and stop between two steps."""
+"""Turns SIGTERM and SIGINT into a request to save and stop between two steps."""
 
 import signal
 import time
@@ -9,11 +9,11 @@ import torch
 
 from simmim.distributed import World, all_reduce_sum
 
-# "Temporary failure, try again" of sysexits.h: tells a scheduler to requeue the job, apart from a
-# crash (1) and a wrong command line (2).
+# "Temporary failure, try again" of sysexits.h. It tells a scheduler to requeue the job, unlike a
+# crash (1) or a wrong command line (2).
 EXIT_INTERRUPTED = 75
 
-# A Ctrl-C this long after the first signal means "now".
+# A Ctrl-C that comes later than this after the first signal stops the run at once.
 SECOND_INTERRUPT_S = 2.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -22,20 +22,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopWaiting(BaseException):
     """A signal came while the process only waited: nothing is half done.
 
-    No `Exception`, as KeyboardInterrupt is none: it may come while an image is decoded, where every
-    exception means that the image cannot be read.
+    Like KeyboardInterrupt, it is not an `Exception`: it may be raised while an image is decoded,
+    and there every `Exception` means that the image cannot be read.
     """
 
 
 class Interrupts:
-    """While active, signals are remembered; only a second, later Ctrl-C raises KeyboardInterrupt.
+    """Remembers signals while active; only a second, later Ctrl-C raises KeyboardInterrupt.
 
-    Schedulers and launchers often deliver the same SIGTERM twice: repeats must not cost the save.
+    Schedulers and launchers often deliver the same SIGTERM twice: a repeat must not prevent the
+    save.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        # set to tell that raising StopWaiting is safe at the moment
+        # says whether raising StopWaiting is safe at the moment
         self.only_waiting: Callable[[], bool] = lambda: False
 
     def __enter__(self) -> "Interrupts":
@@ -54,7 +55,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.only_waiting():
             self.received, self._since = signal.Signals(number), time.monotonic()
-            self.only_waiting = lambda: False  # a repeat must not break into the clearing up
+            self.only_waiting = lambda: False  # a repeat must not interrupt the cleanup
             raise StopWaiting
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()

@@ -19,7 +19,7 @@ WIDTH_FOR_A_BAR = 140
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, or 4:05 below an hour."""
+    """Format seconds as 1:02:03, or as 4:05 below an hour."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def progress_text(row: dict[str, Any], total_steps: int) -> str:
-    """The progress line of a metrics row; a narrow terminal cuts its least important end."""
+    """The progress line of a metrics row; the parts that matter least are at its end."""
     parts = [
         f"step {row['step']}/{total_steps}",
         f"epoch {row['epoch']:.2f}",
@@ -51,12 +51,12 @@ def _number(value: float | None) -> str:
 
 
 class RunLog:
-    """Progress and records of one run; silent in all processes but the main one.
+    """Shows and records a run; processes other than the main one only show warnings.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         total_steps: steps of the run.
-        is_main: whether this process shows and writes anything but warnings.
+        is_main: whether this process shows and writes more than warnings.
         tensorboard: whether to write TensorBoard events too.
 
     Raises:
@@ -86,14 +86,14 @@ class RunLog:
             self._progress.start()
 
     def start_after(self, step: int) -> None:
-        """Open TensorBoard, and drop records of steps beyond `step`: a resumed run makes them."""
+        """Open TensorBoard, and drop the records after `step`, which a resumed run makes again."""
         if self._tensorboard:
             self._events = _open_events(self.folder.tensorboard, step)
         for path in self.folder.records if self.is_main else ():
             drop_rows_after(path, step)
 
     def recorded(self, path: Path) -> list[dict[str, Any]]:
-        """The rows of a file of `RunFolder.records`; none in other processes."""
+        """The rows of a file of `RunFolder.records`; the main process alone has any."""
         return list(read_rows(path)) if self.is_main else []
 
     def record(self, path: Path, row: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class RunLog:
                     self._events.add_scalar(f"{path.stem}/{key}", value, row["step"])
 
     def metrics(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Record rows (one a step), and show the last one."""
+        """Record rows (one for each step), and show the last one."""
         if not self.is_main:
             return
         append_rows(self.folder.metrics, rows)
@@ -131,13 +131,13 @@ class RunLog:
             self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def info(self, message: str) -> None:
-        """A line for the terminal and log.txt."""
+        """Write a line to the terminal and to log.txt."""
         if self.is_main:
             self._console.print(Text(message), soft_wrap=True)
             self._write(message)
 
     def warn(self, message: str, *, shown: bool = True) -> None:
-        """A warning; shown by every process unless it is only to be recorded by the main one."""
+        """Show a warning in every process if `shown`, and record it in the main process."""
         if shown:
             self._console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
         if self.is_main:
@@ -149,7 +149,7 @@ class RunLog:
         self._text.flush()
 
     def stop_progress(self) -> None:
-        """End the progress line, before the last words."""
+        """End the progress line, so that the last messages can follow it."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -1,4 +1,4 @@
-"""The loop of a training run: steps, and what is due after each. The same for every method."""
+"""The loop of a training run, the same for every method: its steps, and what is due after each."""
 
 import gc
 import resource
@@ -30,14 +30,14 @@ from simmim.training.resume import agreed_fingerprint, resume
 from simmim.training.run import Run
 from simmim.training.step import Metrics, TrainState, train_step
 
-# Steps between checkpoints where an epoch is shorter than that.
+# Steps between checkpoints if an epoch has fewer steps.
 SHORTEST_INTERVAL = 100
 
-# Steps between looks at signals and bad steps where looking means waiting for the device.
+# Steps between checks for signals and bad steps if a check has to wait for the device.
 CONTROL_INTERVAL = 10
 
-# Share of the time that a step may wait for data before the log says what to do about it, and the
-# steps until it says so again.
+# If steps wait for data for a larger share of the time, the log says what to do about it. It does
+# not say so again for this many steps.
 TOLERATED_WAIT = 0.10
 WAIT_WARNING_INTERVAL = 1000
 
@@ -58,13 +58,13 @@ def train(
     """Resume what the folder holds, and run to the last step.
 
     Args:
-        state: fresh; changed in place.
-        source: images of the run.
-        make_loader: called once the run is known to go on.
-        make_observer: the same, with the loader.
-        folder: of the run, claimed by this process.
-        log: of the run.
-        interrupts: signals.
+        state: a fresh state, which is changed in place.
+        source: the run's images.
+        make_loader: makes the loader; called only if steps are left.
+        make_observer: makes the observer from the loader; called only if steps are left.
+        folder: the run's folder, claimed by this process.
+        log: the run's log.
+        interrupts: the signals that this process receives.
 
     Returns:
         0 when the run is complete, 75 when a signal stopped it.
@@ -97,12 +97,12 @@ def train(
 
 
 class Loop:
-    """Drives a run: makes its steps, and what is due after each.
+    """Drives a run: makes its steps, and does what is due after each.
 
     Args:
-        run: resumed.
-        observer: told of every step.
-        fingerprint: of the images, see `agreed_fingerprint`.
+        run: the run, already resumed.
+        observer: called after every step.
+        fingerprint: the fingerprint of the images, see `agreed_fingerprint`.
     """
 
     def __init__(self, run: Run, observer: Observer, fingerprint: dict[str, Any]) -> None:
@@ -115,11 +115,11 @@ class Loop:
     def drive(self, interrupts: Interrupts) -> int:
         """Make the steps that are left; see `train`."""
         if self.world.size == 1:
-            # data may never come (a hung file server); with several processes the others would
-            # then wait for this one, and the launcher ends them all
+            # data may never come (a hung file server). With several processes, the others would
+            # then wait for this one, and the launcher ends them all.
             interrupts.only_waiting = lambda: self.loader.waiting or self.observer.busy
-        # what was built stays: collections need not walk through it at every few steps, and in
-        # forked data workers they would copy every page that holds an object
+        # the objects built so far stay: the garbage collector need not visit them every few steps,
+        # and a visit in a forked data worker would copy every page that holds one
         gc.freeze()
         try:
             return self._train(interrupts)
@@ -141,13 +141,13 @@ class Loop:
         self.observer.begin(self.run)
         self.run.restart_clock()
         on_cpu, alone = self.world.device.type == "cpu", self.world.size == 1
-        # closed on every way out, so that no worker outlives the loop
+        # closed however the loop ends, so that no worker outlives it
         with closing(self.loader.steps(state.step, self.run.total)) as steps:
             for batches in steps:
                 self.pending.append(train_step(state, batches))
                 last = state.step == self.run.total
                 due = last or state.step % config.log.every_steps == 0
-                # reading a device scalar waits for the device: not at every step on CUDA
+                # reading a scalar waits for the device: CUDA must not do so at every step
                 control = on_cpu or due or state.step % CONTROL_INTERVAL == 0
                 if control:
                     self._check_finite()
@@ -205,16 +205,16 @@ class Loop:
         self.run.restart_clock()
 
     def _warn_of_waiting(self, share: float, count: int) -> None:
-        """Say what helps when the device waits for data, at most once in WAIT_WARNING_INTERVAL."""
+        """Say what helps when steps wait for data, at most once in WAIT_WARNING_INTERVAL steps."""
         step = self.state.step
-        first_window = step - count == self.first_step  # there the data path is only starting
+        first_window = step - count == self.first_step  # the data path is still starting
         if share <= TOLERATED_WAIT or first_window or step < self.next_wait_warning:
             return
         self.next_wait_warning = step + WAIT_WARNING_INTERVAL
         self.log.warn(f"data-wait {share:.0%} of the time: {self.loader.remedy()}")
 
     def _note_unreadable(self) -> None:
-        """Name and count every unreadable image once, whichever process met it."""
+        """Name and count every unreadable image once, whichever process reads it."""
         unreadable = self.run.unreadable
         for problem in self.loader.problems:
             unreadable.note(*problem)
@@ -250,8 +250,8 @@ class Loop:
         if state.step == self.run.saved_step:
             return
         self._log_metrics()
-        # a skipped step leaves the weights alone, so saving is safe; but weights that only make
-        # such steps must not push out the last good checkpoint
+        # a skipped step does not change the weights, so saving is safe; but weights that lead only
+        # to skipped steps must not replace the last good checkpoint
         healthy = int(state.bad_in_a_row) == 0
         problem: object = self._write_checkpoint(healthy) if self.world.is_main else None
         problem = distributed.broadcast_object(problem, self.world)
@@ -295,7 +295,7 @@ class Loop:
 
 
 def write_weights(state: TrainState, path: Path) -> None:
-    """Write the weights the run is for, whole or not at all: averaged ones where there are.
+    """Write the final weights, averaged if the run averages, completely or not at all.
 
     Raises:
         CheckpointError: they could not be written.
@@ -319,7 +319,7 @@ def _headline(state: TrainState, num_images: int) -> str:
 
 
 def _read(values: list[Tensor]) -> Tensor:
-    """Device scalars → one host tensor, in one transfer."""
+    """Copy device scalars into one host tensor, in one transfer."""
     return torch.stack([value.detach().float().reshape(()) for value in values]).cpu()
 
 

@@ -1,4 +1,4 @@
-"""What a training run does between its steps, beside logging and saving."""
+"""What a training run does between its steps, in addition to logging and saving."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from simmim.pictures.grid import save_picture
 from simmim.training import precision
 from simmim.training.run import Run
 
-# The picture of a model as it is; None where there is nothing to draw.
+# Draws a model in its present state; returns None if there is nothing to draw.
 Draw = Callable[[ImageModel], Image.Image | None]
 
 
 class Observer:
-    """Is told of the steps of a run: draws pictures, evaluates, watches over it.
+    """Is called between the steps of a run, to draw pictures, evaluate the model or watch over it.
 
     Attributes:
-        busy: whether it does something right now that a signal may cut short; only where one
-            process runs.
+        busy: whether it is doing work that a signal may interrupt; True only in a run of one
+            process.
     """
 
     busy: bool = False
@@ -34,34 +34,34 @@ class Observer:
         """Called in every process before the first step of this start."""
 
     def observe(self, run: Run, *, last: bool, stopping: bool) -> None:
-        """Called after every step in every process, once its checkpoint, if due, is saved.
+        """Called in every process after every step, and after its checkpoint if one is due.
 
         Args:
-            run: as it stands.
+            run: the run after the step.
             last: whether the run is complete.
             stopping: whether the run is asked to stop now.
         """
 
     def measures(self, run: Run) -> dict[str, Tensor]:
-        """Scalars of the last step for the records of metrics, beside the engine's own."""
+        """Scalars of the last step that metrics record in addition to the engine's own."""
         return {}
 
     def measured(self, run: Run, values: dict[str, float]) -> None:
-        """Called in every process with the values of `measures`, where a progress line is due."""
+        """Called in every process with the values of `measures`, when a progress line is due."""
 
     def finish(self, run: Run) -> None:
         """Called in every process when the run is complete and its weights are written."""
 
 
 class Observers(Observer):
-    """Several observers as one, asked in order."""
+    """Several observers as one; they are called in order."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
     @property
     def busy(self) -> bool:  # type: ignore[override]
-        """Whether one of them is."""
+        """Whether one of the observers is busy."""
         return any(observer.busy for observer in self.observers)
 
     def begin(self, run: Run) -> None:
@@ -94,16 +94,17 @@ class Observers(Observer):
 
 
 class PeriodicObserver(Observer, ABC):
-    """Measures the model every so many epochs and at the end; each time is a row of a file.
+    """Measures the model every `every_epochs` epochs and at the end of the run.
 
-    What a stop left out is made up for when the run goes on.
+    Each measurement is a row of a file. If a stop prevents a measurement, it is made when the run
+    resumes.
 
     Args:
-        every_epochs: epochs between two times.
+        every_epochs: epochs between two measurements.
         world: this process.
 
     Attributes:
-        rows: of the file so far; empty in all processes but the main one.
+        rows: the rows of the file so far; empty in all processes but the main one.
     """
 
     def __init__(self, every_epochs: float, world: World) -> None:
@@ -116,14 +117,16 @@ class PeriodicObserver(Observer, ABC):
 
     @abstractmethod
     def measure(self, run: Run) -> Any:
-        """Measure `run.model`, in every process; the same result in each."""
+        """Measure `run.model` in every process; the result is the same in each."""
 
     @abstractmethod
     def row(self, measurement: Any) -> dict[str, Any]:
-        """The values of a measurement for its row, beside step and epoch."""
+        """The values of a measurement that its row holds, in addition to step and epoch."""
 
     def keep(self, run: Run, measurement: Any, row: dict[str, Any]) -> None:
-        """Write what the row counts on, before it, in the main process; `rows` are those before.
+        """Write the files that belong to `row`, before it is recorded, in the main process.
+
+        `rows` then holds the earlier rows.
 
         Raises:
             OSError: something could not be written.
@@ -132,10 +135,10 @@ class PeriodicObserver(Observer, ABC):
 
     @abstractmethod
     def tell(self, run: Run, measurement: Any, row: dict[str, Any]) -> None:
-        """Say what was measured, once its row is written, in the main process."""
+        """Report a measurement in the main process, after its row is written."""
 
     def begin(self, run: Run) -> None:
-        """Read what was measured before; measure what a stop left out."""
+        """Read the earlier rows; make the measurement that a stop prevented."""
         self.rows = run.log.recorded(self.records(run))
         done = any(row["step"] == run.step for row in self.rows)
         done = bool(broadcast_object(done, self.world))
@@ -143,7 +146,7 @@ class PeriodicObserver(Observer, ABC):
             self._measure(run)
 
     def observe(self, run: Run, *, last: bool, stopping: bool) -> None:
-        """Measure where it is due; a run that is asked to stop does so when it goes on."""
+        """Measure if it is due; a run that is asked to stop measures when it resumes."""
         if not stopping and self._is_due(run, last):
             self._measure(run)
             run.restart_clock()
@@ -178,9 +181,9 @@ class PeriodicObserver(Observer, ABC):
 
 
 def draw_picture(run: Run, draw: Draw, model: ImageModel, folder: Path, name: str) -> None:
-    """Draw a picture of the model as it is into `folder`, and hand it to TensorBoard as `name`.
+    """Draw a picture of the model into `folder`, and pass it to TensorBoard as `name`.
 
-    That it cannot be written is a warning: no run ends for a picture.
+    If it cannot be written, the log warns: no run ends because of a picture.
     """
     with precision.autocast(run.world.device, run.config.train.precision):
         picture = draw(model)

@@ -1,4 +1,4 @@
-"""Parameter groups as published, and the optimiser over them."""
+"""The published parameter groups, and the optimiser of a run."""
 
 from collections import defaultdict
 
@@ -10,7 +10,7 @@ from simmim.config.sections import OptimConfig
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
 
-# What the published fine-tuning does not decay in a Swin; a ViT's tables it does.
+# Parameters of a Swin that the published fine-tuning does not decay; it decays those of a ViT.
 POSITION_PARAMETERS = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
@@ -19,8 +19,8 @@ def decays(
 ) -> bool:
     """Whether weight decay applies to a parameter, as in the published pre-training.
 
-    Exempt are one-dimensional parameters, biases and the encoder's own list (Swin: absolute
-    position and mask token; ViT: position and class token, but not the mask token).
+    One-dimensional parameters, biases and those in the encoder's own list are exempt (Swin:
+    absolute position and mask token; ViT: position and class token, but not the mask token).
     """
     if parameter.ndim == 1 or name.endswith(".bias"):
         return False
@@ -32,11 +32,11 @@ def decays(
 def parameter_groups(
     model: ImageModel, weight_decay: float, *, decay_position_tables: bool = True
 ) -> list[dict[str, object]]:
-    """Two groups, decayed and not, each {"params", "names", "weight_decay"}.
+    """Two groups, one decayed and one not, each {"params", "names", "weight_decay"}.
 
     Source: microsoft/SimMIM optimizer.py (get_pretrain_param_groups). Its rule that should exempt
     relative position tables never matches, so published models decay them; set
-    `decay_position_tables=False` for what was meant.
+    `decay_position_tables=False` to exempt them.
     """
     groups: list[dict[str, object]] = []
     for decay in (True, False):
@@ -101,12 +101,12 @@ def layer_of(name: str, model: ImageModel) -> int:
 def build_optimizer(
     model: ImageModel, config: OptimConfig, groups: list[dict[str, object]] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser of a run; fused, so that it can skip a step on the device (see step.py).
+    """Build a run's optimiser; it is fused, so it can skip a step on the device (see step.py).
 
     Args:
-        model: whose parameters train.
-        config: of the optimiser.
-        groups: of parameters; None takes those of pre-training.
+        model: the model whose parameters train.
+        config: the configuration of the optimiser.
+        groups: groups of parameters; None takes those of pre-training.
     """
     groups = groups or parameter_groups(
         model, config.weight_decay, decay_position_tables=config.decay_position_tables

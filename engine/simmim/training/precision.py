@@ -11,17 +11,17 @@ GROWTH_INTERVAL = 2000
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Autocast to a named compute type; nothing for float32."""
+    """Autocast to a named compute type; does nothing for float32."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 class LossScale:
-    """The factor of the loss that keeps fp16 gradients in range; 1 and constant otherwise.
+    """The factor of the loss that keeps fp16 gradients in range; a constant 1 otherwise.
 
-    Halves after a step with non-finite gradients, doubles after 2000 steps without one (the rule
-    of torch.amp.GradScaler), without reading anything back to the host.
+    It is halved after a step with non-finite gradients and doubled after 2000 steps without one
+    (the rule of torch.amp.GradScaler). Nothing is read back to the host.
     """
 
     def __init__(self, device: torch.device, precision: str) -> None:
@@ -45,7 +45,7 @@ class LossScale:
         return {"scale": float(self.scale), "good_steps": float(self.good_steps)}
 
     def load(self, state: dict[str, float]) -> None:
-        """Continue from `state`, where this run and that one both had a dynamic scale."""
+        """Continue from `state`, if its run and this one both have a dynamic scale."""
         if self.dynamic and state:
             self.scale.fill_(state["scale"])
             self.good_steps.fill_(state["good_steps"])

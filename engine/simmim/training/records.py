@@ -1,4 +1,4 @@
-"""Files of records: a JSON row a line, each of a step. One that is not whole is passed over."""
+"""Files of records: each line is a JSON row that belongs to a step. Broken lines are skipped."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from simmim.files import write_text
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, in order; none where there is no file.
+    """Yield the rows of a file in order; a missing file has none.
 
-    The line that a killed process was writing is no row.
+    A line that a killed process left incomplete is skipped.
     """
     if not path.is_file():
         return

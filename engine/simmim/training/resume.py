@@ -1,4 +1,4 @@
-"""Goes on from what a run folder holds, if it is the same run."""
+"""Resumes the run that a folder holds, if it is the same run."""
 
 from typing import Any, cast
 
@@ -14,12 +14,12 @@ from simmim.training.checkpoint import CheckpointError, Loaded
 from simmim.training.log import RunLog
 from simmim.training.step import TrainState
 
-# Step numbers and optimiser state mean something only under these.
+# Step numbers and optimiser state are valid only while these stay the same.
 FIXED_KEYS = ("seed", "train.batch_size", "optim.name", "data.image_size", "data.channels")
 
 
 def agreed_fingerprint(source: Source, world: World) -> dict[str, Any]:
-    """Number and names' digest of the images, the same in every process.
+    """The number of images and the digest of their names, equal in every process.
 
     Raises:
         DataError: the processes see different images.
@@ -37,25 +37,25 @@ def agreed_fingerprint(source: Source, world: World) -> dict[str, Any]:
 def resume(
     state: TrainState, folder: RunFolder, fingerprint: dict[str, Any], log: RunLog
 ) -> set[int]:
-    """Restore the newest whole checkpoint of the folder, if there is any.
+    """Restore the folder's newest checkpoint that is not damaged, if there is one.
 
     Args:
-        state: fresh; changed in place.
-        folder: claimed.
-        fingerprint: of the images, see `agreed_fingerprint`.
-        log: of the run; its records of later steps are dropped.
+        state: a fresh state, which is changed in place.
+        folder: the run's folder, claimed by this process.
+        fingerprint: the fingerprint of the images, see `agreed_fingerprint`.
+        log: the run's log; its records of later steps are dropped.
 
     Returns:
         The samples that are known to be unreadable.
 
     Raises:
-        ConfigError: the folder holds a run of other settings.
-        CheckpointError: no checkpoint is whole, or only the weights of a finished run are there.
+        ConfigError: the folder holds a run with other settings.
+        CheckpointError: all checkpoints are damaged, or the folder holds only final weights.
     """
     root, world = folder.checkpoints, state.world
     newest: Loaded | None = None
     problem: object = None
-    if world.is_main:  # one process decides, the others read what it chose
+    if world.is_main:  # one process chooses a checkpoint, the others read the same
         checkpoint.remove_leftovers(root)
         try:
             newest = checkpoint.read_newest(root, log.warn)
@@ -84,10 +84,10 @@ def resume(
 
 
 def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]) -> list[str]:
-    """What differs between a checkpoint's configuration and data and those of this start.
+    """List what changed in configuration and data between a checkpoint and this start.
 
     Raises:
-        ConfigError: something differs on which the order of samples or the saved state depends.
+        ConfigError: something changed on which the order of samples or the saved state depends.
     """
     changes = []
     method = loaded.state["config"].get("method", {}).get("name", "simmim")

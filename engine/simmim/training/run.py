@@ -1,4 +1,4 @@
-"""What a training run is while it goes on: the loop drives it, observers are told of it."""
+"""A training run while it goes on: the loop drives it, and observers receive it."""
 
 import time
 
@@ -17,11 +17,11 @@ class Run:
 
     Args:
         state: weights, optimiser, schedule and the step.
-        loader: of its images.
-        folder: claimed.
-        log: progress and records.
+        loader: loads the run's images.
+        folder: the run's folder, claimed by this process.
+        log: shows progress and writes records.
         unreadable: images that could not be read so far.
-        saved_step: of the newest checkpoint; -1 where there is none.
+        saved_step: step of the newest checkpoint; -1 if there is none.
 
     Attributes:
         total: optimiser steps of the whole run.
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """Of the run."""
+        """The run's configuration."""
         return self.state.config
 
     @property
@@ -53,12 +53,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimiser steps that were made."""
+        """Optimiser steps made so far."""
         return self.state.step
 
     @property
     def model(self) -> ImageModel:
-        """The weights that the run is for: averaged ones where it keeps an average."""
+        """The averaged model if the run keeps an average, else the model that trains."""
         return self.state.averaged or self.state.model
 
     @property
@@ -67,13 +67,13 @@ class Run:
         return len(self.loader.source.names)
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that `step` steps are."""
+        """The number of epochs in `step` steps."""
         return step * self.config.train.batch_size / self.num_images
 
     def restart_clock(self) -> None:
-        """Time steps from now on: what came before was no step."""
+        """Start timing steps now; the time before this moment does not count."""
         self._started, self._waited = time.perf_counter(), self.loader.wait_s
 
     def clock(self) -> tuple[float, float]:
-        """Seconds since `restart_clock`, and those of them that steps waited for data."""
+        """Seconds since `restart_clock`, and how many of them steps waited for data."""
         return time.perf_counter() - self._started, self.loader.wait_s - self._waited

@@ -11,16 +11,16 @@ from simmim.config.sections import RunConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """A resolved schedule; all lengths in optimiser steps, all rates after batch scaling.
+    """A resolved schedule; lengths are in optimiser steps, rates include the batch scaling.
 
     Attributes:
         name: "cosine", "multistep", "linear", "step" or "constant".
         total_steps: steps of the run.
         warmup_steps: steps of the linear warm-up.
         lr: peak rate.
-        warmup_lr: rate of the first step (when there is a warm-up).
-        min_lr: end of the cosine.
-        milestones: steps at which multistep drops.
+        warmup_lr: rate of the first step (if there is a warm-up).
+        min_lr: rate at the end of the cosine.
+        milestones: steps at which "multistep" drops the rate.
         decay_steps: steps between the drops of "step".
         gamma: factor of each drop.
         warmup_prefix: whether the cosine starts at its peak after the warm-up.
@@ -41,9 +41,9 @@ class Schedule:
         """The rate the published scheduler sets at its update number `update` (0, 1, …).
 
         Args:
-            update: of the scheduler.
-            scale: factor of the peak rate, as layer decay gives it; the first and the last rate
-                stay what they are, as published.
+            update: number of the scheduler's update.
+            scale: factor of the peak rate, from layer decay; the first and the last rate are not
+                scaled, as published.
         """
         if scale != 1.0:
             return replace(self, lr=self.lr * scale).value_at(update)
@@ -52,7 +52,7 @@ class Schedule:
         if self.name == "cosine":
             total = self.total_steps
             if self.warmup_prefix:
-                # the published prefix form starts over after the warm-up and keeps the full length
+                # the published prefix form counts from the end of the warm-up to the end of the run
                 update -= self.warmup_steps
                 total = self.total_steps - self.warmup_steps
             if update >= total:

@@ -1,8 +1,8 @@
 """One optimisation step: accumulate, backward, clip once, check, update. Nothing is read back.
 
-The optimiser is fused: it takes `grad_scale` (it divides by it) and `found_inf` (it then leaves
-weights and state alone) as tensors, the protocol of torch.amp.GradScaler. Unscaling, clipping and
-skipping therefore cost no pass of their own and no synchronisation.
+The optimiser is fused and takes two tensors, as in the protocol of torch.amp.GradScaler: it divides
+gradients by `grad_scale`, and it leaves weights and state unchanged if `found_inf` is not 0.
+Unscaling, clipping and skipping therefore need no extra pass and no synchronisation.
 """
 
 import copy
@@ -27,7 +27,7 @@ from simmim_kernels.splitmix import fold, signed
 
 LossOf = Callable[["TrainState", Batch, int], Tensor]
 
-# Keeps the step's draws (stochastic depth) apart from those of other uses of the same seed.
+# Separates the step's draws (stochastic depth) from other uses of the same seed.
 STREAM = 0x73746570  # "step"
 
 
@@ -36,18 +36,18 @@ class TrainState:
 
     Args:
         model: the module whose parameters train.
-        wrapped: the same, as it is called (DistributedDataParallel, torch.compile).
+        wrapped: the same module as it is called (DistributedDataParallel, torch.compile).
         optimizer: its groups may carry "lr_scale" or "fixed_lr"; see `Schedule.rate_of`.
         config: the run's configuration.
         schedule: learning rates.
         world: this process.
-        loss_of: (state, micro-batch, its number within the step) → the mean loss of its images; a
+        loss_of: (state, micro-batch, its number within the step) → the mean loss of its images; the
             method's part of the step.
-        ema_decay: of a moving average of the weights; 0 keeps none.
-        mask: what the run hides, for its weights files; None where it hides nothing.
+        ema_decay: decay of a moving average of the weights; 0 keeps no average.
+        mask: what the run hides, for its weights files; None if it hides nothing.
 
     Attributes:
-        averaged: the model with averaged weights, in evaluation mode; None where none is kept.
+        averaged: the model with averaged weights, in evaluation mode; None if no average is kept.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainState:
             self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.loss_scale = LossScale(world.device, config.train.precision)
         self.step = 0
-        # skipped steps so far; length of the present unbroken run of them, and of the longest
+        # skipped steps so far; how many were skipped in a row up to now, and at most
         self.skipped = torch.zeros((), device=world.device)
         self.bad_in_a_row = torch.zeros((), device=world.device)
         self.longest_bad_run = torch.zeros((), device=world.device)
@@ -84,7 +84,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a step tells, as device scalars: reading them is the only synchronisation.
+    """The results of a step, as device scalars: reading them is the only synchronisation.
 
     Attributes:
         loss: mean over the global batch.
@@ -103,10 +103,10 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
     """Make one optimiser step from the micro-batches of this process.
 
     The update is that of the whole batch over all processes and micro-batches. Empty slots carry
-    no weight: gradients are divided by the images that were really there.
+    no weight: gradients are divided by the number of images that are there.
 
     Args:
-        state: changed in place.
+        state: the run's state, which is changed in place.
         batches: `accumulation_steps` micro-batches of equal size.
 
     Returns:
@@ -141,12 +141,12 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     # gradients still carry the loss scale, and count empty slots as images
     divisor = state.loss_scale.scale * present
-    # there is no Triton kernel: under "triton" the op chooses by itself
+    # the op has no Triton kernel: with "triton" it chooses a backend by itself
     plain = "reference" if state.config.kernels.backend == "reference" else None
     grad_norm = gradient_norm(gradients, backend=plain) / divisor
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
     if state.config.train.clip_norm:
-        # as torch.nn.utils.clip_grad_norm_, its 1e-6 included
+        # as torch.nn.utils.clip_grad_norm_ does, with its 1e-6
         divisor = divisor * ((grad_norm + 1e-6) / state.config.train.clip_norm).clamp(min=1.0)
     optimizer.grad_scale = divisor
     optimizer.found_inf = (~finite).float()
@@ -167,18 +167,18 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
 def _average(
     averaged: nn.Module, model: nn.Module, decay: float, step: int, finite: Tensor
 ) -> None:
-    # young averages follow faster; a step that was skipped changes nothing
+    # a young average follows faster; a skipped step changes nothing
     decay = min(decay, (1 + step) / (10 + step))
     old: list[Tensor] = list(averaged.parameters())
     new: list[Tensor] = list(model.parameters())
     change = torch._foreach_sub(new, old)
-    # a factor of 0 would make NaN of weights that are infinite
+    # a factor of 0 would turn infinite changes into NaN
     parts = [torch.where(finite, c * (1.0 - decay), 0.0) for c in change]
     torch._foreach_add_(old, parts)
 
 
 def _copy_buffers(averaged: nn.Module, model: nn.Module) -> None:
-    # statistics of batches are averages already
+    # running statistics are averages already
     for old, new in zip(averaged.buffers(), model.buffers(), strict=True):
         old.copy_(new)
 
@@ -192,7 +192,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 
 def _gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """DDP averages gradients in the last backward of a step only."""
+    """Let DDP average gradients only in the last backward pass of a step."""
     inner = getattr(model, "_orig_mod", model)
     if not last and isinstance(inner, DistributedDataParallel):
         return inner.no_sync()

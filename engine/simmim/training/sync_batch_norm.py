@@ -1,7 +1,7 @@
-"""Batch norm whose statistics are those of the whole batch, over all processes; on the CPU too.
+"""Batch norm with the statistics of the whole batch over all processes, also on the CPU.
 
 PyTorch's SyncBatchNorm has no CPU kernels, and DistributedDataParallel refuses it there. On the CPU
-ours takes the same way through `all_reduce`: the numbers are those of one process with the whole
+our norm does the same through `all_reduce`, and its numbers are those of one process with the whole
 batch.
 B batch, C channels, N values of a channel in all processes.
 """
@@ -18,7 +18,7 @@ from simmim.backbone.batch_norm import track
 
 
 class DeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` with what stands behind timm's batch norms: `drop` and `act`."""
+    """`torch.nn.SyncBatchNorm`, followed by `drop` and `act` as in timm's batch norms."""
 
     drop: nn.Module
     act: nn.Module
@@ -30,7 +30,7 @@ class DeviceSyncBatchNorm(nn.SyncBatchNorm):
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """The same on the CPU."""
+    """`DeviceSyncBatchNorm` for the CPU."""
 
     drop: nn.Module
     act: nn.Module
@@ -77,7 +77,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, variance, count = ctx.saved_tensors
-        # with constant statistics; its sums over the batch are what the statistics add
+        # the gradient for constant statistics; its sums over the batch give what the statistics add
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
@@ -93,12 +93,12 @@ class _Normalise(torch.autograd.Function):
 
 
 def _moments(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance of every channel, [C], and N; over all processes."""
+    """Mean and biased variance of every channel, [C], and N, all over all processes."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     own = x.numel() // x.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     variance, mean = (t.double() for t in torch.var_mean(x.to(dtype), axes, correction=0))
-    # float64, for the squares of large means are about to be taken away again
+    # float64, because the squares of large means are subtracted again below
     sums = torch.cat([mean * own, (variance + mean.square()) * own, mean.new_tensor([own])])
     dist.all_reduce(sums, group=group)
     count = sums[-1]
@@ -113,14 +113,14 @@ def _is_shared() -> bool:
 
 
 def convert(module: nn.Module) -> nn.Module:
-    """`module` with its batch norms synchronised; parameters and buffers stay the same objects.
+    """Synchronise the batch norms of `module`; parameters and buffers stay the same objects.
 
     Args:
-        module: on the device where it will train; changed in place, but for a batch norm itself,
-            whose successor is returned.
+        module: the module on the device where it will train. It is changed in place; only if it is
+            a batch norm itself, its replacement is returned instead.
 
     Raises:
-        ValueError: a batch norm of a kind whose extra work is not known here.
+        ValueError: a batch norm is of a kind that does work unknown to this function.
     """
     if isinstance(module, _BatchNorm):
         known = isinstance(module, nn.SyncBatchNorm | CpuSyncBatchNorm)
@@ -140,9 +140,11 @@ def _converted(norm: _BatchNorm) -> nn.Module:
         )
     on_cpu = all(t.device.type == "cpu" for t in (*norm.parameters(), *norm.buffers()))
     made = CpuSyncBatchNorm if on_cpu else DeviceSyncBatchNorm
-    found = made(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    found._parameters.update(norm._parameters)
-    found._buffers.update(norm._buffers)
+    synchronised = made(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    )
+    synchronised._parameters.update(norm._parameters)
+    synchronised._buffers.update(norm._buffers)
     for name in ("drop", "act"):
-        setattr(found, name, extras.get(name, nn.Identity()))
-    return found.train(norm.training)
+        setattr(synchronised, name, extras.get(name, nn.Identity()))
+    return synchronised.train(norm.training)

@@ -94,7 +94,7 @@ def test_pytorch_elsewhere(case: str, calls: list[str], monkeypatch: pytest.Monk
     layout = torch.contiguous_format if case == "contiguous" else torch.channels_last
     x, shortcut, seen = draw(layout), draw(layout), []
     scale = torch.tensor([0.0, 2.0, 2.0]) if case == "scaled" else None
-    if case == "contiguous":  # for which the op itself would refuse
+    if case == "contiguous":  # the op itself would refuse it
         monkeypatch.setenv("SIMMIM_BACKEND", "native")
     if case == "hook":
         norm.register_forward_hook(lambda *arguments: seen.append("norm"))
@@ -111,7 +111,7 @@ def test_pytorch_elsewhere(case: str, calls: list[str], monkeypatch: pytest.Monk
 
 
 def test_a_synchronised_norm_is_asked_itself(calls: list[str]) -> None:
-    """As PyTorch's own conversion leaves it; it has no kernels on the CPU but in evaluation."""
+    """PyTorch's own conversion makes it; on the CPU it has kernels only in evaluation mode."""
     norm, x = nn.SyncBatchNorm.convert_sync_batchnorm(make()).eval(), draw()
     assert isinstance(norm, nn.SyncBatchNorm)
     assert_close(everything(norm_relu, norm, x), everything(plain, norm, x))

@@ -1,4 +1,4 @@
-"""SwinV2: the published numbers are in test_golden.py; here is what they do not touch."""
+"""SwinV2 beyond the published numbers, which test_golden.py compares."""
 
 import copy
 import math
@@ -156,7 +156,7 @@ def attend_as_published(
     branch_scale: None,
     backend: str | None,
 ) -> Tensor:
-    """Every step of its own, on copies of the windows."""
+    """The published attention: one step after another, on copies of the windows."""
     w, shift, heads = attention.window, attention.shift, attention.num_heads
     B, H, W, C = x.shape
     windows = x.roll((-shift, -shift), (1, 2)).view(B, H // w, w, W // w, w, C).transpose(2, 3)

@@ -126,8 +126,9 @@ def test_gradients(name: str, recompute: bool, backend: str) -> None:
     assert_gradients(model, whole, rows, entry["tolerance"])
 
 
-# Steps of SGD at a rate of 0.5 fork: from weights that differ by a float32 rounding, float64 too
-# ends in one of two places, further apart than the tolerance. Without rounding it is the published.
+# Steps of SGD at a rate of 0.5 fork: from weights that differ by a float32 rounding, float64 also
+# ends in one of two places, further apart than the tolerance. Without rounding it is the published
+# place.
 FORKS = ("pretrain-swinv2", "C")
 
 

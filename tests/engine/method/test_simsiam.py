@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Bitwise comparisons: sums over threads have no fixed order."""
+    """Bits are compared, and sums over threads have no fixed order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -185,7 +185,7 @@ def test_golden_training_of_the_groups(name: str) -> None:
 
 
 def test_golden_schedule() -> None:
-    """The published rate is one of epochs: ours passes through it at the start of each."""
+    """The published rate changes with the epoch; ours equals it at the start of each epoch."""
     for entry in load_golden_json("simsiam-schedule")["schedules"]:
         scale = entry["total_batch_size"] / 256
         epochs, steps = entry["epochs"], 12
@@ -204,7 +204,7 @@ def test_lightly_has_the_same_loss() -> None:
     try:
         from lightly.loss import NegativeCosineSimilarity
         from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
-    except Exception as error:  # whatever its torchvision raises
+    except Exception as error:  # its torchvision may raise anything
         pytest.skip(f"lightly cannot be imported: {error}")
     torch.manual_seed(2)
     model = SimSiam(
@@ -424,7 +424,7 @@ def test_pictures_show_views_and_neighbours(photos: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run to the end."""
+    """Run the command to its end."""
     output = tmp_path_factory.mktemp("runs") / "simsiam"
     result = finish(
         "simmim", "pretrain", "simsiam_smoke", f"--data.path={photos}", f"--output={output}"

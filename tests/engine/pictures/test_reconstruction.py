@@ -1,4 +1,4 @@
-"""Pictures: what is visible stays as it was, what is hidden comes from the model."""
+"""Pictures: visible pixels stay as they were, and hidden pixels come from the model."""
 
 import os
 from dataclasses import replace

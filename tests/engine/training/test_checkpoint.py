@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked, pruned, and restored to the bit."""
+"""Checkpoints are whole or absent, checked, pruned, and restored bit for bit."""
 
 import json
 import os

@@ -41,5 +41,5 @@ def test_a_signal_while_waiting_stops_at_once_and_only_once() -> None:
         asked.only_waiting = lambda: True
         with pytest.raises(StopWaiting):
             os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # must not break into the clearing up
+        os.kill(os.getpid(), signal.SIGTERM)  # must not interrupt the cleanup
         assert asked.received is signal.SIGTERM

@@ -23,7 +23,7 @@ class Log:
 
 
 def loop(**attributes: Any) -> Any:
-    """As much of the loop as its warnings read."""
+    """The part of a loop that its warnings read."""
     state = SimpleNamespace(step=0)
     loader = SimpleNamespace(remedy=lambda: "do this", problems=[], source=None)
     settings = {"first_step": 0, "next_wait_warning": 0}

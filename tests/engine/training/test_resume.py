@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what may differ from the run before, what must not, what is said."""
+"""Resuming from a checkpoint: which settings may change, which must not, and what the log says."""
 
 from dataclasses import asdict, replace
 from pathlib import Path

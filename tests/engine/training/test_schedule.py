@@ -20,7 +20,7 @@ def test_the_cosine_falls_to_its_end() -> None:
     values = [COSINE.value_at(update) for update in range(10, 101)]
     assert values == sorted(values, reverse=True)
     assert COSINE.value_at(100) == COSINE.value_at(1000) == 0.01
-    # it stands where it would stand by then without a warm-up; the prefix form begins at the peak
+    # after the warm-up it is where it would be without one; the prefix form begins at the peak
     assert COSINE.value_at(10) < 1.0
     assert replace(COSINE, warmup_prefix=True).value_at(10) == 1.0
 

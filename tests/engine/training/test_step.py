@@ -104,7 +104,7 @@ def test_accumulation_is_the_large_batch(make: Make, optimizer: str) -> None:
 
 @only(batch_norms=True)
 def test_parts_of_a_batch_have_statistics_of_their_own(case: Case, make: Make) -> None:
-    """What makes the parts differ from the whole, and no more than they do in PyTorch."""
+    """That makes the parts differ from the whole, but no more than they do in PyTorch."""
     whole, parts = make(), make()
     a = train_step(whole, [make_batch(0, 8, 0, case.views)])
     b = train_step(parts, [make_batch(4 * i, 4, 0, case.views) for i in range(2)])
@@ -121,7 +121,7 @@ def test_parts_of_a_batch_have_statistics_of_their_own(case: Case, make: Make) -
 @pytest.mark.parametrize("parts", [1, 2])
 @every_case
 def test_update_is_that_of_plain_pytorch(case: Case, make: Make, parts: int) -> None:
-    """Accumulated, clipped once, and running statistics moved by every part.
+    """Gradients are accumulated and clipped once, and every part moves the running statistics.
 
     Every step begins at the same weights and moments in both, so that one step's rounding is
     compared, and not what batch norms of four images and AdamW make of it in the next.
@@ -238,7 +238,7 @@ def test_images_that_overflow_leave_the_average_alone(case: Case, make: Make) ->
 
 
 def last_bias(state: TrainState) -> Tensor:
-    """Of the layer that the loss reads."""
+    """The bias of the layer that the loss reads."""
     found = [p for name, p in state.model.named_parameters() if not name.startswith("encoder.")]
     assert found[-1].dim() == 1
     return found[-1]
@@ -278,7 +278,7 @@ class Syncs(TorchDispatchMode):
 @every_case
 def test_a_step_reads_nothing_back(case: Case, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """No scalar leaves the device and none is sent to it (torch.tensor would wait on CUDA)."""
-    # as on a GPU: nobody asks which views are blurred, and a radius is no tensor's business
+    # without the distortion, which reads its radius, and on a CPU also which views are blurred
     monkeypatch.setattr(simsiam, "distort", lambda image, *_: image.permute(0, 3, 1, 2))
     state = make("--train.precision=fp16", "--train.accumulation_steps=2")
     train_step(state, [make_batch(i, 4, 0, case.views) for i in (0, 4)])
