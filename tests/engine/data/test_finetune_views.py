@@ -3,10 +3,7 @@
 import io
 import pickle
 import random
-import sys
-import warnings
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +12,29 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data import finetune_views, timm_import
+from labelled_images import (
+    BANDS,
+    COLOUR,
+    GREY,
+    KINDS,
+    MEAN,
+    SMALL,
+    STD,
+    encoded,
+    image_for,
+    noise,
+    peer,
+    seed_generators,
+    states,
+)
 from simmim.data.decode import UnreadableImage, decode
 from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
-from simmim.data.mixing import Mixing, draws_from
+from simmim.data.mixing import draws_from
 from simmim.data.open import open_source
 from simmim.data.producer import InlineProducer, Producer, SourceSamples
 from simmim.data.workers import WorkerPool
-from simmim.errors import RunError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-COLOUR = Pixels((64, 64), MEAN, STD)
-GREY = Pixels((64, 64), (0.45,), (0.23,))
-BANDS = Pixels((24, 40), (0.5,) * 5, (0.25,) * 5)
-SMALL = Pixels((32, 32), MEAN, STD)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-
-
-def peer(module: str) -> Any:
-    """A module of timm or torchvision; skips where it is missing or does not fit torch."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return import_module(module)
-    except Exception as error:
-        pytest.skip(f"{module} cannot be imported: {str(error).splitlines()[0]}")
-
-
-@pytest.fixture
-def timm_data() -> Any:
-    return peer("timm.data")
 
 
 @pytest.fixture
@@ -55,45 +45,6 @@ def transforms() -> Any:
 @pytest.fixture(scope="module")
 def files(photos: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(photos.iterdir())]
-
-
-def encoded(pixels: np.ndarray) -> bytes:
-    """A file of uint8 [H, W, C]: PNG for 1 and 3 channels, else .npy."""
-    file = io.BytesIO()
-    if pixels.shape[2] in (1, 3):
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-    else:
-        np.save(file, pixels)
-    return file.getvalue()
-
-
-def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
-    generator = np.random.default_rng(height * width)
-    return generator.integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def seed_generators(key: int) -> None:
-    random.seed(key)
-    np.random.seed([key & 0xFFFFFFFF, key >> 32])
-    torch.manual_seed(key)
-
-
-def states() -> tuple[Any, ...]:
-    # "None" is where gauss() keeps the second of a pair of draws
-    return random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state().tolist()
-
-
-@pytest.fixture
-def keys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The keys that draws are made from, as they are used."""
-    used: list[int] = []
-
-    def noted(key: int) -> Any:
-        used.append(key)
-        return draws_from(key)
-
-    monkeypatch.setattr(finetune_views, "draws_from", noted)
-    return used
 
 
 def published(timm_data: Any, size: int, **changes: object) -> Any:
@@ -189,20 +140,6 @@ def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> 
             view(encoded(noise(32, 32)), epoch, 0)
 
 
-KINDS = {"colour": COLOUR, "grey": GREY, "small": SMALL, "bands": BANDS}
-
-
-@pytest.fixture(params=KINDS)
-def pixels(request: pytest.FixtureRequest) -> Pixels:
-    if request.param != "bands":
-        peer("timm.data")
-    return KINDS[request.param]
-
-
-def image_for(pixels: Pixels) -> bytes:
-    return encoded(noise(90, 70, len(pixels.mean)))
-
-
 def test_a_view_is_a_function_of_seed_epoch_and_sample(pixels: Pixels) -> None:
     data, view = image_for(pixels), TrainingView(pixels, seed=5)
     first = view(data, 2, 7)
@@ -233,16 +170,6 @@ def test_generators_are_left_as_they_were_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), draws_from(2**64 - 1):
         random.seed(np.random.rand() + torch.rand(1).item() + 1 / 0)
     assert states() == before
-
-
-def test_draws_follow_all_64_bits_of_the_key() -> None:
-    drawn = []
-    for key in (1, 1 + 2**32, 2**63 + 1, 2**64 - 1):
-        with draws_from(key):
-            drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
-    python, numpy, torchs = (set(column) for column in zip(*drawn))
-    assert len(python) == len(numpy) == 4
-    assert len(torchs) == 2  # its CPU generator takes 32 bits, which our keys mix as well
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -427,94 +354,3 @@ def test_settings_without_meaning_are_refused() -> None:
         Recipe(crop_scale=(0, 1))
     with pytest.raises(ValueError, match="crop_ratio"):
         Recipe(crop_ratio=(2, 1))
-
-
-def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(module: str) -> Any:
-        raise RuntimeError("operator torchvision::nms does not exist\nat …")
-
-    absent: Any = None
-    for patch in (
-        lambda: monkeypatch.setitem(sys.modules, "timm.data", absent),
-        lambda: monkeypatch.setattr(timm_import, "import_module", missing),
-    ):
-        patch()
-        for wants_timm in (lambda: TrainingView(COLOUR, 0), lambda: Mixing(10, 0)):
-            with pytest.raises(RunError, match=r"pip install 'simmim\[finetune\]'") as caught:
-                wants_timm()
-            assert "\n" not in str(caught.value)
-    # neither what is tested on nor other channels need it
-    EvaluationView(COLOUR)(image_for(COLOUR))
-    TrainingView(BANDS, 0)(image_for(BANDS), 0, 0)
-
-
-def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    image = torch.randn(size, 3, 16, 16, generator=generator)
-    return image, torch.randint(0, 10, (size,), generator=generator)
-
-
-def test_mixing_is_timms(timm_data: Any, keys: list[int]) -> None:
-    mixing = Mixing(10, seed=4)
-    theirs = timm_data.Mixup(
-        mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="batch",
-        label_smoothing=0.1, num_classes=10,
-    )  # fmt: skip
-    cut = 0
-    for step in range(20):
-        image, label = batch()
-        ours = mixing(image.clone(), label, step, 0)
-        seed_generators(keys[-1])
-        wanted = theirs(image.clone(), label)
-        assert torch.equal(ours[0], wanted[0])
-        assert torch.equal(ours[1], wanted[1])
-        assert torch.allclose(ours[1].sum(1), torch.ones(8))
-        cut += bool((ours[0] == image).any())
-    assert 4 < cut < 16  # both are drawn
-
-
-def test_mixing_is_a_function_of_seed_step_rank_and_micro_batch(timm_data: Any) -> None:
-    seed_generators(1)
-    before = states()
-    results = {}
-    for seed, place in [(0, (5, 1)), (0, (6, 1)), (0, (5, 0)), (1, (5, 1)), (0, (5, 1, 1))]:
-        image, label = batch()
-        first = Mixing(10, seed)(image.clone(), label, *place)
-        again = Mixing(10, seed)(image.clone(), label, *place)
-        assert torch.equal(first[0], again[0])
-        assert torch.equal(first[1], again[1])
-        results[seed, place] = first[1].numpy().tobytes()
-    assert len(set(results.values())) == 5
-    assert states() == before
-
-
-def test_empty_slots_take_their_partners_image(timm_data: Any) -> None:
-    mixing = Mixing(10, seed=4, smoothing=0.0)
-    for step in range(6):
-        image, label = batch()
-        image[2], label[2] = 0, -1
-        whole, whole_label = image.clone(), label.clone()
-        whole[2], whole_label[2] = image[5], label[5]
-        mixed, target = mixing(image.clone(), label, step, 0)
-        wanted, wanted_target = mixing(whole.clone(), whole_label, step, 0)
-        assert torch.equal(mixed, wanted)
-        assert torch.equal(target, wanted_target)
-        assert torch.allclose(mixed[2], whole[5])
-        assert target[2, whole_label[5]] == pytest.approx(1.0)
-        label[5] = -1  # both of a pair
-        _, target = mixing(image, label, step, 0)
-        assert target.sum(1).round(decimals=5).tolist() == [1, 1, 0, 1, 1, 0, 1, 1]
-
-
-def test_odd_batches_cannot_be_mixed(timm_data: Any) -> None:
-    image, label = batch(7)
-    with pytest.raises(ValueError, match="7 images cannot be mixed in pairs"):
-        Mixing(10, 0)(image, label, 0, 0)
-    off = Mixing(10, 0, mixup=0.0, cutmix=0.0)
-    label[3] = -1
-    same, target = off(image.clone(), label, 0, 0)
-    assert torch.equal(same, image)
-    smooth = torch.full((7, 10), 0.01)
-    smooth[torch.arange(7), label.clamp(min=0)] = 0.91
-    smooth[3] = 0
-    assert torch.allclose(target, smooth)

@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,83 @@ def test_a_folder_with_another_dataset_json_is_a_folder(photos: Path, tmp_path: 
     (tmp_path / "dataset.json").write_text('{"format": "something else"}')
     (tmp_path / "a.jpg").write_bytes(min(photos.iterdir()).read_bytes())
     assert list(open_source(str(tmp_path)).names) == ["a.jpg"]
+
+
+def test_tar_shards_hold_the_same_bytes(photos: Path, shards: Path) -> None:
+    source = open_source(str(shards))
+    assert len(source.names) == len(list(photos.iterdir()))
+    for index, name in enumerate(source.names):
+        assert source.read(index) == (photos / name.split("/", 1)[1]).read_bytes()
+    again = open_source(str(shards))  # from the cached index
+    assert list(again.names) == list(source.names)
+    assert again.read(3) == source.read(3)
+
+
+def test_a_changed_shard_is_indexed_anew(photos: Path, shards: Path) -> None:
+    before = len(open_source(str(shards / "0.tar")).names)
+    with tarfile.open(shards / "0.tar", "a") as archive:
+        archive.add(min(photos.iterdir()), "extra.jpg")
+    assert len(open_source(str(shards / "0.tar")).names) == before + 1
+
+
+def test_wrong_shards(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar")
+    with pytest.raises(DataError, match=r"text\.tar: not a readable tar file"):
+        open_source(str(tmp_path / "text.tar"))
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
+        archive.add(min(photos.iterdir()), "a.jpg")
+    with pytest.raises(DataError, match="compressed shards have no random access"):
+        open_source(str(tmp_path / "packed.tar"))
+
+
+def test_a_truncated_shard_is_an_unreadable_image(shards: Path) -> None:
+    source = ShardSource([shards / "0.tar"])
+    os.truncate(shards / "0.tar", (shards / "0.tar").stat().st_size // 2)
+    with pytest.raises(OSError, match="the shard ends inside this image"):
+        [source.read(index) for index in range(len(source.names))]
+
+
+def test_a_shard_cut_off_before_it_was_indexed(shards: Path) -> None:
+    whole = len(open_source(str(shards / "0.tar")).names)
+    os.truncate(shards / "0.tar", (shards / "0.tar").stat().st_size // 2)
+    source = open_source(str(shards / "0.tar"))
+    assert 0 < len(source.names) < whole
+    assert source.read(0)
+    with pytest.raises(OSError, match="the shard ends inside this image"):
+        source.read(len(source.names) - 1)
+
+
+def test_more_shards_than_descriptors(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.data.shards.MAX_OPEN_SHARDS", 2)
+    for number, path in enumerate(sorted(photos.iterdir())[:5]):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            archive.add(path, path.name)
+    source = open_source(str(tmp_path))
+    before = len(os.listdir("/proc/self/fd"))
+    for index in [0, 1, 2, 3, 4, 0, 3, 1]:
+        expected = photos / source.names[index].split("/", 1)[1]
+        assert source.read(index) == expected.read_bytes()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_threads_share_few_descriptors(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread's shard is closed for another's while it is read: no bytes of another file."""
+    monkeypatch.setattr("simmim.data.shards.MAX_OPEN_SHARDS", 2)
+    for number in range(8):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            member = tarfile.TarInfo("a.jpg")
+            member.size = 200_000
+            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    source = open_source(str(tmp_path))
+
+    def read(number: int) -> bool:
+        return source.read(number % 8) == bytes([number % 8]) * 200_000
+
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(read, range(4000)))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2

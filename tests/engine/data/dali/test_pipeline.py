@@ -1,18 +1,9 @@
 """DALI on the CPU: the CPU path's samples, crops and flips, nothing lost, nothing left."""
 
-import errno
-import io
-import os
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,96 +11,33 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.dali import backend, comparison, memory, readers
+from dali_pipelines import (
+    AUGMENTATION,
+    CPU,
+    SEED,
+    by_cpu,
+    encoded,
+    every,
+    images,
+    picture,
+    pipeline,
+)
+from simmim.data.dali import backend
 from simmim.data.dali import pipeline as pipeline_module
-from simmim.data.dali.backend import choose_backend
-from simmim.data.dali.comparison import probe_image
 from simmim.data.dali.decoder import Decoder
-from simmim.data.dali.memory import estimate_bytes, largest_sub_batch
-from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.dali.samples import PreparedSample
-from simmim.data.decode import UnreadableImage, decode
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.producer import Filled
-from simmim.data.source import Source
 from simmim.data.views import CroppedView
 from simmim.distributed import World
 from simmim.errors import DataError
 
-AUGMENTATION = Augmentation((48, 64), (0.4, 1.0), (3 / 4, 4 / 3), 0.5, 3)
-CPU = torch.device("cpu")
-SEED = 5
-
 needs_dali = pytest.mark.skipif(bool(backend.missing_reason()), reason=backend.missing_reason())
-
-
-def pipeline(source: Source, **options: object) -> DaliPipeline:
-    settings: dict = {
-        "device": CPU,
-        "micro_batch": 8,
-        "threads": 2,
-        "prefetch": 2,
-        "memory_bytes": 2**28,
-    }
-    augmentation = options.pop("augmentation", AUGMENTATION)
-    assert isinstance(augmentation, Augmentation)
-    return DaliPipeline(source, augmentation, SEED, **(settings | options))
-
-
-def every(source: Source, size: int = 8) -> list[list[tuple[int, int]]]:
-    """Each sample once, in epoch 3."""
-    places = [(3, sample) for sample in range(len(source.names))]
-    return [places[start : start + size] for start in range(0, len(places), size)]
-
-
-def images(filled: list[Filled]) -> np.ndarray:
-    return np.concatenate([batch.image.numpy() for batch in filled])
-
-
-def by_cpu(source: Source, augmentation: Augmentation = AUGMENTATION) -> list[np.ndarray | None]:
-    """The CPU path's views of epoch 3; None where it refuses the image."""
-    views: list[np.ndarray | None] = []
-    for sample in range(len(source.names)):
-        try:
-            image = decode(source.read(sample), augmentation.channels)
-        except UnreadableImage:
-            views.append(None)
-            continue
-        views.append(augment(image, sample_key(SEED, 3, sample), augmentation))
-    return views
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(np.int64) - b).mean())
-
-
-@pytest.fixture(scope="session")
-def jpegs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photos as JPEGs, where they are none."""
-    folder = tmp_path_factory.mktemp("jpegs")
-    for path in sorted(photos.iterdir()):
-        data = path.read_bytes()
-        if not data.startswith(b"\xff\xd8"):
-            file = io.BytesIO()
-            Image.open(path).convert("RGB").save(file, "JPEG", quality=92)
-            data = file.getvalue()
-        (folder / path.name).with_suffix(".jpg").write_bytes(data)
-    return folder
-
-
-def encoded(picture: np.ndarray, file_format: str, mode: str = "RGB", **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).convert(mode).save(file, file_format, **options)
-    return file.getvalue()
-
-
-def picture(height: int = 90, width: int = 130, seed: int = 0) -> np.ndarray:
-    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    resized = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
 
 
 def damaged() -> dict[str, bytes]:
@@ -337,283 +265,3 @@ def test_a_machine_that_fails_is_not_the_images_fault(
         np.testing.assert_array_equal(np.stack(views[start : start + 4]), next(made).image)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"batch after batch \(out of memory\).*data.backend=cpu"):
         next(made)
-
-
-@needs_dali
-def test_pixels_are_compared_before_the_first_batch(
-    jpegs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = open_source(str(jpegs))
-    said: list[str] = []
-    tested = pipeline(source, report=said.append)
-    real = decode
-
-    def turned_otherwise(data: bytes, channels: int | None, **options: object) -> np.ndarray:
-        pixels = real(data, channels)
-        return pixels if b"Exif" not in data or upright(data) else pixels[:, ::-1].copy()
-
-    def upright(data: bytes) -> bool:
-        return Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) == 1
-
-    monkeypatch.setattr(comparison, "decode", turned_otherwise)
-    next(tested.batches(every(source)))
-    assert tested.preparation.orientations == {1}
-    assert len(said) == 1
-    upside_down = real(probe_image(1), 3)[::-1].copy()
-    monkeypatch.setattr(comparison, "decode", lambda *_, **__: upside_down)
-    with pytest.raises(DataError, match="DALI's pixels differ"):
-        next(pipeline(source).batches(every(source)))
-
-
-@needs_dali
-def test_a_small_budget_cuts_batches_and_changes_nothing(
-    jpegs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = open_source(str(jpegs))
-    scheduled: list[int] = []
-    schedule = Decoder.schedule
-    plenty, little = pipeline(source, micro_batch=24), pipeline(source, micro_batch=24)
-    little.sub_batch_pixels = 600_000
-    budget = plenty.sub_batch_pixels
-
-    def counted(decoder: Decoder, samples: list) -> None:
-        assert sum(s.pixels for s in samples) <= budget or len(samples) == 1
-        scheduled.append(len(samples))
-        schedule(decoder, samples)
-
-    monkeypatch.setattr(Decoder, "schedule", counted)
-    whole = images(list(plenty.batches(every(source, 24))))
-    assert max(scheduled) == len(source.names)
-    scheduled.clear()
-    budget = little.sub_batch_pixels
-    parts = images(list(little.batches(every(source, 24))))
-    assert max(scheduled) < 12
-    np.testing.assert_array_equal(whole, parts)
-
-
-@needs_dali
-def test_an_image_too_large_for_the_budget_is_decoded_here(tmp_path: Path) -> None:
-    (tmp_path / "large.jpg").write_bytes(encoded(picture(1200, 1300), "JPEG"))
-    source = open_source(str(tmp_path))
-    least = estimate_bytes(memory.MIN_PIXELS, AUGMENTATION, micro_batch=8, threads=2)
-    tested = pipeline(source, memory_bytes=least)
-    assert tested.largest_pixels < 1200 * 1300
-    (filled,) = tested.batches(every(source))
-    np.testing.assert_array_equal(by_cpu(source)[0], filled.image[0])
-    (filled,) = pipeline(source, max_pixels=10**6).batches(every(source))
-    assert "more than the limit" in filled.problems[0][1]
-
-
-def test_too_little_memory_is_refused_with_the_least_that_works() -> None:
-    with pytest.raises(DataError, match=r"data\.dali_memory_mib=16 .* (\d+) is the least") as found:
-        largest_sub_batch(2**24, AUGMENTATION, micro_batch=64, threads=4)
-    least = int(str(found.value).split(":")[1].split()[0]) * 2**20
-    assert largest_sub_batch(least, AUGMENTATION, micro_batch=64, threads=4) >= memory.MIN_PIXELS
-    with pytest.raises(DataError):
-        largest_sub_batch(least - 2**20, AUGMENTATION, micro_batch=64, threads=4)
-
-
-@pytest.mark.parametrize("memory_bytes", [2**28, 2**30, 2**34])
-def test_the_estimate_fills_the_budget_and_stays_within(memory_bytes: int) -> None:
-    pixels = largest_sub_batch(memory_bytes, AUGMENTATION, micro_batch=64, threads=4)
-    estimate = estimate_bytes(pixels, AUGMENTATION, micro_batch=64, threads=4)
-    assert 0.98 * memory_bytes < estimate <= memory_bytes
-
-
-def test_choice_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.device("cuda", 0)
-    backend.import_dali.cache_clear()
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    try:
-        assert backend.missing_reason()
-        name, reason = choose_backend("auto", cuda)
-        assert name == "cpu"
-        assert "NVIDIA DALI is missing (" in reason
-        with pytest.raises(DataError, match=r"pip install 'simmim\[dali\]' \(.*nvidia.dali.*\)$"):
-            choose_backend("dali", CPU)
-        name, reason = choose_backend("auto", CPU)
-        assert name == "cpu"
-        assert "CUDA" in reason
-        assert choose_backend("cpu", cuda)[0] == "cpu"
-        with pytest.raises(DataError, match=r"1 or 3 channels, not 4; use data\.backend=cpu"):
-            choose_backend("dali", CPU, channels=4)
-        name, reason = choose_backend("auto", cuda, channels=12)
-        assert name == "cpu"
-        assert "not 12" in reason
-    finally:
-        backend.import_dali.cache_clear()
-
-
-@needs_dali
-def test_choice_of_dali() -> None:
-    for requested, device in (("auto", torch.device("cuda")), ("dali", CPU)):
-        name, reason = choose_backend(requested, device, channels=1)
-        assert name == "dali"
-        assert reason.startswith("DALI ")
-
-
-class Slow:
-    """A source that stops to answer after some reads, until `go_on` is set."""
-
-    def __init__(self, source: Source, answers: int) -> None:
-        self.source, self.names, self.left = source, source.names, answers
-        self.go_on = threading.Event()
-
-    def read(self, index: int) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            self.go_on.wait()
-        return self.source.read(index)
-
-
-@pytest.fixture
-def no_thread_stays() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    assert set(threading.enumerate()) == before
-    until = time.monotonic() + 10  # the kernel may show one that was joined a little longer
-    while names := dalis_threads():
-        assert time.monotonic() < until, names
-        time.sleep(0.01)
-
-
-def dalis_threads() -> list[str]:
-    names = []
-    for path in Path("/proc/self/task").glob("*/comm"):
-        with suppress(OSError):  # it has ended meanwhile
-            names.append(path.read_text())
-    return [name for name in names if "DALI" in name]
-
-
-@needs_dali
-@pytest.mark.usefixtures("no_thread_stays")
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_of_the_consumer_leaves_no_thread(jpegs: Path, error: type[BaseException]) -> None:
-    source = open_source(str(jpegs))
-    endless = chain.from_iterable([every(source)] * 100)
-
-    def train() -> None:
-        with closing(pipeline(source).batches(endless)) as made:
-            for number, _ in enumerate(made):
-                assert dalis_threads()
-                if number == 3:
-                    raise error
-
-    with pytest.raises(error):
-        train()
-
-
-@needs_dali
-@pytest.mark.usefixtures("no_thread_stays")
-def test_an_error_of_the_machine_reaches_the_consumer(jpegs: Path) -> None:
-    source = open_source(str(jpegs))
-
-    class OutOfDescriptors:
-        names = source.names
-
-        def read(self, index: int) -> bytes:
-            if index == 11:
-                raise OSError(errno.EMFILE, "Too many open files")
-            if index == 2:
-                raise OSError(errno.EIO, "Input/output error")
-            return source.read(index)
-
-    made = pipeline(OutOfDescriptors()).batches(every(source))
-    assert next(made).problems == [(2, "Input/output error")]
-    with pytest.raises(OSError, match="Too many open files"):
-        next(made)
-
-
-@needs_dali
-def test_a_read_that_hangs_does_not_hang_the_close(
-    jpegs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "CLOSE_S", 0.2)
-    source = Slow(open_source(str(jpegs)), answers=16)
-    made = pipeline(source).batches(every(source))
-    next(made)
-    hanging = [t for t in threading.enumerate() if t.name.startswith("simmim-read")]
-    started = time.monotonic()
-    made.close()
-    assert time.monotonic() - started < 30  # and not for ever
-    source.go_on.set()
-    for thread in hanging:
-        assert thread.daemon
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-@needs_dali
-@pytest.mark.usefixtures("no_thread_stays")
-def test_a_read_that_hangs_is_given_up(jpegs: Path) -> None:
-    source = Slow(open_source(str(jpegs)), answers=5)
-    said: list[str] = []
-    made = pipeline(source, threads=1, timeout_s=0.2, report=said.append).batches(every(source)[:1])
-    filled = next(made)
-    source.go_on.set()
-    made.close()
-    assert "no answer" in filled.problems[0][1]
-    assert 1 <= len(said) == len(filled.problems)
-    assert not filled.image[filled.problems[0][0]].any()
-    assert filled.image[0].any()
-
-
-MEMORY_TREND = """
-import io, sys, numpy as np, torch
-from PIL import Image
-from simmim.data.augment import Augmentation
-from simmim.data.dali.backend import missing_reason
-from simmim.data.dali.pipeline import DaliPipeline
-from simmim.data.source import PackedStrings
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-class Random:
-    "JPEGs of all sizes up to what the budget lets pass, a tenth of them progressive."
-    names = PackedStrings([str(i) for i in range(200)])
-    files = []
-    def read(self, index):
-        return self.files[index]
-
-budget = int(sys.argv[1])
-draw = np.random.default_rng(1)
-for i in range(200):
-    h, w = draw.integers(60, 1400, 2)
-    small = draw.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((int(w), int(h))).save(file, "JPEG", progressive=i % 10 == 0)
-    Random.files.append(file.getvalue())
-missing_reason()
-torch.zeros(1)
-augmentation = Augmentation((96, 96), (0.67, 1.0), (3 / 4, 4 / 3), 0.5, 3)
-made = DaliPipeline(Random(), augmentation, 1, device=torch.device("cpu"), micro_batch=32,
-                    threads=2, prefetch=2, memory_bytes=budget)
-places = ([(step, int(i)) for i in draw.integers(0, 200, 32)] for step in range(240))
-before, peaks = resident(), []
-for step, filled in enumerate(made.batches(places)):
-    assert not filled.problems
-    if step % 40 == 0:
-        peaks.append(0)
-    peaks[-1] = max(peaks[-1], resident() - before)
-print(*peaks)
-"""
-
-
-@needs_dali
-@pytest.mark.slow
-def test_memory_stays_within_the_budget_and_does_not_grow() -> None:
-    budget = 2**28
-    path = os.pathsep.join(sys.path)
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY_TREND, str(budget)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    peaks = [int(peak) for peak in run.stdout.split()]
-    assert len(peaks) == 6
-    assert max(peaks) <= budget
-    # holes in the heap come and go by some percent
-    assert max(peaks[4:]) <= 1.1 * max(peaks[1:4])

@@ -1,22 +1,13 @@
-"""Two crops, and their colour and blur: the pixels of Pillow, from keys alone."""
+"""Colour and blur of views: the pixels of Pillow, from keys alone."""
 
-import io
 import itertools
-from collections.abc import Generator, Iterable
-from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from simmim.data.augment import Augmentation, augment, sample_key
-from simmim.data.dali import backend
-from simmim.data.dali.crops import DaliCrops
-from simmim.data.dali.pipeline import DaliPipeline
-from simmim.data.decode import decode
+from noisy_pictures import pictures
 from simmim.data.distortion import (
     BRIGHTNESS,
     CONTRAST,
@@ -28,33 +19,23 @@ from simmim.data.distortion import (
     draw,
     uniforms,
 )
-from simmim.data.open import open_source
-from simmim.data.producer import Filled
-from simmim.data.views import RandomCrops, TwoViews
 from simmim_kernels.splitmix import fold, signed, uniform
 
-AUGMENTATION = Augmentation((48, 64), (0.2, 1.0), (3 / 4, 4 / 3), 0.5, 3)
-CPU = torch.device("cpu")
 # of samples 0 and 12345 in epochs 0 and 3
 PINNED_ORDER = [[1, 3, 2, 0], [2, 3, 1, 0]]
+
+
 PINNED_SHIFT = [24.0, -16.0]
+
+
 PINNED_SIGMA = [1.989920872983864, 1.5903129913437033]
+
+
 ENHANCERS = {
     BRIGHTNESS: ImageEnhance.Brightness,
     CONTRAST: ImageEnhance.Contrast,
     SATURATION: ImageEnhance.Color,
 }
-
-
-def pictures(count: int, size: tuple[int, int] = (37, 50), channels: int = 3) -> np.ndarray:
-    """Smooth and noisy images in turn, uint8 [count, H, W, C]."""
-    generator = np.random.default_rng(3)
-    noise = generator.integers(0, 256, (count, *size, channels), dtype=np.uint8)
-    for number in range(0, count, 2):
-        small = torch.from_numpy(noise[number, :7, :9]).permute(2, 0, 1)[None].float()
-        smooth = torch.nn.functional.interpolate(small, size, mode="bilinear")[0]
-        noise[number] = smooth.permute(1, 2, 0).byte().numpy()
-    return noise
 
 
 def untouched(count: int) -> Draws:
@@ -235,82 +216,3 @@ def test_what_is_drawn_has_the_published_frequencies() -> None:
     orders, counts = draws.order.unique(dim=0, return_counts=True)
     assert len(orders) == 24
     assert counts.double().sub(count / 24).abs().max() < 4.5 * (count / 24) ** 0.5
-
-
-def test_views_are_keyed_crops_of_one_image(photos: Path) -> None:
-    source = open_source(str(photos))
-    view = TwoViews(AUGMENTATION, 4)
-    out = np.empty(view.shape, np.uint8)
-    data = source.read(3)
-    view.fill(out, data, 6, 3)
-    image = decode(data, 3)
-    for number in range(2):
-        expected = augment(image, sample_key(4, 12 + number, 3), AUGMENTATION)
-        np.testing.assert_array_equal(out[number], expected)
-    assert (out[0] != out[1]).any()
-    again = np.empty_like(out)
-    view.fill(again, data, 7, 3)
-    assert all((a != b).any() for a, b in itertools.product(out, again))
-
-
-class CountingPipeline:
-    """Stands in for DALI: pixels tell epoch and sample, sample 5 is unreadable."""
-
-    closed = False
-
-    def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
-        try:
-            for batch in places:
-                image = torch.tensor(batch, dtype=torch.uint8).view(-1, 1, 2, 1)
-                problems = [(slot, "damaged") for slot, (_, s) in enumerate(batch) if s == 5]
-                yield Filled(image, problems)
-        finally:
-            self.closed = True
-
-
-def test_dali_makes_each_crop_a_sample() -> None:
-    pipeline, crops = CountingPipeline(), RandomCrops(AUGMENTATION, 4, per_sample=2)
-    with closing(
-        DaliCrops(pipeline, crops).batches([[(0, 4), (3, 5)], [(1, 6)]])  # type: ignore[arg-type]
-    ) as batches:
-        first = next(batches)
-        assert first.image.shape == (2, 2, 1, 2, 1)
-        assert first.image.view(2, 2, 2).tolist() == [[[0, 4], [1, 4]], [[6, 5], [7, 5]]]
-        assert first.problems == [(1, "damaged")]
-        assert next(batches).image.view(2, 2).tolist() == [[2, 6], [3, 6]]
-    assert pipeline.closed
-
-
-@pytest.mark.skipif(bool(backend.missing_reason()), reason=backend.missing_reason())
-def test_dali_makes_the_crops_of_the_cpu_path(tmp_path: Path) -> None:
-    pixels = pictures(1, (120, 160))[0]
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=95)
-    for number in range(5):
-        (tmp_path / f"{number}.jpg").write_bytes(file.getvalue())
-    (tmp_path / "9.jpg").write_bytes(b"no image")
-    source = open_source(str(tmp_path))
-    pipeline = DaliPipeline(
-        source,
-        replace(AUGMENTATION, scale=(0.5, 1.0)),
-        4,
-        device=CPU,
-        micro_batch=6,
-        threads=2,
-        prefetch=1,
-        memory_bytes=2**28,
-    )
-    places = [[(2, 0), (2, 5), (3, 1)], [(3, 2), (2, 3), (2, 4)]]
-    view = TwoViews(pipeline.augmentation, 4)
-    assert view.crops is not None
-    expected = np.empty(view.shape, np.uint8)
-    batches = list(DaliCrops(pipeline, view.crops).batches(places))
-    assert [slot for slot, _ in batches[0].problems] == [1]
-    assert not batches[1].problems
-    for batch, filled in zip(places, batches):
-        for slot, (epoch, sample) in enumerate(batch):
-            if sample == 5:
-                continue
-            view.fill(expected, source.read(sample), epoch, sample)
-            found = filled.image[slot].numpy().astype(np.int64)
-            assert np.abs(found - expected).mean() < 1.0

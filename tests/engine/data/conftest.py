@@ -1,0 +1,52 @@
+"""Tar shards, and what fine-tuning views are compared with."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labelled_images import KINDS, peer
+from simmim.data import finetune_views
+from simmim.data.finetune_views import Pixels
+from simmim.data.mixing import draws_from
+
+
+@pytest.fixture
+def shards(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    files = sorted(photos.iterdir())
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for path in files[number::2]:
+                archive.add(path, f"./{path.name}")
+            archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
+    return folder
+
+
+@pytest.fixture
+def timm_data() -> Any:
+    return peer("timm.data")
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The keys that draws are made from, as they are used."""
+    used: list[int] = []
+
+    def noted(key: int) -> Any:
+        used.append(key)
+        return draws_from(key)
+
+    monkeypatch.setattr(finetune_views, "draws_from", noted)
+    return used
+
+
+@pytest.fixture(params=KINDS)
+def pixels(request: pytest.FixtureRequest) -> Pixels:
+    if request.param != "bands":
+        peer("timm.data")
+    return KINDS[request.param]
