@@ -104,7 +104,7 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _finetune(arguments: list[str]) -> int:
-    from simmim.downstream.finetune_config import load_finetuning
+    from simmim.command_line import load_finetuning
     from simmim.errors import ConfigError
 
     try:

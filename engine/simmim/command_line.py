@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from simmim.config.finetune import FinetuneConfig, check_finetuning
 from simmim.config.sections import Config, MethodConfig, RunConfig
 from simmim.config.values import config_class, flatten, from_dict, leaf_types, nearest
 from simmim.errors import ConfigError
@@ -91,6 +92,11 @@ def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
     """
     settings = method_class(_method_named(arguments)).Settings
     return load_as(config_class(settings), check_config, arguments, program, "Pre-train an encoder")
+
+
+def load_finetuning(arguments: Sequence[str], program: str = "simmim finetune") -> FinetuneConfig:
+    """The configuration that a command line of fine-tuning asks for; see `load_as`."""
+    return load_as(FinetuneConfig, check_finetuning, arguments, program, "Fine-tune a classifier")
 
 
 def _method_named(arguments: Sequence[str]) -> str:

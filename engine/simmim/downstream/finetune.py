@@ -10,15 +10,15 @@ from torch import Tensor
 from simmim import files
 from simmim.backbone.build import Spec, build_encoder
 from simmim.config.check import micro_batch
+from simmim.config.finetune import FinetuneConfig
 from simmim.config.spec import make_spec
 from simmim.data.batch import Batch
-from simmim.data.finetune_views import EvaluationView, Recipe, TrainingView
+from simmim.data.finetune_views import EvaluationView, TrainingView
 from simmim.data.loader import Loader
 from simmim.data.mixing import Mixing
 from simmim.data.splits import LabelledImages, SettingNames, open_labelled_sets
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluate, evaluation_view
-from simmim.downstream.finetune_config import FinetuneConfig
 from simmim.downstream.handover import finetune_spec, hand_over
 from simmim.downstream.metrics import ClassificationMetrics, write_report
 from simmim.errors import ConfigError, DataError
@@ -64,7 +64,8 @@ def _run(config: FinetuneConfig, world: World, folder: RunFolder, interrupts: In
         images, val = _open_data(config)
         weights = _starting_weights(config, folder)
         model, notes = build_classifier(config, images.labels.classes, weights, world.device)
-        view, mixing = _training_view(config, model), _mixing(config, len(model.classes))
+        view = _training_view(config, model)
+        mixing = Mixing(len(model.classes), config.seed, config.augment)
     except (DataError, ValueError) as error:
         raise ConfigError(str(error)) from None
     state = build_state(
@@ -171,36 +172,12 @@ def classifier_spec(config: FinetuneConfig, pretrained: Spec | None) -> Spec:
 
 
 def _training_view(config: FinetuneConfig, model: Classifier) -> TrainingView:
-    augment = config.augment
-    recipe = Recipe(
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        flip=augment.flip,
-        auto_augment=augment.auto_augment,
-        color_jitter=augment.color_jitter,
-        erase=augment.erase,
-        erase_mode=augment.erase_mode,
-        erase_count=augment.erase_count,
-    )
-    return TrainingView(_view(config, model).pixels, config.seed, recipe)
+    return TrainingView(_view(config, model).pixels, config.seed, config.augment)
 
 
 def _view(config: FinetuneConfig, model: Classifier) -> EvaluationView:
     limits = config.data.max_pixels, config.data.value_range
     return evaluation_view(model, max_pixels=limits[0], value_range=limits[1])
-
-
-def _mixing(config: FinetuneConfig, num_classes: int) -> Mixing:
-    augment = config.augment
-    return Mixing(
-        num_classes,
-        config.seed,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch=augment.mix_switch,
-        smoothing=augment.smoothing,
-    )
 
 
 def _make_loader(

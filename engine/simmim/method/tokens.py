@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.layers import init_linear
-from simmim.config.check import check_mask_ratio, check_ranges
+from simmim.config.bounds import bounded
 from simmim.config.sections import MethodConfig
 from simmim.data.batch import Batch
 from simmim.errors import ConfigError
@@ -243,9 +243,9 @@ class TokensConfig(MethodConfig):
     """Method."""
     head: Head = "linear"
     """What regresses pixels from hidden tokens: one linear layer, or an MLP with GELU."""
-    mlp_hidden: int = 0
+    mlp_hidden: int = bounded(0, low=0)
     """head = mlp: width of the hidden layers; 0 takes the encoder's."""
-    mlp_depth: int = 1
+    mlp_depth: int = bounded(1, low=1, high=DEEPEST_HEAD)
     """head = mlp: hidden layers."""
     loss: Loss = "l1"
     """Mean absolute (l1) or mean squared (l2) error."""
@@ -279,14 +279,7 @@ class TokenMethod(MaskingMethod):
 
     def check(self) -> None:
         """See `Method`."""
-        spec, settings = self.spec, self.settings
-        check_mask_ratio(self.config)
-        check_ranges(
-            [
-                ("method.mlp_hidden", settings.mlp_hidden, 0, math.inf),
-                ("method.mlp_depth", settings.mlp_depth, 1, DEEPEST_HEAD),
-            ]
-        )
+        spec = self.spec
         if spec.stride != spec.patch_size:
             raise ConfigError(
                 f"model.name={self.config.model.name} has output cells of {spec.stride} px and "

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from simmim.backbone.build import spec_from_dict, spec_to_dict
-from simmim.command_line import find_recipe, load, recipe_folders
+from simmim.command_line import find_recipe, load, load_finetuning, recipe_folders
 from simmim.config.check import micro_batch
+from simmim.config.finetune import FinetuneConfig
 from simmim.config.sections import Config
 from simmim.config.spec import resolve_spec
 from simmim.config.values import from_dict, leaf_types, leaves, to_toml
 from simmim.downstream.finetune import classifier_spec
-from simmim.downstream.finetune_config import FinetuneConfig, load_finetuning
 from simmim.errors import ConfigError
 from simmim.training.schedule import resolve_schedule
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from simmim.config.finetune import AugmentConfig
 from simmim.data import finetune_views, timm_import
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
+from simmim.data.finetune_views import EvaluationView, Pixels, TrainingView
 from simmim.data.mixing import Mixing, draws_from
 from simmim.data.open import open_source
 from simmim.data.producer import InlineProducer, Producer, SourceSamples
@@ -129,7 +130,7 @@ def test_training_views_are_the_published_ones(
 def test_colour_jitter_without_a_policy(
     timm_data: Any, files: list[bytes], keys: list[int]
 ) -> None:
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", erase=0.0))
     theirs = published(timm_data, 64, auto_augment=None, re_prob=0.0)
     assert "ColorJitter" in str(theirs)
     assert "ColorJitter" not in str(published(timm_data, 64))
@@ -154,7 +155,7 @@ def test_small_views_are_shifted_as_published(
 
 
 def test_small_views_of_large_images_show_most_of_them(timm_data: Any) -> None:
-    plain = Recipe(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
+    plain = AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
     view = TrainingView(SMALL, 0, plain)(encoded(np.ascontiguousarray(ramp)), 0, 0)
     steps = np.diff(view[0] * STD[0] * 255, axis=0)
@@ -179,12 +180,12 @@ def test_grey_images_take_the_whole_recipe(
 
 def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> None:
     # at magnitude 10; the published policy (9 ± 0.5) comes to it now and then
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="rand-m10-n1-inc1", erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="rand-m10-n1-inc1", erase=0.0))
     black = normalised(np.zeros((64, 64, 3), dtype=np.uint8), COLOUR)
     views = [view(files[0], epoch, 0) for epoch in range(120)]
     assert 0 < sum(np.array_equal(made, black) for made in views) < 20
     for policy in ("v0-mstd9", "rand-m10-mstd9-inc1", "augmix-m10-mstd9"):
-        view = TrainingView(SMALL, 0, Recipe(auto_augment=policy))
+        view = TrainingView(SMALL, 0, AugmentConfig(auto_augment=policy))
         for epoch in range(300):
             view(encoded(noise(32, 32)), epoch, 0)
 
@@ -277,7 +278,9 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str)
 
 
 def test_other_channels_are_cropped_and_flipped() -> None:
-    view = TrainingView(BANDS, 0, Recipe(crop_scale=(1, 1), crop_ratio=(5 / 3, 5 / 3), flip=1.0))
+    view = TrainingView(
+        BANDS, 0, AugmentConfig(crop_scale=(1, 1), crop_ratio=(5 / 3, 5 / 3), flip=1.0)
+    )
     assert "5 channels" in view.note
     assert "\n" not in view.note
     image = noise(24, 40, 5)
@@ -395,7 +398,7 @@ def test_views_of_long_images_show_their_middle() -> None:
 
 def test_crops_of_a_single_pixel_hold_it(timm_data: Any) -> None:
     white = np.full((1, 1, 3), 255, dtype=np.uint8)
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", color_jitter=0.0, erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0))
     wanted = normalised(np.full((64, 64, 3), 255, dtype=np.uint8), COLOUR)
     for epoch in range(20):
         assert np.array_equal(view(encoded(white), epoch, 0), wanted)
@@ -424,9 +427,9 @@ def test_settings_without_meaning_are_refused() -> None:
         with pytest.raises(ValueError, match="margin"):
             EvaluationView(COLOUR, margin)
     with pytest.raises(ValueError, match="crop_scale"):
-        Recipe(crop_scale=(0, 1))
+        TrainingView(COLOUR, 0, AugmentConfig(crop_scale=(0, 1)))
     with pytest.raises(ValueError, match="crop_ratio"):
-        Recipe(crop_ratio=(2, 1))
+        TrainingView(COLOUR, 0, AugmentConfig(crop_ratio=(2, 1)))
 
 
 def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +492,7 @@ def test_mixing_is_a_function_of_seed_step_rank_and_micro_batch(timm_data: Any) 
 
 
 def test_empty_slots_take_their_partners_image(timm_data: Any) -> None:
-    mixing = Mixing(10, seed=4, smoothing=0.0)
+    mixing = Mixing(10, 4, AugmentConfig(smoothing=0.0))
     for step in range(6):
         image, label = batch()
         image[2], label[2] = 0, -1
@@ -510,7 +513,7 @@ def test_odd_batches_cannot_be_mixed(timm_data: Any) -> None:
     image, label = batch(7)
     with pytest.raises(ValueError, match="7 images cannot be mixed in pairs"):
         Mixing(10, 0)(image, label, 0, 0)
-    off = Mixing(10, 0, mixup=0.0, cutmix=0.0)
+    off = Mixing(10, 0, AugmentConfig(mixup=0.0, cutmix=0.0))
     label[3] = -1
     same, target = off(image.clone(), label, 0, 0)
     assert torch.equal(same, image)
