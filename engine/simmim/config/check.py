@@ -39,12 +39,6 @@ def check_training(config: RunConfig) -> None:
     for key, values in (("mean", data.mean), ("std", data.std)):
         if values is not None and len(values) != data.channels:
             raise ConfigError(f"data.{key} has {len(values)} values for {data.channels} channels")
-    if config.model.norm_target and (
-        config.model.norm_target < 3 or config.model.norm_target % 2 == 0
-    ):
-        raise ConfigError(
-            f"model.norm_target={config.model.norm_target} must be odd and at least 3, or 0"
-        )
     if (
         schedule.name == "multistep"
         and not schedule.warmup_steps

@@ -44,8 +44,6 @@ class ModelConfig:
     """Biases of q, k and v (a ViT's k has none)."""
     drop_path: float = bounded(0.0, low=0, high=0.999)
     """Stochastic-depth rate of the last block, 0 to 1; grows linearly from 0."""
-    norm_target: int = 0
-    """Window (odd, pixels) over which the target is normalised; 0 regresses the pixels; 47 as published for SwinV2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +255,10 @@ class RunConfig:
         """Whether images and convolutions are channels-last on a type of device."""
         if self.train.channels_last is not None:
             return self.train.channels_last
-        return device_type == "cuda" or self._is_convnet()
+        return device_type == "cuda" or self.is_convnet()
 
-    def _is_convnet(self) -> bool:
+    def is_convnet(self) -> bool:
+        """Whether `model.name` names a ConvNet."""
         try:
             return isinstance(find_preset(self.model.name), ConvNetSpec)
         except ValueError:  # a fine-tuning run whose weights tell the architecture

@@ -9,8 +9,7 @@ from simmim.config.sections import Config, ModelConfig
 from simmim.errors import ConfigError
 
 # Fields of ModelConfig that are not the architecture's, and those where one stage has a number.
-_NOT_OF_SPEC = ("name", "drop_path", "norm_target")
-
+_NOT_OF_SPEC = ("name", "drop_path")
 
 _OF_ONE_STAGE = {"depths": "depth", "num_heads": "num_heads"}
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from simmim.backbone.build import Encoder
 from simmim.config.bounds import Bounds, bounded
 from simmim.config.check import micro_batch
-from simmim.config.sections import Config, MethodConfig
+from simmim.config.idle import SET, Idle
+from simmim.config.sections import MethodConfig
 from simmim.data.augment import Augmentation
 from simmim.data.batch import Batch
 from simmim.data.distortion import Distortion, distort, draw
@@ -164,15 +165,12 @@ class SimSiamMethod(Method):
 
     name = "simsiam"
     Settings = SimSiamConfig
+    settings: SimSiamConfig
+    idle = (*Method.idle, Idle(("optim.decay_position_tables",), {"method.name": SET}))
     Model = SimSiam
     title = "SimSiam"
     paper = "https://arxiv.org/abs/2011.10566"
     purpose = "two views of every image predict each other through one network (negative cosine)"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.method, SimSiamConfig)
-        self.settings = config.method
 
     def check(self) -> None:
         """See `Method`."""

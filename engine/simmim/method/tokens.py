@@ -10,7 +10,7 @@ its decoder must be permuted, those of ViT-SSL's and of microsoft/SimMIM's need 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from simmim.backbone.build import Encoder
 from simmim.backbone.layers import init_linear
 from simmim.config.bounds import bounded
+from simmim.config.idle import SET, Idle
 from simmim.config.sections import MethodConfig
 from simmim.data.batch import Batch
 from simmim.errors import ConfigError
@@ -256,20 +257,19 @@ class TokensConfig(MethodConfig):
 
 
 class TokenMethod(MaskingMethod):
-    """Token-wise SimMIM: `mask.ratio` of single tokens is hidden, whatever `mask.unit` says."""
+    """Token-wise SimMIM: `mask.ratio` of single tokens is hidden."""
 
     name = "tokens"
     Settings = TokensConfig
+    settings: TokensConfig
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("mask.unit",), {"method.name": SET}, refused=True),
+        Idle(("method.mlp_hidden", "method.mlp_depth"), {"method.head": ("linear",)}),
+    )
     Model = TokenSimMIM
     title = "token-wise SimMIM"
     paper = "https://arxiv.org/abs/2111.09886"
     purpose = "hide single tokens of a ViT, regress the pixels of those alone (L1 or L2)"
-
-    @property
-    def settings(self) -> TokensConfig:
-        """The run's [method] table."""
-        assert isinstance(self.config.method, TokensConfig)
-        return self.config.method
 
     @property
     def num_hidden(self) -> int:
@@ -285,8 +285,6 @@ class TokenMethod(MaskingMethod):
                 f"model.name={self.config.model.name} has output cells of {spec.stride} px and "
                 f"tokens of {spec.patch_size} px; method.name=tokens needs one resolution: a ViT"
             )
-        if self.config.model.norm_target:
-            raise ConfigError("model.norm_target is SimMIM's; here it is method.target=normalised")
         if self.num_hidden < 1:
             raise ConfigError(
                 f"mask.ratio={self.config.mask.ratio} hides none of {math.prod(spec.grid)} tokens"
