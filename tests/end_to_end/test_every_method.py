@@ -231,8 +231,8 @@ def test_what_a_run_cannot_change_midway(run: Run, capsys: pytest.CaptureFixture
         ("smoke", "--method.name=simsam", 2, "did you mean simsiam?"),
         ("smoke", "--method.head=mlp", 2, "unknown flag --method.head"),
         ("tokens_smoke", "--method.grey=1", 2, "unknown flag --method.grey"),
-        ("smoke", "--validate.path=/nowhere", 1, "validate.path=/nowhere"),
-        ("tokens_smoke", "--validate.path=/nowhere", 1, "validate.path=/nowhere"),
+        ("smoke", "--validate.path=/nowhere", 2, "validate.path=/nowhere"),
+        ("tokens_smoke", "--validate.path=/nowhere", 2, "validate.path=/nowhere"),
     ],
 )
 def test_wrong_usage_is_one_line(

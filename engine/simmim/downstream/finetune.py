@@ -21,7 +21,7 @@ from simmim.distributed import World
 from simmim.downstream.evaluate import evaluate, evaluation_view
 from simmim.downstream.handover import finetune_spec, hand_over
 from simmim.downstream.metrics import ClassificationMetrics, write_report
-from simmim.errors import ConfigError, DataError
+from simmim.errors import ConfigError
 from simmim.model.classifier import Classifier
 from simmim.run_folder import RunFolder
 from simmim.training import checkpoint
@@ -51,9 +51,10 @@ def finetune(config: FinetuneConfig) -> int:
         0 when the run is complete, 75 when a signal stopped it (run again to resume).
 
     Raises:
-        ConfigError: bad input: the run folder, the data and their labels, the pre-trained weights.
+        ConfigError: the run folder or the pre-trained weights cannot be used.
+        DataError: no data, or labels that do not fit.
         CheckpointError: a checkpoint could not be written or read.
-        RunStopped: too many steps in a row had non-finite gradients.
+        RunStopped: data fails under way, or too many steps in a row had non-finite gradients.
     """
     with claimed_run(config) as (world, folder, interrupts):
         return _run(config, world, folder, interrupts)
@@ -66,7 +67,7 @@ def _run(config: FinetuneConfig, world: World, folder: RunFolder, interrupts: In
         model, notes = build_classifier(config, images.labels.classes, weights, world.device)
         view = _training_view(config, model)
         mixing = Mixing(len(model.classes), config.seed, config.augment)
-    except (DataError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     state = build_state(
         model,

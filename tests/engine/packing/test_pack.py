@@ -355,7 +355,7 @@ def test_values_of_other_types(
     capsys.readouterr()
     assert run(root, folder, *flags, "--stats") == 0
     assert capsys.readouterr().out.splitlines()[1:] == expected_statistics([expected])
-    assert run(root, tmp_path / "other") == 1
+    assert run(root, tmp_path / "other") == 2
     assert "not one image could be packed (1 unreadable)" in capsys.readouterr().err
 
 
@@ -443,7 +443,7 @@ def test_hostile_tar_members_are_counted(
 def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("no image")
-    assert run(tmp_path / "bad", tmp_path / "packed") == 1
+    assert run(tmp_path / "bad", tmp_path / "packed") == 2
     error = capsys.readouterr().err
     assert "not one image could be packed (1 unreadable)" in error
     assert error.count("\n") == 1
@@ -454,7 +454,7 @@ def test_what_is_in_the_way_is_refused(
 ) -> None:
     def refused(*arguments: object) -> str:
         before = contents(tmp_path / "packed")
-        assert run(*arguments) == 1
+        assert run(*arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert contents(tmp_path / "packed") == before
@@ -464,7 +464,7 @@ def test_what_is_in_the_way_is_refused(
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     assert "not empty, and no pack" in refused(small, folder)
-    assert run(small, folder / "thesis.txt") == 1
+    assert run(small, folder / "thesis.txt") == 2
     assert "thesis.txt: cannot be made: File exists" in capsys.readouterr().err
     (folder / "thesis.txt").unlink()
     assert run(small, folder) == 0
@@ -474,7 +474,7 @@ def test_what_is_in_the_way_is_refused(
     table = tmp_path / "labels.csv"
     table.write_text("".join(f"{name},0\n" for name in FolderSource(small).names))
     assert "with other labels" in refused(small, folder, "--labels", table)
-    assert run(tmp_path / "nowhere", folder) == 1
+    assert run(tmp_path / "nowhere", folder) == 2
     nowhere = f"simmim: error: {tmp_path}/nowhere: no such file or folder\n"
     assert capsys.readouterr().err == nowhere
     with claimed(folder):
@@ -806,7 +806,7 @@ def test_verify_decodes_and_limits_its_lines(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("000000.tar: 00000000.jpg: unreadable: ")
     assert lines[5:] == ["… and 9 more"]
-    assert run("--verify", small) == 1
+    assert run("--verify", small) == 2
     assert "dataset.json: No such file" in capsys.readouterr().err
 
 
@@ -854,7 +854,7 @@ def test_stats_of_many_channels_and_of_grey_among_rgb(
     expected = expected_statistics([colour, grey.repeat(3, axis=2)])
     assert capsys.readouterr().out.splitlines() == expected
     Image.fromarray(colour).convert("RGBA").save(tmp_path / "rgb" / "alpha.png")
-    assert run(tmp_path / "rgb", tmp_path / "packed", "--stats") == 1
+    assert run(tmp_path / "rgb", tmp_path / "packed", "--stats") == 2
     error = capsys.readouterr().err
     assert "no mean and std: 1 images of 1, 1 images of 3, 1 images of 4 channels" in error
     assert json.loads((tmp_path / "packed" / "dataset.json").read_text())["channels"] is None
@@ -902,16 +902,16 @@ def test_parquet(
     assert run(tables / "train-00000-of-00002.parquet", tmp_path / "one", *options) == 0
     assert len(open_source(str(tmp_path / "one")).names) == 8
     capsys.readouterr()
-    assert run(tables, tmp_path / "no", "--shuffle", 1) == 1
+    assert run(tables, tmp_path / "no", "--shuffle", 1) == 2
     assert "parquet has no random access" in capsys.readouterr().err
     with pytest.raises(DataError, match=f"simmim pack {tables} FOLDER"):
         open_source(str(tables))
     (tables / "test-00000-of-00001.parquet").write_bytes(b"")
-    assert run(tables, tmp_path / "no") == 1
+    assert run(tables, tmp_path / "no") == 2
     error = capsys.readouterr().err
     assert "holds the splits test, train; choose one" in error
     assert f"'{tables}/train-*.parquet'" in error
-    assert run(tables / "test-00000-of-00001.parquet", tmp_path / "no") == 1
+    assert run(tables / "test-00000-of-00001.parquet", tmp_path / "no") == 2
     assert "not a readable parquet file" in capsys.readouterr().err
 
 
@@ -955,7 +955,7 @@ def test_without_pyarrow(
     tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert run(tables, tables / "packed") == 1
+    assert run(tables, tables / "packed") == 2
     assert "pip install 'simmim[parquet]'" in capsys.readouterr().err
 
 
