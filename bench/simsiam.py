@@ -75,7 +75,7 @@ def make_sides(name: str, batch: int, width: int, device: str) -> dict[str, Call
 
     def distort_both() -> None:
         for view in (0, 1):
-            distort(crops, draw(ids, epochs, view, 0, distortion), distortion.sigma[1])
+            distort(crops, draw(ids, epochs, view, 0, distortion), distortion.blur_sigma[1])
 
     def loss() -> None:
         negative_cosine(p, p, z, z).backward()
@@ -109,7 +109,7 @@ def torchvision_distortion(distortion: Distortion) -> Callable[[Image.Image], Im
         if random.random() < distortion.grey:
             photo = grey(photo)
         if random.random() < distortion.blur:
-            photo = photo.filter(ImageFilter.GaussianBlur(random.uniform(*distortion.sigma)))
+            photo = photo.filter(ImageFilter.GaussianBlur(random.uniform(*distortion.blur_sigma)))
         return photo
 
     return run

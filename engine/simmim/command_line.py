@@ -2,14 +2,19 @@
 
 import argparse
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from simmim.config.finetune import FinetuneConfig, check_finetuning
+from simmim.config.idle import IDLE, Idle, idle_notes
+from simmim.config.moved_keys import MOVED, current_key, move_keys, moved_value
 from simmim.config.sections import Config, MethodConfig, RunConfig
 from simmim.config.values import config_class, flatten, from_dict, leaf_types, nearest
+from simmim.environment import Launch
 from simmim.errors import ConfigError
 from simmim.method.build import check_config, method_class
 
@@ -63,7 +68,7 @@ def read_toml(path: Path, cls: type = Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
     known = leaf_types(cls)
     for key, _ in flatten(values):
-        if key not in known:
+        if key not in known and key not in MOVED:
             raise ConfigError(f"{path}: unknown key {key}; {nearest(key, list(known))}")
     return values
 
@@ -89,8 +94,16 @@ def load(arguments: Sequence[str], program: str = "simmim pretrain") -> Config:
 
     Its class is that of the method that it names, whose own keys are in [method].
     """
-    settings = method_class(_method_named(arguments)).Settings
-    return load_as(config_class(settings), check_config, arguments, program, "Pre-train an encoder")
+    method = method_class(_method_named(arguments))
+    purpose = "Pre-train an encoder"
+    cls, rules = config_class(method.Settings), (*IDLE, *method.idle)
+    return load_as(cls, check_config, arguments, program, purpose, rules)
+
+
+def load_finetuning(arguments: Sequence[str], program: str = "simmim finetune") -> FinetuneConfig:
+    """The configuration that a command line of fine-tuning asks for; see `load_as`."""
+    purpose = "Fine-tune a classifier"
+    return load_as(FinetuneConfig, check_finetuning, arguments, program, purpose, IDLE)
 
 
 def _method_named(arguments: Sequence[str]) -> str:
@@ -114,8 +127,11 @@ def load_as(
     arguments: Sequence[str],
     program: str,
     purpose: str,
+    rules: Sequence[Idle],
 ) -> RunConfigT:
     """The configuration that a command line asks for, checked.
+
+    Settings that cannot act are told on standard error, and keys of earlier versions.
 
     Args:
         cls: of the configuration.
@@ -123,6 +139,7 @@ def load_as(
         arguments: a TOML file or the name of a recipe, then `--section.key=value`.
         program: name for messages.
         purpose: what the command does, for `--help`.
+        rules: say which settings cannot act.
 
     Raises:
         ConfigError: anything that cannot run; one line.
@@ -140,12 +157,18 @@ def load_as(
         other = "finetune" if pretraining else "pretrain"
         raise ConfigError(f"{recipe.stem} is a recipe of `simmim {other}`")
     types = leaf_types(cls)
-    for flag in flags:
-        name = flag.removeprefix("--").split("=", 1)[0]
-        if flag.startswith("--") and name not in types:
+    values, notes = move_keys(read_toml(recipe, cls), cls, strict=True)
+    for number, flag in enumerate(flags):
+        name, equals, rest = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--"):
+            continue
+        if name in MOVED:
+            flags[number] = f"--{current_key(name, cls)}{equals}{rest}"
+            notes.append(moved_value(name, current_key(name, cls)))
+        elif name not in types:
             raise ConfigError(f"unknown flag --{name}; {nearest(name, list(types))}")
     try:
-        namespace = parser.parse_object(read_toml(recipe, cls))
+        namespace = parser.parse_object(values)
         namespace = parser.parse_args(flags, namespace=namespace)
         config = from_dict(namespace.as_dict() if hasattr(namespace, "as_dict") else namespace, cls)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
@@ -155,6 +178,9 @@ def load_as(
     if not config.output:
         config = replace(config, output=str(Path("runs") / recipe.stem))
     check(config)
+    if Launch.of_environment().rank == 0:  # every process finds the same
+        for note in [*notes, *idle_notes(config, rules)]:
+            print(f"simmim: {note}", file=sys.stderr)
     return config
 
 

@@ -38,7 +38,7 @@ def pretrain(config: Config) -> int:
         ConfigError: the run folder cannot be used.
         DataError: there are no images.
         CheckpointError: a checkpoint could not be written or read.
-        RunStopped: too many steps in a row had non-finite gradients.
+        RunStopped: data fails under way, or too many steps in a row had non-finite gradients.
     """
     with claimed_run(config) as (world, folder, interrupts):
         return _run(config, world, folder, interrupts)

@@ -213,11 +213,11 @@ def test_two_processes_are_one(run: Run, tmp_path: Path) -> None:
 def test_what_a_run_cannot_change_midway(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run.output / "metrics.jsonl").read_bytes()
     name = run.name.partition("-")[0]
-    other = "simsiam" if name != "simsiam" else "simmim"
+    other = "simsiam --mask.unit=32 --mask.ratio=0.6" if name != "simsiam" else "simmim"
     own = {"tokens": ["--method.loss=l2"], "simsiam": ["--method.grey=0.5"]}.get(name, [])
     for change in [f"--method.name={other}", *own]:
         capsys.readouterr()
-        code = cli.main(run.arguments(run.output, "--train.steps=30", change))
+        code = cli.main(run.arguments(run.output, "--train.steps=30", *change.split()))
         error = capsys.readouterr().err
         assert code == 2, error
         # the recipe may have keys that the other method does not know
@@ -231,8 +231,8 @@ def test_what_a_run_cannot_change_midway(run: Run, capsys: pytest.CaptureFixture
         ("smoke", "--method.name=simsam", 2, "did you mean simsiam?"),
         ("smoke", "--method.head=mlp", 2, "unknown flag --method.head"),
         ("tokens_smoke", "--method.grey=1", 2, "unknown flag --method.grey"),
-        ("smoke", "--validate.path=/nowhere", 1, "validate.path=/nowhere"),
-        ("tokens_smoke", "--validate.path=/nowhere", 1, "validate.path=/nowhere"),
+        ("smoke", "--validate.path=/nowhere", 2, "validate.path=/nowhere"),
+        ("tokens_smoke", "--validate.path=/nowhere", 2, "validate.path=/nowhere"),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -41,7 +41,7 @@ ENVIRONMENT = os.environ | {
 }
 RECIPES = {
     "simmim": ["smoke"],
-    "simmim-norm-target": ["smoke", "--model.norm_target=7"],
+    "simmim-norm-target": ["smoke", "--method.norm_target=7"],
     "tokens": ["tokens_smoke"],
     "tokens-normalised": ["tokens_smoke", "--method.target=normalised", "--method.head=mlp"],
 }

@@ -1,10 +1,9 @@
-"""What several commands take: a data set and its labels, where to run; and how their errors end."""
+"""What several commands take: a data set and its labels, and where to run."""
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +13,7 @@ from simmim.data.labels import Labels, labels_of
 from simmim.data.open import open_source
 from simmim.data.source import Source
 from simmim.distributed import World
-from simmim.errors import DataError, RunError
+from simmim.errors import DataError
 from simmim.training import precision
 
 
@@ -36,13 +35,35 @@ def add_data(parser: argparse.ArgumentParser, *, labelled: bool) -> None:
             help="what the label file calls the first class: 0 or 1",
         )
     add("--workers", type=int, default=-1, metavar="N", help="decoding processes (default: auto)")
-    add(
+    add_value_range(parser)
+
+
+def add_value_range(parser: argparse.ArgumentParser) -> None:
+    """The flag --value-range; what it gives is a tuple, or None."""
+    parser.add_argument(
         "--value-range",
         type=float,
         nargs=2,
+        action=_Rising,
         metavar=("LOW", "HIGH"),
         help="values that become 0 and 255 where files hold other than 8 bits",
     )
+
+
+class _Rising(argparse.Action):
+    """Stores two numbers of which the first is the smaller, as a tuple."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        low, high = values
+        if not low < high:
+            parser.error(f"{option_string} LOW HIGH: LOW must be less than HIGH")
+        setattr(namespace, self.dest, (low, high))
 
 
 def add_compute(parser: argparse.ArgumentParser, batch_size: int = 64) -> None:
@@ -114,28 +135,3 @@ def progress(what: str, total: int) -> Progress:
     )
     bar.add_task(what, total=total)
     return bar
-
-
-def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """A command whose errors are one line: 2 for bad input, 1 for the machine's trouble."""
-
-    @wraps(main)
-    def run(arguments: list[str]) -> int:
-        try:
-            return main(arguments)
-        except (ValueError, DataError) as error:
-            return _fail(str(error), 2)
-        except RunError as error:
-            return _fail(str(error), 1)
-        except BrokenPipeError:
-            raise  # whoever read the output has enough
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return _fail(f"{where}{error.strerror or error}", 1)
-
-    return run
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"simmim: error: {message}", file=sys.stderr)
-    return code

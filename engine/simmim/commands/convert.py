@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from simmim.commands.arguments import one_line_errors
+from simmim.commands.errors import one_line_errors
 from simmim.weights.export import Export, strange_files, to_layout, write
 from simmim.weights.layouts import LAYOUTS
 from simmim.weights.load import Weights, read_model

@@ -1,5 +1,6 @@
 """`simmim doctor`: what is installed, what each op runs on, and why not on something better."""
 
+import argparse
 import os
 
 import simplejpeg
@@ -58,6 +59,16 @@ def data_lines() -> list[str]:
         f"  {'JPEG':<24} simplejpeg {simplejpeg.__version__} (libjpeg-turbo)",
         f"  {'crop and resize':<24} {choose('crop_resize', CROP_BACKENDS, (), None)}",
     ]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    argparse.ArgumentParser(
+        prog="simmim doctor",
+        description="Versions, devices, and the backend each op would use and why not another.",
+    ).parse_args(arguments)
+    print(report())
+    return 0
 
 
 def report() -> str:

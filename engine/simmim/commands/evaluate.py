@@ -1,7 +1,6 @@
 """The `simmim evaluate` command: its arguments, and what it prints and writes."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from rich.text import Text
 from simmim.commands.arguments import (
     add_compute,
     add_data,
-    one_line_errors,
     open_labelled,
     pick_world,
     progress,
 )
-from simmim.commands.labelled_features import check_output
+from simmim.commands.errors import one_line_errors
+from simmim.commands.labelled_features import check_output, note
 from simmim.data.labels import Labels
 from simmim.data.names import printable
 from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
@@ -62,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong input)."""
     given = parser().parse_args(arguments)
     world = pick_world(given.device)
     check_output(given.output, REPORT_FILES, given.overwrite)
@@ -80,19 +79,19 @@ def main(arguments: list[str]) -> int:
                 view=evaluation_view(
                     model,
                     margin=given.margin,
-                    value_range=given.value_range and tuple(given.value_range),
+                    value_range=given.value_range,
                 ),
                 workers=given.workers,
                 precision=given.precision,
-                report=lambda line: print(f"simmim: {printable(line)}", file=sys.stderr),
+                report=note,
                 advance=lambda count: bar.advance(bar.task_ids[0], count),
             )
     except DataError as error:
         raise DataError(f"{given.source}: {error}") from None
     _print(metrics, labels, model.classes)
     if given.output is not None:
-        for note in write_report(given.output, metrics, model.classes):
-            print(f"simmim: {note}", file=sys.stderr)
+        for line in write_report(given.output, metrics, model.classes):
+            note(line)
         print(given.output)
     return 0
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from simmim.commands.arguments import one_line_errors
+from simmim.commands.errors import one_line_errors
 from simmim.sharing.card import NO_LICENSE
 from simmim.sharing.model_folder import FILES, export
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong input)."""
     reader = parser()
     given = reader.parse_args(arguments)
     if given.images and given.no_picture:

@@ -6,10 +6,10 @@ from pathlib import Path
 from simmim.commands.arguments import (
     add_compute,
     add_data,
-    one_line_errors,
     pick_world,
     progress,
 )
+from simmim.commands.errors import one_line_errors
 from simmim.commands.labelled_features import add_view, image_size, note
 from simmim.data.labels import labels_of
 from simmim.data.open import open_source
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong input)."""
     given = parser().parse_args(arguments)
     existing = [path for path in feature_files(given.out) if path.exists()]
     if existing and not given.overwrite:
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
                 view=evaluation_view(
                     model,
                     margin=given.margin,
-                    value_range=given.value_range and tuple(given.value_range),
+                    value_range=given.value_range,
                 ),
                 workers=given.workers,
                 precision=given.precision,

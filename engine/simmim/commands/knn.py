@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simmim.commands.arguments import one_line_errors, progress
+from simmim.commands.arguments import progress
+from simmim.commands.errors import one_line_errors
 from simmim.commands.labelled_features import (
     DATA_EPILOGUE,
     add_sets,
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong input)."""
     reader = parser()
     given = reader.parse_args(arguments)
     if not given.temperature > 0:

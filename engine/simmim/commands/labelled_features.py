@@ -131,6 +131,8 @@ def open_sets(given: argparse.Namespace) -> tuple[LabelledImages, LabelledImages
         raise ValueError("--holdout makes validation images of --train: leave out --val")
     if given.val_labels and not given.val:
         raise ValueError("--val-labels is the label file of --val; there is none")
+    if (given.classes or given.first_number is not None) and not (given.labels or given.val_labels):
+        raise ValueError("--classes and --first-number explain a label file; there is none")
     if not 0 < given.fraction <= 1:
         raise ValueError(f"--fraction={given.fraction}: choose a share above 0 and up to 1")
     return open_labelled_sets(
@@ -213,9 +215,7 @@ def take_features(
     """
     counts = [len(part.labels.values) for part in sets]
     dtype = _choose_dtype(given, bytes_of(feature_shapes(model, layers), torch.float32), counts)
-    view = evaluation_view(
-        model, margin=given.margin, value_range=given.value_range and tuple(given.value_range)
-    )
+    view = evaluation_view(model, margin=given.margin, value_range=given.value_range)
     taken = []
     with progress("encoded", sum(counts)) as bar:
         for part in sets:

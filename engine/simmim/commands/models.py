@@ -4,7 +4,7 @@ import argparse
 import json
 
 from simmim.backbone.build import PRESETS
-from simmim.commands.arguments import one_line_errors
+from simmim.commands.errors import one_line_errors
 from simmim.commands.model_table import Entry, model_table
 from simmim.method.build import methods
 

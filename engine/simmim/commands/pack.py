@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from simmim.commands.arguments import add_value_range
+from simmim.commands.errors import end
 from simmim.data.decode import MAX_PIXELS
 from simmim.data.labels import Labels, labels_of
 from simmim.data.open import open_source
 from simmim.data.source import Source
-from simmim.errors import DataError, RunError
+from simmim.errors import DataError
 from simmim.packing.options import Options
 from simmim.packing.pack import pack
 from simmim.packing.parquet import ParquetSource, parquet_files
@@ -90,13 +92,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="give every image N channels: 1, 3 or 4, or the N of arrays (default: as they are)",
     )
-    add(
-        "--value-range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values that become 0 and 255 where files hold other than 8 bits",
-    )
+    add_value_range(made)
     add(
         "--stats",
         action="store_true",
@@ -107,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+    """Run the command; returns its exit code (0 done, 1 failed, 2 wrong input, 130 interrupted)."""
     reader = parser()
     given = reader.parse_args(arguments)
     if given.verify is not None and given.source is not None:
@@ -118,10 +114,6 @@ def main(arguments: list[str]) -> int:
         reader.error("DEST is missing: the folder to pack to (only --stats needs none)")
     if given.keep_originals and given.short_side is not None:
         reader.error("--keep-originals resizes nothing: leave out --short-side")
-    value_range = given.value_range
-    if value_range is not None and not value_range[0] < value_range[1]:
-        reader.error("--value-range LOW HIGH: LOW must be less than HIGH")
-    given.value_range = value_range and tuple(value_range)
     workers = given.workers or len(os.sched_getaffinity(0))
     try:
         if given.verify is not None:
@@ -135,13 +127,8 @@ def main(arguments: list[str]) -> int:
         stays = "; what is finished stays, the same command goes on" if given.folder else ""
         print(f"simmim: interrupted{stays}", file=sys.stderr)
         return 130
-    except RunError as error:
-        print(f"simmim: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = error.filename or given.verify or given.source
-        print(f"simmim: error: {where}: {error.strerror or error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        return end(error, place=str(given.verify or given.source))
 
 
 def _pack(given: argparse.Namespace, workers: int) -> int:

@@ -13,11 +13,11 @@ from rich.text import Text
 from simmim.commands.arguments import (
     add_compute,
     add_data,
-    one_line_errors,
     pick_world,
     positive,
     progress,
 )
+from simmim.commands.errors import one_line_errors
 from simmim.data.names import printable
 from simmim.data.source import Source
 from simmim.downstream.evaluate import load_classifier
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 an image or the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 an image or the machine, 2 wrong input)."""
     given = parser().parse_args(arguments)
     world = pick_world(given.device)
     source = open_images(given.images)
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         batch_size=given.batch_size,
         workers=0 if few else given.workers,
         precision=given.precision,
-        value_range=given.value_range and tuple(given.value_range),
+        value_range=given.value_range,
     )
     failed = (_print_json if given.json else _print_table)(source, answers)
     if failed:

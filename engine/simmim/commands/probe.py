@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from simmim.commands.arguments import one_line_errors, positive, progress
+from simmim.commands.arguments import positive, progress
+from simmim.commands.errors import one_line_errors
 from simmim.commands.labelled_features import (
     DATA_EPILOGUE,
     add_sets,
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong usage)."""
+    """Run the command; returns its exit code (0 done, 1 the machine, 2 wrong input)."""
     given = parser().parse_args(arguments)
     training = Training(given.rates, given.epochs, given.sgd_batch_size, given.seed)
     features = prepare(given, (JSON_FILE, CSV_FILE, PICTURE_FILE))

@@ -9,8 +9,7 @@ from simmim.config.sections import Config, ModelConfig
 from simmim.errors import ConfigError
 
 # Fields of ModelConfig that are not the architecture's, and those where one stage has a number.
-_NOT_OF_SPEC = ("name", "drop_path", "norm_target")
-
+_NOT_OF_SPEC = ("name", "drop_path")
 
 _OF_ONE_STAGE = {"depths": "depth", "num_heads": "num_heads"}
 
@@ -59,13 +58,8 @@ def make_spec(
     )
     if isinstance(spec, ViTSpec) and spec.layer_scale == 0:
         spec = replace(spec, layer_scale=None)
-    for name in ("patch_size", "embed_dim", "depths", "depth", "num_heads", "window_size"):
-        value = getattr(spec, name, 1)
-        if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
-            key = "depths" if name == "depth" else name
-            raise ConfigError(f"model.{key}={value} must be at least 1 everywhere")
-    if (mlp_ratio := getattr(spec, "mlp_ratio", 1)) <= 0:
-        raise ConfigError(f"model.mlp_ratio={mlp_ratio} must be above 0")
+    if not getattr(spec, "depths", (1,)):
+        raise ConfigError("model.depths=() must be the number of blocks of every stage")
     for field_name, message in spec.problems():
         section = "data" if field_name == "image_size" else "model"
         raise ConfigError(f"{section}.{field_name}: {message}")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from simmim.config.bounds import bounded
 from simmim_kernels.splitmix import GAMMA, fold, fold_tensor, mix_tensor, signed
 
 # Keeps these draws apart from those of other uses of the same (seed, epoch, sample).
@@ -34,24 +35,24 @@ _BLUR_BITS = 24
 _BLUR_PASSES = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distortion:
-    """What is drawn for every view.
+    """What is drawn for every view: settings of a method that distorts its views.
 
-    Attributes:
-        jitter: strengths of brightness, contrast and saturation (factors from 1 - s to 1 + s), and
-            of hue (a shift from -s to s of the circle; at most 0.5).
-        jitter_probability: of the four together, in random order.
-        grey: probability of losing the colour.
-        blur: probability of a Gaussian blur.
-        sigma: smallest and largest standard deviation of the blur, in pixels.
+    Brightness, contrast and saturation are jittered by factors from 1 - s to 1 + s, the hue by a
+    shift from -s to s of the colour circle, which is at most 0.5; in random order.
     """
 
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    jitter_probability: float = 0.8
-    grey: float = 0.2
-    blur: float = 0.5
-    sigma: tuple[float, float] = (0.1, 2.0)
+    jitter: tuple[float, float, float, float] = bounded((0.4, 0.4, 0.4, 0.1), low=0)
+    """Strengths s of the jitter of brightness, contrast, saturation and hue."""
+    jitter_probability: float = bounded(0.8, low=0, high=1)
+    """Probability of the jitter."""
+    grey: float = bounded(0.2, low=0, high=1)
+    """Probability of losing the colour."""
+    blur: float = bounded(0.5, low=0, high=1)
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = bounded((0.1, 2.0), low=0, order="rising")
+    """Smallest and largest standard deviation of the blur, in pixels."""
 
 
 class Draws(NamedTuple):
@@ -92,7 +93,7 @@ def draw(ids: Tensor, epochs: Tensor, view: int, seed: int, distortion: Distorti
     *strengths, turn = distortion.jitter
     ranges = [(max(0.0, 1.0 - strength), 1.0 + strength) for strength in strengths]
     factors = [low + (high - low) * u[:, 5 + i] for i, (low, high) in enumerate(ranges)]
-    low_sigma, high_sigma = distortion.sigma
+    low_sigma, high_sigma = distortion.blur_sigma
     return Draws(
         u[:, 0] < distortion.jitter_probability,
         u[:, 1:5].argsort(dim=1),

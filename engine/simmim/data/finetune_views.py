@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simmim.config.bounds import check_bounds
+from simmim.config.finetune import AugmentConfig
 from simmim.data.augment import crop_box, is_flipped, resized
 from simmim.data.decode import MAX_PIXELS, decode
 from simmim.data.mixing import draws_from
@@ -36,37 +38,6 @@ MAX_ASPECT = 16
 
 # Draws of `crop_box` and `is_flipped` take the counters below.
 _FIRST_FREE_COUNTER = 64
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is drawn for a training view; the defaults are the published ones.
-
-    Attributes:
-        crop_scale: smallest and largest share of the area that a crop covers.
-        crop_ratio: smallest and largest width/height of a crop.
-        flip: probability of a horizontal flip.
-        auto_augment: timm's name of a policy; "" for none.
-        color_jitter: strength; as in timm, without effect beside `auto_augment`.
-        erase: probability of random erasing.
-        erase_mode: "pixel" (normal noise), "rand" (one colour) or "const" (the mean).
-        erase_count: rectangles erased at most.
-    """
-
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4
-    erase: float = 0.25
-    erase_mode: str = "pixel"
-    erase_count: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}={low, high}: choose a range above 0, the smaller first")
 
 
 @dataclass(frozen=True)
@@ -116,28 +87,30 @@ class TrainingView:
     Args:
         pixels: what the arrays hold.
         seed: of the run.
-        recipe: what is drawn.
+        augment: what is drawn; None is the published recipe.
 
     Attributes:
         note: a line on what the recipe leaves out for these images; "" where it is whole.
 
     Raises:
+        ConfigError: a value of `augment` is out of its bounds.
         RunError: timm is missing, and the recipe needs it.
     """
 
     dtype = "float32"
 
-    def __init__(self, pixels: Pixels, seed: int, recipe: Recipe | None = None) -> None:
-        self.pixels, self.seed, self.recipe = pixels, seed, recipe or Recipe()
+    def __init__(self, pixels: Pixels, seed: int, augment: AugmentConfig | None = None) -> None:
+        self.pixels, self.seed, self.augment = pixels, seed, augment or AugmentConfig()
+        check_bounds(self.augment, "augment.")
         self.shape: tuple[int, ...] = pixels.shape
         channels = len(pixels.mean)
         self.note = ""
         self._transform: Any = None
-        plain = not (self.recipe.auto_augment or self.recipe.color_jitter or self.recipe.erase)
+        plain = not (self.augment.auto_augment or self.augment.color_jitter or self.augment.erase)
         if plain:
             return
         if channels in (1, 3):
-            self._transform = _published(pixels, self.recipe)
+            self._transform = _published(pixels, self.augment)
         else:
             self.note = (
                 f"images of {channels} channels are cropped and flipped only: RandAugment, colour "
@@ -165,15 +138,15 @@ class TrainingView:
 
     def _enlarged(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         # timm's crops of an image of a few pixels hold no pixel at times, and are then black
-        low, high = self.recipe.crop_ratio
-        least = image.shape[0] * image.shape[1] * self.recipe.crop_scale[0] * min(low, 1 / high)
+        low, high = self.augment.crop_ratio
+        least = image.shape[0] * image.shape[1] * self.augment.crop_scale[0] * min(low, 1 / high)
         times = math.ceil(least**-0.5)
         return image if times == 1 else image.repeat(times, axis=0).repeat(times, axis=1)
 
     def _cropped(self, image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
         height, width, _ = image.shape
-        box = crop_box(key, width, height, self.recipe.crop_scale, self.recipe.crop_ratio)
-        flip = is_flipped(key, self.recipe.flip)
+        box = crop_box(key, width, height, self.augment.crop_scale, self.augment.crop_ratio)
+        flip = is_flipped(key, self.augment.flip)
         return resized(image, box, self.pixels.size, flip=flip, filter="bicubic")
 
     def _shifted(self, image: NDArray[np.uint8], key: int) -> NDArray[np.uint8]:
@@ -182,7 +155,7 @@ class TrainingView:
         top = int(uniform(key, _FIRST_FREE_COUNTER) * (padded.shape[0] - h + 1))
         left = int(uniform(key, _FIRST_FREE_COUNTER + 1) * (padded.shape[1] - w + 1))
         view = padded[top : top + h, left : left + w]
-        return view[:, ::-1] if is_flipped(key, self.recipe.flip) else view
+        return view[:, ::-1] if is_flipped(key, self.augment.flip) else view
 
 
 class EvaluationView:
@@ -229,21 +202,21 @@ class EvaluationView:
         self.pixels.normalise(view, out)
 
 
-def _published(pixels: Pixels, recipe: Recipe) -> Any:
+def _published(pixels: Pixels, augment: AugmentConfig) -> Any:
     transform = import_timm("timm.data").create_transform(
         input_size=pixels.size,
         is_training=True,
-        scale=recipe.crop_scale,
-        ratio=recipe.crop_ratio,
-        hflip=recipe.flip,
-        color_jitter=recipe.color_jitter or None,
-        auto_augment=recipe.auto_augment or None,
+        scale=augment.crop_scale,
+        ratio=augment.crop_ratio,
+        hflip=augment.flip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment or None,
         interpolation="bicubic",
         mean=tuple(pixels.mean),
         std=tuple(pixels.std),
-        re_prob=recipe.erase,
-        re_mode=recipe.erase_mode,
-        re_count=recipe.erase_count,
+        re_prob=augment.erase,
+        re_mode=augment.erase_mode,
+        re_count=augment.erase_count,
     )
     for operation in _operations(transform.transforms):
         if operation.name.startswith("Posterize"):

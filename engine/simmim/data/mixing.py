@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simmim.config.finetune import AugmentConfig
 from simmim.data.timm_import import import_timm
 from simmim_kernels.splitmix import fold
 
@@ -21,38 +22,24 @@ class Mixing:
     Args:
         num_classes: K.
         seed: of the run.
-        mixup: α of mixup; 0 for none.
-        cutmix: α of CutMix; 0 for none.
-        probability: that a batch is mixed.
-        switch: probability of CutMix where both are on.
-        smoothing: label smoothing.
+        augment: how batches are mixed, and the label smoothing; None is the published recipe.
 
     Raises:
-        RunError: timm is missing, and `mixup` or `cutmix` is on.
+        RunError: timm is missing, and mixup or CutMix is on.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        seed: int,
-        *,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        probability: float = 1.0,
-        switch: float = 0.5,
-        smoothing: float = 0.1,
-    ) -> None:
-        self.num_classes, self.seed = num_classes, seed
-        self.enabled = mixup > 0 or cutmix > 0
-        self.smoothing = smoothing
+    def __init__(self, num_classes: int, seed: int, augment: AugmentConfig | None = None) -> None:
+        augment = augment or AugmentConfig()
+        self.num_classes, self.seed, self.smoothing = num_classes, seed, augment.smoothing
+        self.enabled = augment.mixup > 0 or augment.cutmix > 0
         if self.enabled:
             self._mix = import_timm("timm.data").Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=probability,
-                switch_prob=switch,
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_probability,
+                switch_prob=augment.mix_switch,
                 mode="batch",
-                label_smoothing=smoothing,
+                label_smoothing=augment.smoothing,
                 num_classes=num_classes,
             )
 

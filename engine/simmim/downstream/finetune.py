@@ -10,18 +10,18 @@ from torch import Tensor
 from simmim import files
 from simmim.backbone.build import Spec, build_encoder
 from simmim.config.check import micro_batch
+from simmim.config.finetune import FinetuneConfig
 from simmim.config.spec import make_spec
 from simmim.data.batch import Batch
-from simmim.data.finetune_views import EvaluationView, Recipe, TrainingView
+from simmim.data.finetune_views import EvaluationView, TrainingView
 from simmim.data.loader import Loader
 from simmim.data.mixing import Mixing
 from simmim.data.splits import LabelledImages, SettingNames, open_labelled_sets
 from simmim.distributed import World
 from simmim.downstream.evaluate import evaluate, evaluation_view
-from simmim.downstream.finetune_config import FinetuneConfig
 from simmim.downstream.handover import finetune_spec, hand_over
 from simmim.downstream.metrics import ClassificationMetrics, write_report
-from simmim.errors import ConfigError, DataError
+from simmim.errors import ConfigError
 from simmim.model.classifier import Classifier
 from simmim.run_folder import RunFolder
 from simmim.training import checkpoint
@@ -51,9 +51,10 @@ def finetune(config: FinetuneConfig) -> int:
         0 when the run is complete, 75 when a signal stopped it (run again to resume).
 
     Raises:
-        ConfigError: bad input: the run folder, the data and their labels, the pre-trained weights.
+        ConfigError: the run folder or the pre-trained weights cannot be used.
+        DataError: no data, or labels that do not fit.
         CheckpointError: a checkpoint could not be written or read.
-        RunStopped: too many steps in a row had non-finite gradients.
+        RunStopped: data fails under way, or too many steps in a row had non-finite gradients.
     """
     with claimed_run(config) as (world, folder, interrupts):
         return _run(config, world, folder, interrupts)
@@ -64,8 +65,9 @@ def _run(config: FinetuneConfig, world: World, folder: RunFolder, interrupts: In
         images, val = _open_data(config)
         weights = _starting_weights(config, folder)
         model, notes = build_classifier(config, images.labels.classes, weights, world.device)
-        view, mixing = _training_view(config, model), _mixing(config, len(model.classes))
-    except (DataError, ValueError) as error:
+        view = _training_view(config, model)
+        mixing = Mixing(len(model.classes), config.seed, config.augment)
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     state = build_state(
         model,
@@ -171,36 +173,12 @@ def classifier_spec(config: FinetuneConfig, pretrained: Spec | None) -> Spec:
 
 
 def _training_view(config: FinetuneConfig, model: Classifier) -> TrainingView:
-    augment = config.augment
-    recipe = Recipe(
-        crop_scale=augment.crop_scale,
-        crop_ratio=augment.crop_ratio,
-        flip=augment.flip,
-        auto_augment=augment.auto_augment,
-        color_jitter=augment.color_jitter,
-        erase=augment.erase,
-        erase_mode=augment.erase_mode,
-        erase_count=augment.erase_count,
-    )
-    return TrainingView(_view(config, model).pixels, config.seed, recipe)
+    return TrainingView(_view(config, model).pixels, config.seed, config.augment)
 
 
 def _view(config: FinetuneConfig, model: Classifier) -> EvaluationView:
     limits = config.data.max_pixels, config.data.value_range
     return evaluation_view(model, max_pixels=limits[0], value_range=limits[1])
-
-
-def _mixing(config: FinetuneConfig, num_classes: int) -> Mixing:
-    augment = config.augment
-    return Mixing(
-        num_classes,
-        config.seed,
-        mixup=augment.mixup,
-        cutmix=augment.cutmix,
-        probability=augment.mix_probability,
-        switch=augment.mix_switch,
-        smoothing=augment.smoothing,
-    )
 
 
 def _make_loader(

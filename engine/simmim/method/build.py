@@ -7,6 +7,7 @@ from importlib import import_module
 
 from simmim import method
 from simmim.config.check import check_pretraining
+from simmim.config.idle import refuse_idle
 from simmim.config.sections import Config
 from simmim.errors import ConfigError
 from simmim.method.method import Method
@@ -51,4 +52,6 @@ def find_method(config: Config) -> Method:
 def check_config(config: Config) -> None:
     """Raise ConfigError for anything that cannot run, before any data is read."""
     check_pretraining(config)
-    find_method(config).check()
+    method = find_method(config)
+    method.check()
+    refuse_idle(config, method.idle)

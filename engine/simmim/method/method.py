@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder, Spec
+from simmim.config.idle import SET, Idle
 from simmim.config.sections import Config, MethodConfig
 from simmim.config.spec import resolve_spec
 from simmim.data.augment import Augmentation
@@ -29,13 +30,15 @@ class Method:
     sample, so a resumed run ends like an unbroken one.
 
     Args:
-        config: of the run; `config.method` is of the type `Settings`.
+        config: of the run.
 
     Attributes:
+        settings: its [method] table, of the type `Settings`.
         name: what `method.name` calls it; "" is no method.
         Settings: of the [method] table.
         Model: what `build` gives; its `kind` is the method's name, and Model(encoder, mean=…,
             std=…, **model.settings) builds it again from a weights file.
+        idle: settings that do not act in its runs, beside those of every method.
         purpose: what it does, in a few words, for lists.
         title: what people call it.
         paper: address of its paper; "" where there is none.
@@ -44,12 +47,17 @@ class Method:
     name: ClassVar[str] = ""
     Settings: ClassVar[type[MethodConfig]] = MethodConfig
     Model: ClassVar[type[ImageModel]] = ImageModel
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("mask", "validate"), {"method.name": SET}, refused=True),
+    )
     purpose: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, given = config, config.method
+        # the bare table names a method and leaves the keys of its own at their defaults
+        self.settings = given if isinstance(given, self.Settings) else self.Settings()
 
     def check(self) -> None:
         """Raise ConfigError for what does not fit together, before any data is read."""
@@ -128,6 +136,8 @@ class MaskingMethod(Method):
 
     It can be validated, and its pictures show reconstructions.
     """
+
+    idle: ClassVar[tuple[Idle, ...]] = ()
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:
         """Draw the masks of samples, bool [B, gh, gw], True hides, from (seed, epoch, sample).

@@ -5,6 +5,7 @@ Source: Xie et al. 2021 (arXiv 2111.09886), section 3; microsoft/SimMIM models/s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.backbone.build import Encoder
 from simmim.config.check import check_mask
+from simmim.config.sections import MethodConfig
 from simmim.data.batch import Batch
+from simmim.errors import ConfigError
 from simmim.method.method import MaskingMethod
 from simmim.model.image_model import MaskedImageModel
 from simmim.model.masking import sample_mask
@@ -91,10 +94,20 @@ class SimMIM(MaskedImageModel):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SimMIMConfig(MethodConfig):
+    """SimMIM; what is hidden stands in [mask]."""
+
+    norm_target: int = 0
+    """Odd side, in pixels, of the window that normalises the target (SwinV2: 47); 0 does not."""
+
+
 class SimMIMMethod(MaskingMethod):
-    """SimMIM: [mask] says what is hidden, `model.norm_target` what is regressed."""
+    """SimMIM: [mask] says what is hidden, [method] what is regressed."""
 
     name = "simmim"
+    Settings = SimMIMConfig
+    settings: SimMIMConfig
     Model = SimMIM
     title = "SimMIM"
     paper = "https://arxiv.org/abs/2111.09886"
@@ -103,11 +116,14 @@ class SimMIMMethod(MaskingMethod):
     def check(self) -> None:
         """See `Method`."""
         check_mask(self.config)
+        window = self.settings.norm_target
+        if window and (window < 3 or window % 2 == 0):
+            raise ConfigError(f"method.norm_target={window} must be odd and at least 3, or 0")
 
     def build(self, encoder: Encoder) -> SimMIM:
         """See `Method`."""
         data = self.config.data
-        norm_target = self.config.model.norm_target or None
+        norm_target = self.settings.norm_target or None
         return SimMIM(encoder, norm_target=norm_target, mean=data.mean, std=data.std)
 
     def draw_mask(self, ids: Tensor, epochs: Tensor) -> Tensor:

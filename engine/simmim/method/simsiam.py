@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
-from simmim.config.check import check_ranges, micro_batch
-from simmim.config.sections import Config, MethodConfig
+from simmim.config.bounds import Bounds, bounded
+from simmim.config.check import micro_batch
+from simmim.config.idle import SET, Idle
+from simmim.config.sections import MethodConfig
 from simmim.data.augment import Augmentation
 from simmim.data.batch import Batch
 from simmim.data.distortion import Distortion, distort, draw
@@ -38,27 +40,19 @@ SHORTEST_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimSiamConfig(MethodConfig):
+class SimSiamConfig(Distortion, MethodConfig):
     """SimSiam; crops and flips are those of [data]."""
 
-    projector_width: int = 2048
+    name: str = "simsiam"
+    """Method."""
+    projector_width: int = bounded(2048, low=1)
     """Width of the projection; hidden layers are as wide as the features, as published."""
-    projector_layers: int = 3
+    projector_layers: int = bounded(3, low=1, high=16)
     """Linear layers of the projector, each with a batch norm."""
-    predictor_width: int = 512
+    predictor_width: int = bounded(512, low=1)
     """Width of the predictor's hidden layer."""
     fix_predictor_lr: bool = True
     """Keep the predictor at the peak learning rate, as published for best results."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
-    """Strengths of the jitter of brightness, contrast, saturation and hue."""
-    jitter_probability: float = 0.8
-    """Probability of the jitter."""
-    grey: float = 0.2
-    """Probability of losing the colour."""
-    blur: float = 0.5
-    """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in pixels."""
 
 
 class SimSiam(ImageModel):
@@ -171,41 +165,17 @@ class SimSiamMethod(Method):
 
     name = "simsiam"
     Settings = SimSiamConfig
+    settings: SimSiamConfig
+    idle = (*Method.idle, Idle(("optim.decay_position_tables",), {"method.name": SET}))
     Model = SimSiam
     title = "SimSiam"
     paper = "https://arxiv.org/abs/2011.10566"
     purpose = "two views of every image predict each other through one network (negative cosine)"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        assert isinstance(config.method, SimSiamConfig)
-        self.settings = config.method
-        self.distortion = Distortion(
-            self.settings.jitter,
-            self.settings.jitter_probability,
-            self.settings.grey,
-            self.settings.blur,
-            self.settings.blur_sigma,
-        )
-
     def check(self) -> None:
         """See `Method`."""
         settings, channels = self.settings, self.config.data.channels
-        check_ranges(
-            [
-                ("method.projector_width", settings.projector_width, 1, math.inf),
-                ("method.projector_layers", settings.projector_layers, 1, 16),
-                ("method.predictor_width", settings.predictor_width, 1, math.inf),
-                ("method.jitter", min(settings.jitter), 0, math.inf),
-                ("method.jitter's hue", settings.jitter[3], 0, 0.5),
-                ("method.jitter_probability", settings.jitter_probability, 0, 1),
-                ("method.grey", settings.grey, 0, 1),
-                ("method.blur", settings.blur, 0, 1),
-                ("method.blur_sigma", min(settings.blur_sigma), 0, math.inf),
-            ]
-        )
-        if settings.blur_sigma[0] > settings.blur_sigma[1]:
-            raise ConfigError(f"method.blur_sigma={list(settings.blur_sigma)} must rise")
+        Bounds(0, 0.5).check("method.jitter's hue", settings.jitter[3])
         if channels not in (1, 3) and (settings.jitter_probability or settings.grey):
             raise ConfigError(
                 f"images of data.channels={channels} have no colour to jitter: set "
@@ -246,8 +216,8 @@ class SimSiamMethod(Method):
         """Distort both crops for the model: uint8 [B, 2, H, W, C] → two of uint8 [B, C, H, W]."""
         views = []
         for view in range(VIEWS):
-            draws = draw(ids, epochs, view, self.config.seed, self.distortion)
-            pixels = distort(image[:, view], draws, self.distortion.sigma[1])
+            draws = draw(ids, epochs, view, self.config.seed, self.settings)
+            pixels = distort(image[:, view], draws, self.settings.blur_sigma[1])
             if self.config.channels_last_on(image.device.type):
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
             views.append(pixels)

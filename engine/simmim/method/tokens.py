@@ -10,7 +10,7 @@ of its decoder must be permuted; those of ViT-SSL and microsoft/SimMIM need not 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.layers import init_linear
-from simmim.config.check import check_mask_ratio, check_ranges
+from simmim.config.bounds import bounded
+from simmim.config.idle import SET, Idle
 from simmim.config.sections import MethodConfig
 from simmim.data.batch import Batch
 from simmim.errors import ConfigError
@@ -243,9 +244,9 @@ class TokensConfig(MethodConfig):
     """Method."""
     head: Head = "linear"
     """What regresses pixels from hidden tokens: one linear layer, or an MLP with GELU."""
-    mlp_hidden: int = 0
+    mlp_hidden: int = bounded(0, low=0)
     """head = mlp: width of the hidden layers; 0 takes the encoder's."""
-    mlp_depth: int = 1
+    mlp_depth: int = bounded(1, low=1, high=DEEPEST_HEAD)
     """head = mlp: hidden layers."""
     loss: Loss = "l1"
     """Mean absolute (l1) or mean squared (l2) error."""
@@ -256,20 +257,19 @@ class TokensConfig(MethodConfig):
 
 
 class TokenMethod(MaskingMethod):
-    """Token-wise SimMIM: `mask.ratio` of single tokens is hidden, whatever `mask.unit` says."""
+    """Token-wise SimMIM: `mask.ratio` of single tokens is hidden."""
 
     name = "tokens"
     Settings = TokensConfig
+    settings: TokensConfig
+    idle: ClassVar[tuple[Idle, ...]] = (
+        Idle(("mask.unit",), {"method.name": SET}, refused=True),
+        Idle(("method.mlp_hidden", "method.mlp_depth"), {"method.head": ("linear",)}),
+    )
     Model = TokenSimMIM
     title = "token-wise SimMIM"
     paper = "https://arxiv.org/abs/2111.09886"
     purpose = "hide single tokens of a ViT, regress the pixels of those alone (L1 or L2)"
-
-    @property
-    def settings(self) -> TokensConfig:
-        """The run's [method] table."""
-        assert isinstance(self.config.method, TokensConfig)
-        return self.config.method
 
     @property
     def num_hidden(self) -> int:
@@ -279,21 +279,12 @@ class TokenMethod(MaskingMethod):
 
     def check(self) -> None:
         """See `Method`."""
-        spec, settings = self.spec, self.settings
-        check_mask_ratio(self.config)
-        check_ranges(
-            [
-                ("method.mlp_hidden", settings.mlp_hidden, 0, math.inf),
-                ("method.mlp_depth", settings.mlp_depth, 1, DEEPEST_HEAD),
-            ]
-        )
+        spec = self.spec
         if spec.stride != spec.patch_size:
             raise ConfigError(
                 f"model.name={self.config.model.name} has output cells of {spec.stride} px and "
                 f"tokens of {spec.patch_size} px; method.name=tokens needs one resolution: a ViT"
             )
-        if self.config.model.norm_target:
-            raise ConfigError("model.norm_target is SimMIM's; here it is method.target=normalised")
         if self.num_hidden < 1:
             raise ConfigError(
                 f"mask.ratio={self.config.mask.ratio} hides none of {math.prod(spec.grid)} tokens"

@@ -71,9 +71,9 @@ def train(
 
     Raises:
         ConfigError: what the folder holds is a run of other settings.
-        DataError: data fails.
+        DataError: there is no data to begin with.
         CheckpointError: a checkpoint could not be written or read.
-        RunStopped: too many steps in a row had non-finite gradients.
+        RunStopped: data fails under way, or too many steps in a row had non-finite gradients.
     """
     world, config, total = state.world, state.config, state.schedule.total_steps
     fingerprint = agreed_fingerprint(source, world)
@@ -126,12 +126,14 @@ class Loop:
         except StopWaiting:
             self._save()
             return self._interrupted(interrupts)
-        except DataError:
+        except DataError as error:
             # data is asked for between two steps: nothing is half done. With several processes the
             # others wait in a step, and no save can be agreed on.
-            if self.world.size == 1 and self.state.step > self.first_step:
+            if self.state.step == self.first_step:
+                raise
+            if self.world.size == 1:
                 self._save()
-            raise
+            raise RunStopped(str(error)) from error
         finally:
             gc.unfreeze()
 

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from simmim import distributed
+from simmim.config.moved_keys import move_keys
 from simmim.config.sections import Config, RunConfig
 from simmim.config.values import from_dict, leaves
 from simmim.data.source import Source
@@ -97,7 +98,8 @@ def changes_since(loaded: Loaded, config: RunConfig, fingerprint: dict[str, Any]
             "cannot change it midway: restore it, or choose another --output"
         )
     try:
-        before = leaves(from_dict(loaded.state["config"], type(config)))
+        saved, _ = move_keys(loaded.state["config"], type(config), strict=False)
+        before = leaves(from_dict(saved, type(config)))
     except (TypeError, KeyError):
         changes.append("the checkpoint's configuration is of another version; not compared")
         before = {}

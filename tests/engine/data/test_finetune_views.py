@@ -27,8 +27,9 @@ from labelled_images import (
     seed_generators,
     states,
 )
+from simmim.config.finetune import AugmentConfig
 from simmim.data.decode import UnreadableImage, decode
-from simmim.data.finetune_views import EvaluationView, Pixels, Recipe, TrainingView
+from simmim.data.finetune_views import EvaluationView, Pixels, TrainingView
 from simmim.data.mixing import draws_from
 from simmim.data.open import open_source
 from simmim.data.producer import InlineProducer, Producer, SourceSamples
@@ -80,7 +81,7 @@ def test_training_views_are_the_published_ones(
 def test_colour_jitter_without_a_policy(
     timm_data: Any, files: list[bytes], keys: list[int]
 ) -> None:
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", erase=0.0))
     theirs = published(timm_data, 64, auto_augment=None, re_prob=0.0)
     assert "ColorJitter" in str(theirs)
     assert "ColorJitter" not in str(published(timm_data, 64))
@@ -105,7 +106,7 @@ def test_small_views_are_shifted_as_published(
 
 
 def test_small_views_of_large_images_show_most_of_them(timm_data: Any) -> None:
-    plain = Recipe(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
+    plain = AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
     ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
     view = TrainingView(SMALL, 0, plain)(encoded(np.ascontiguousarray(ramp)), 0, 0)
     steps = np.diff(view[0] * STD[0] * 255, axis=0)
@@ -130,12 +131,12 @@ def test_grey_images_take_the_whole_recipe(
 
 def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> None:
     # at magnitude 10; the published policy (9 ± 0.5) comes to it now and then
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="rand-m10-n1-inc1", erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="rand-m10-n1-inc1", erase=0.0))
     black = normalised(np.zeros((64, 64, 3), dtype=np.uint8), COLOUR)
     views = [view(files[0], epoch, 0) for epoch in range(120)]
     assert 0 < sum(np.array_equal(made, black) for made in views) < 20
     for policy in ("v0-mstd9", "rand-m10-mstd9-inc1", "augmix-m10-mstd9"):
-        view = TrainingView(SMALL, 0, Recipe(auto_augment=policy))
+        view = TrainingView(SMALL, 0, AugmentConfig(auto_augment=policy))
         for epoch in range(300):
             view(encoded(noise(32, 32)), epoch, 0)
 
@@ -204,7 +205,8 @@ def test_any_number_of_workers_makes_the_same_batches(tmp_path: Path, kind: str)
 
 
 def test_other_channels_are_cropped_and_flipped() -> None:
-    view = TrainingView(BANDS, 0, Recipe(crop_scale=(1, 1), crop_ratio=(5 / 3, 5 / 3), flip=1.0))
+    augment = AugmentConfig(crop_scale=(1, 1), crop_ratio=(5 / 3, 5 / 3), flip=1.0)
+    view = TrainingView(BANDS, 0, augment)
     assert "5 channels" in view.note
     assert "\n" not in view.note
     image = noise(24, 40, 5)
@@ -322,7 +324,7 @@ def test_views_of_long_images_show_their_middle() -> None:
 
 def test_crops_of_a_single_pixel_hold_it(timm_data: Any) -> None:
     white = np.full((1, 1, 3), 255, dtype=np.uint8)
-    view = TrainingView(COLOUR, 0, Recipe(auto_augment="", color_jitter=0.0, erase=0.0))
+    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0))
     wanted = normalised(np.full((64, 64, 3), 255, dtype=np.uint8), COLOUR)
     for epoch in range(20):
         assert np.array_equal(view(encoded(white), epoch, 0), wanted)
@@ -351,6 +353,6 @@ def test_settings_without_meaning_are_refused() -> None:
         with pytest.raises(ValueError, match="margin"):
             EvaluationView(COLOUR, margin)
     with pytest.raises(ValueError, match="crop_scale"):
-        Recipe(crop_scale=(0, 1))
+        TrainingView(COLOUR, 0, AugmentConfig(crop_scale=(0, 1)))
     with pytest.raises(ValueError, match="crop_ratio"):
-        Recipe(crop_ratio=(2, 1))
+        TrainingView(COLOUR, 0, AugmentConfig(crop_ratio=(2, 1)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from labelled_images import seed_generators, states
+from simmim.config.finetune import AugmentConfig
 from simmim.data.mixing import Mixing, draws_from
 
 
@@ -62,7 +63,7 @@ def test_mixing_is_a_function_of_seed_step_rank_and_micro_batch(timm_data: Any) 
 
 
 def test_empty_slots_take_their_partners_image(timm_data: Any) -> None:
-    mixing = Mixing(10, seed=4, smoothing=0.0)
+    mixing = Mixing(10, 4, AugmentConfig(smoothing=0.0))
     for step in range(6):
         image, label = batch()
         image[2], label[2] = 0, -1
@@ -83,7 +84,7 @@ def test_odd_batches_cannot_be_mixed(timm_data: Any) -> None:
     image, label = batch(7)
     with pytest.raises(ValueError, match="7 images cannot be mixed in pairs"):
         Mixing(10, 0)(image, label, 0, 0)
-    off = Mixing(10, 0, mixup=0.0, cutmix=0.0)
+    off = Mixing(10, 0, AugmentConfig(mixup=0.0, cutmix=0.0))
     label[3] = -1
     same, target = off(image.clone(), label, 0, 0)
     assert torch.equal(same, image)

@@ -171,7 +171,7 @@ def test_values_of_other_types(
     capsys.readouterr()
     assert run(root, folder, *flags, "--stats") == 0
     assert capsys.readouterr().out.splitlines()[1:] == expected_statistics([expected])
-    assert run(root, tmp_path / "other") == 1
+    assert run(root, tmp_path / "other") == 2
     assert "not one image could be packed (1 unreadable)" in capsys.readouterr().err
 
 
@@ -180,7 +180,7 @@ def test_what_is_in_the_way_is_refused(
 ) -> None:
     def refused(*arguments: object) -> str:
         before = contents(tmp_path / "packed")
-        assert run(*arguments) == 1
+        assert run(*arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert contents(tmp_path / "packed") == before
@@ -190,7 +190,7 @@ def test_what_is_in_the_way_is_refused(
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     assert "not empty, and no pack" in refused(small, folder)
-    assert run(small, folder / "thesis.txt") == 1
+    assert run(small, folder / "thesis.txt") == 2
     assert "thesis.txt: cannot be made: File exists" in capsys.readouterr().err
     (folder / "thesis.txt").unlink()
     assert run(small, folder) == 0
@@ -200,7 +200,7 @@ def test_what_is_in_the_way_is_refused(
     table = tmp_path / "labels.csv"
     table.write_text("".join(f"{name},0\n" for name in FolderSource(small).names))
     assert "with other labels" in refused(small, folder, "--labels", table)
-    assert run(tmp_path / "nowhere", folder) == 1
+    assert run(tmp_path / "nowhere", folder) == 2
     nowhere = f"simmim: error: {tmp_path}/nowhere: no such file or folder\n"
     assert capsys.readouterr().err == nowhere
     with claimed(folder):

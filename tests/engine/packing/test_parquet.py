@@ -56,16 +56,16 @@ def test_parquet(
     assert run(tables / "train-00000-of-00002.parquet", tmp_path / "one", *options) == 0
     assert len(open_source(str(tmp_path / "one")).names) == 8
     capsys.readouterr()
-    assert run(tables, tmp_path / "no", "--shuffle", 1) == 1
+    assert run(tables, tmp_path / "no", "--shuffle", 1) == 2
     assert "parquet has no random access" in capsys.readouterr().err
     with pytest.raises(DataError, match=f"simmim pack {tables} FOLDER"):
         open_source(str(tables))
     (tables / "test-00000-of-00001.parquet").write_bytes(b"")
-    assert run(tables, tmp_path / "no") == 1
+    assert run(tables, tmp_path / "no") == 2
     error = capsys.readouterr().err
     assert "holds the splits test, train; choose one" in error
     assert f"'{tables}/train-*.parquet'" in error
-    assert run(tables / "test-00000-of-00001.parquet", tmp_path / "no") == 1
+    assert run(tables / "test-00000-of-00001.parquet", tmp_path / "no") == 2
     assert "not a readable parquet file" in capsys.readouterr().err
 
 
@@ -109,5 +109,5 @@ def test_without_pyarrow(
     tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert run(tables, tables / "packed") == 1
+    assert run(tables, tables / "packed") == 2
     assert "pip install 'simmim[parquet]'" in capsys.readouterr().err

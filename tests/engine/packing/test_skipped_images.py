@@ -115,7 +115,7 @@ def test_hostile_tar_members_are_counted(
 def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("no image")
-    assert run(tmp_path / "bad", tmp_path / "packed") == 1
+    assert run(tmp_path / "bad", tmp_path / "packed") == 2
     error = capsys.readouterr().err
     assert "not one image could be packed (1 unreadable)" in error
     assert error.count("\n") == 1

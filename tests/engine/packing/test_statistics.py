@@ -49,7 +49,7 @@ def test_stats_of_many_channels_and_of_grey_among_rgb(
     expected = expected_statistics([colour, grey.repeat(3, axis=2)])
     assert capsys.readouterr().out.splitlines() == expected
     Image.fromarray(colour).convert("RGBA").save(tmp_path / "rgb" / "alpha.png")
-    assert run(tmp_path / "rgb", tmp_path / "packed", "--stats") == 1
+    assert run(tmp_path / "rgb", tmp_path / "packed", "--stats") == 2
     error = capsys.readouterr().err
     assert "no mean and std: 1 images of 1, 1 images of 3, 1 images of 4 channels" in error
     assert json.loads((tmp_path / "packed" / "dataset.json").read_text())["channels"] is None

@@ -56,5 +56,5 @@ def test_verify_decodes_and_limits_its_lines(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("000000.tar: 00000000.jpg: unreadable: ")
     assert lines[5:] == ["… and 9 more"]
-    assert run("--verify", small) == 1
+    assert run("--verify", small) == 2
     assert "dataset.json: No such file" in capsys.readouterr().err

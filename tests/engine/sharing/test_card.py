@@ -17,11 +17,10 @@ from PIL import Image
 from simmim import cli
 from simmim.backbone.build import build_encoder, find_preset, spec_from_dict
 from simmim.backbone.vit import ViTSpec
-from simmim.command_line import load
+from simmim.command_line import load, load_finetuning
 from simmim.config.sections import MaskConfig
 from simmim.config.values import config_class
 from simmim.data.open import open_source
-from simmim.downstream import finetune_config
 from simmim.downstream.finetune import finetune
 from simmim.method.build import find_method
 from simmim.method.simmim import SimMIM
@@ -65,7 +64,7 @@ def finetuned(secret: Path, pretrained: Path) -> Path:
     run = secret / "runs" / "tuned"
     flags = ["--data.workers=0", "--device=cpu", "--data.holdout=4", "--evaluate.every_epochs=1"]
     where = [f"--data.path={secret / 'animals'}", f"--output={run}", f"--pretrained={pretrained}"]
-    assert finetune(finetune_config.load_finetuning(["finetune_smoke", *flags, *where])) == 0
+    assert finetune(load_finetuning(["finetune_smoke", *flags, *where])) == 0
     rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) > 1
     rows[0]["top1"], rows[-1]["top1"] = 0.75, 0.5

@@ -1,0 +1,53 @@
+"""Which words the command knows: each is a file of commands/, and stands in the usage text."""
+
+import re
+from importlib import import_module
+
+import pytest
+
+from simmim import cli
+from simmim.version import __version__
+
+
+def test_every_word_is_told_and_is_a_file() -> None:
+    assert re.findall(r"^  ([a-z]+) ", cli.USAGE, flags=re.MULTILINE) == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("word", cli.COMMANDS)
+def test_every_command_tells_of_its_arguments(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([word, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: simmim {word} " in capsys.readouterr().out
+
+
+def test_words_that_are_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out == 2 * cli.USAGE
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"simmim {__version__}\n"
+    for word in ("train", "arguments", "errors"):
+        assert cli.main([word]) == 2
+        assert capsys.readouterr().err.startswith(f"simmim: error: unknown command {word}; known")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(KeyboardInterrupt(), 130, "simmim: error: interrupted\n"), (BrokenPipeError(), 1, "")],
+)
+def test_interrupted_and_no_reader(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raising(names: list[str], image_size: int | None) -> None:
+        raise error
+
+    monkeypatch.setattr(import_module("simmim.commands.models"), "model_table", raising)
+    assert cli.main(["models"]) == code
+    assert capsys.readouterr().err == line
