@@ -51,7 +51,7 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 or 130 interrupted."""
+    """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 or 130 stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
