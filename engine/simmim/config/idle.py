@@ -45,7 +45,7 @@ class Idle:
 
 IDLE = (
     Idle(("optim.betas", "optim.eps"), {"optim.name": ("sgd",)}),
-    Idle(("optim.momentum", "optim.nesterov"), {"optim.name": ("adamw", "lamb")}),
+    Idle(("optim.momentum", "optim.nesterov"), {"optim.name": ("adamw",)}),
     Idle(("schedule.milestones",), {"schedule.name": ("cosine", "linear", "step", "constant")}),
     Idle(
         ("schedule.step_epochs",), {"schedule.name": ("cosine", "linear", "multistep", "constant")}

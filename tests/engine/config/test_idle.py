@@ -50,12 +50,6 @@ def test_what_a_user_must_not_overlook_is_refused(recipe: str, flag: str, messag
         ("smoke", [SGD, "--optim.eps=1e-6"], "optim.eps=1e-06", "with optim.name=sgd"),
         ("smoke", ["--optim.momentum=0.5"], "optim.momentum=0.5", "with optim.name=adamw"),
         ("smoke", ["--optim.nesterov=false"], "optim.nesterov=False", "with optim.name=adamw"),
-        (
-            "smoke",
-            ["--optim.name=lamb", "--optim.momentum=0.5"],
-            "optim.momentum=0.5",
-            "with optim.name=lamb",
-        ),
         ("smoke", ["--schedule.milestones=[9]"], "schedule.milestones=[9.0]", "name=cosine"),
         ("smoke", ["--schedule.step_epochs=9"], "schedule.step_epochs=9.0", "name=cosine"),
         ("smoke", ["--schedule.gamma=0.5"], "schedule.gamma=0.5", "name=cosine"),
