@@ -131,7 +131,7 @@ def load_as(
 ) -> RunConfigT:
     """The configuration that a command line asks for, checked.
 
-    Settings that cannot act are told on standard error, and keys of earlier versions.
+    Lines on standard error say which settings cannot act, and which keys are of earlier versions.
 
     Args:
         cls: of the configuration.

@@ -108,7 +108,7 @@ def count_macs(spec: Spec) -> int:
 
 
 def _methods_of(name: str, size: tuple[int, int]) -> dict[str, int]:
-    found = {}
+    totals = {}
     for method in methods():
         settings = method_class(method).Settings
         config = config_class(settings)(
@@ -123,8 +123,8 @@ def _methods_of(name: str, size: tuple[int, int]) -> dict[str, int]:
             continue
         with torch.device("meta"):
             module = chosen.build(build_encoder(resolve_spec(config)))
-        found[method] = sum(p.numel() for p in module.parameters())
-    return found
+        totals[method] = sum(p.numel() for p in module.parameters())
+    return totals
 
 
 def _named(settings: type[MethodConfig], name: str) -> MethodConfig:

@@ -22,19 +22,19 @@ class EncoderConfig(ModelConfig):
     """Encoder. Unset fields come from the checkpoint, or from the preset where it is named."""
 
     name: str = ""
-    """Preset, as in pre-training; unset takes the checkpoint's architecture."""
+    """Preset, as in pre-training. The default is the checkpoint's architecture."""
     drop_path: float = bounded(0.1, low=0, high=0.999)
-    """Stochastic-depth rate of the last block, 0 to 1; grows linearly from 0."""
+    """Stochastic-depth rate of the last block. The rate grows linearly from 0 at the first block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledConfig(ImagesConfig):
-    """Labelled images. Classes are the folders', the shards', or those of a label file."""
+    """Labelled images. Their classes come from folders, shards or a label file."""
 
     image_size: int | tuple[int, int] | None = bounded(None, low=1)
-    """Side, or [height, width], of the views, in pixels; unset is the checkpoint's."""
+    """Side, or [height, width], of the views, in pixels. The default is the checkpoint's."""
     val_path: str = ""
-    """Validation images; unset takes PATH/val beside PATH/train, else holds images of data.path out."""
+    """Validation images. By default, PATH/val is taken if it is beside PATH/train; otherwise images of data.path are held out."""
     holdout: int = bounded(0, low=0)
     """Images of data.path to hold out, evenly over the classes, where there are no validation images; 0 is a tenth, 50000 at most."""
     labels: str = ""
@@ -54,33 +54,33 @@ class AugmentConfig:
     """What is drawn for training views and batches (extra `finetune` for all but crop and flip)."""
 
     crop_scale: tuple[float, float] = bounded((0.08, 1.0), above=0, high=1, order="rising")
-    """Smallest and largest share of the image's area that a random crop covers; views of up to 32 pixels are shifted instead."""
+    """Smallest and largest share of the image's area that a random crop covers. Views of up to 32 pixels are shifted instead of cropped."""
     crop_ratio: tuple[float, float] = bounded((3 / 4, 4 / 3), above=0, order="rising")
     """Smallest and largest width/height of a random crop."""
     flip: float = bounded(0.5, low=0, high=1)
     """Probability of a horizontal flip."""
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment, AutoAugment or AugMix policy; empty for none."""
+    """Name that timm gives a RandAugment, AutoAugment or AugMix policy. An empty name is no policy."""
     color_jitter: float = bounded(0.4, low=0)
-    """Strength of colour jitter; without effect beside auto_augment."""
+    """Strength of colour jitter. It has no effect together with auto_augment."""
     erase: float = bounded(0.25, low=0, high=1)
     """Probability of random erasing."""
     erase_mode: Literal["pixel", "rand", "const"] = "pixel"
-    """Erase with noise, one random colour, or the mean."""
+    """What is drawn into an erased rectangle: noise (pixel), one random colour (rand) or the mean (const)."""
     erase_count: int = bounded(1, low=1)
-    """Rectangles erased at most."""
+    """Largest number of rectangles that are erased."""
     mixup: float = bounded(0.8, low=0)
-    """Alpha of mixup; 0 for none."""
+    """Alpha of mixup. 0 does not mix so."""
     cutmix: float = bounded(1.0, low=0)
-    """Alpha of CutMix; 0 for none."""
+    """Alpha of CutMix. 0 does not mix so."""
     mix_probability: float = bounded(1.0, low=0, high=1)
     """Probability that a batch is mixed."""
     mix_switch: float = bounded(0.5, low=0, high=1)
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix, rather than mixup, where both are on."""
     smoothing: float = bounded(0.1, low=0, high=0.999)
     """Label smoothing."""
     margin: float | None = None
-    """Evaluation views: the image covers margin times the view before the central crop; unset is 256/224, and 1 up to 32 pixels."""
+    """Evaluation views: before the central crop, the image is scaled to cover the view times this factor. The default is 256/224, or 1 for views of up to 32 pixels; 0 squeezes the whole image into the view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class FinetuneTrainConfig(TrainConfig):
     """Length and arithmetic of the run."""
 
     ema_decay: float = bounded(0.0, low=0, high=0.9999999)
-    """Decay per step of an exponential moving average of the weights, which is then what is evaluated and exported; 0 keeps none."""
+    """Decay per step of an exponential moving average of the weights. The average is then evaluated and exported. 0 keeps no average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,11 @@ class FinetuneOptimConfig(OptimConfig):
     """Optimiser and parameter groups."""
 
     lr: float = bounded(1.25e-3, above=0)
-    """Peak learning rate of the head for a batch of lr_batch images; scaled by batch_size / lr_batch."""
+    """Peak learning rate of the head for a batch of lr_batch images. It is scaled by batch_size / lr_batch."""
     decay_position_tables: bool = False
-    """Decay Swin's relative position tables; the published fine-tuning does not. A ViT's are always decayed."""
+    """Decay the relative position tables of a Swin, which the published fine-tuning does not. Those of a ViT are always decayed."""
     layer_decay: float = bounded(0.9, low=1e-6, high=1)
-    """Factor of the learning rate from each layer to the one before it; 1 for none."""
+    """Factor of the learning rate from each layer to the layer before it. With 1, all layers learn at the same rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +108,9 @@ class EvaluateConfig:
     """When and how the validation images are classified."""
 
     every_epochs: float = bounded(1.0, low=1e-9)
-    """Epochs between evaluations; the last step is always evaluated."""
+    """Epochs between evaluations. The last step is always evaluated."""
     batch_size: int = bounded(0, low=0)
-    """Images per device; 0 takes that of training."""
+    """Images per device. 0 takes as many as in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class FinetuneConfig(RunConfig):
     """Fine-tuning run."""
 
     pretrained: str = ""
-    """Weights to start from: a run folder, checkpoint or weights file in any layout that `simmim convert` reads; unset trains from scratch."""
+    """Weights to start from: a run folder, checkpoint or weights file in any layout that `simmim convert` reads. Without any, the run trains from scratch."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     data: LabelledConfig = field(default_factory=LabelledConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -1,17 +1,17 @@
-"""Settings that cannot act in a run: a run is refused for them, or its user is told.
+"""Settings that cannot act in a run: the run is refused, or a line says that they do nothing.
 
 A setting counts as set where it differs from its default. A run is refused where its user would
-take it for another one than it is (masks of a method that hides nothing); all else is told in a
-line, for a recipe keeps the details of an alternative that a flag may choose against (the betas of
-AdamW, with --optim.name=sgd).
+believe that it does what it does not (masks, in a method that hides nothing). All other cases give
+a line: a recipe may hold details of an alternative that a flag replaces (the betas of AdamW, beside
+--optim.name=sgd).
 
-Not listed is what help texts call a replacement (`train.steps` for `train.epochs`), and what is
-part of a thing that is switched off by its own key (`log.pictures`, with
+Two kinds are not listed: a key that another one replaces, as its help text says (`train.epochs`
+beside `train.steps`), and details of a thing that its own key switches off (`log.pictures` beside
 `log.picture_every_steps=-1`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from simmim.config.sections import Config, RunConfig
@@ -30,16 +30,14 @@ class Idle:
     """Keys that do nothing in some runs.
 
     Attributes:
-        keys: such as "optim.betas", or a section.
-        beside: other keys, or facts, with the values under which they do nothing, all of them; {}
-            where they never do anything. A key that the configuration lacks counts as fulfilled.
-        reason: ends the sentence "KEY=VALUE has no effect …"; "" tells what `beside` says.
+        keys: such as "optim.betas"; or sections.
+        beside: other keys or facts, with the values beside which the keys do nothing; all of them
+            must hold. One that the configuration does not have holds.
         refused: whether the run is refused for it.
     """
 
     keys: tuple[str, ...]
-    beside: Mapping[str, Any] = field(default_factory=dict)
-    reason: str = ""
+    beside: Mapping[str, Any]
     refused: bool = False
 
 
@@ -89,7 +87,7 @@ def _idle(config: RunConfig, rules: Sequence[Idle]) -> Iterator[tuple[str, Idle]
     for rule in rules:
         if not all(_holds(facts[key], w) for key, w in rule.beside.items() if key in facts):
             continue
-        reason = rule.reason or _reason(facts, rule.beside)
+        reason = _reason(facts, rule.beside)
         for key, value in values.items():
             named = key in rule.keys or key.partition(".")[0] in rule.keys
             if named and value != defaults[key]:

@@ -26,7 +26,7 @@ def current_key(key: str, cls: type) -> str:
 
 
 def moved_value(key: str, new_key: str) -> str:
-    """What a user is told whose settings have a key of an earlier version."""
+    """The line that says where a key of an earlier version stands now."""
     return f"{key} is {new_key} now, and was taken as that"
 
 
@@ -38,11 +38,11 @@ def move_keys(
     Args:
         values: nested, as TOML gives them; they stay as they are.
         cls: of the configuration.
-        strict: whether a value that has no place now is refused; else, and where it is 0, which
-            changed nothing, it is left out.
+        strict: refuse a value that has no place now, instead of leaving it out. One that is 0
+            changed nothing, and is always left out.
 
     Returns:
-        The settings, and what to tell.
+        The settings, and a line for every key that moved.
 
     Raises:
         ConfigError: see `strict`.

@@ -27,23 +27,23 @@ class ModelConfig:
     mlp_ratio: float | None = bounded(None, above=0)
     """Hidden width of the MLP over its width."""
     qk_scale: float | None = None
-    """Factor of q·k; unset is 1/sqrt(head width)."""
+    """Factor of q·k. The default is 1/sqrt(head width)."""
     absolute_position: bool | None = None
     """Add a learned absolute position to the tokens."""
     shared_relative_position: bool | None = None
-    """ViT: one relative position table shared by all blocks, as published."""
+    """ViT: all blocks share one relative position table, as published."""
     layer_scale: float | None = None
-    """ViT: initial LayerScale gain; 0 has no LayerScale."""
+    """ViT: initial gain of LayerScale; with 0 there is no LayerScale."""
     class_token: bool | None = None
     """ViT: a class token before the patch tokens."""
     frozen_position: bool | None = None
-    """ViT: the absolute position is a table of sines and cosines that does not train."""
+    """ViT: the absolute position is a fixed table of sines and cosines."""
     final_norm: bool | None = None
     """ViT: a norm after the last block."""
     qkv_bias: bool | None = None
-    """Biases of q, k and v (a ViT's k has none)."""
+    """Give q, k and v a bias (k of a ViT never has one)."""
     drop_path: float = bounded(0.0, low=0, high=0.999)
-    """Stochastic-depth rate of the last block, 0 to 1; grows linearly from 0."""
+    """Stochastic-depth rate of the last block. The rate grows linearly from 0 at the first block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +53,21 @@ class ImagesConfig:
     path: str = ""
     """Folder of images (any layout), folder of .tar shards, or one .tar file."""
     channels: int = bounded(3, low=1)
-    """1 reads images as grey, 3 as RGB, 4 as RGBA; another number must be that of the files (.npy, multi-band TIFF)."""
+    """Channels of the images: 1 reads them as grey, 3 as RGB, 4 as RGBA. Any other number must be that of the files (.npy, multi-band TIFF)."""
     value_range: tuple[float, float] | None = bounded(None, order="strictly rising")
-    """The two values that become 0 and 255 where files hold other than 8 bits; unset takes the upper 8 of 16 bits."""
+    """The two values that become 0 and 255 where files do not hold 8 bits. By default, the upper 8 of 16 bits are taken."""
     mean: list[float] | None = None
-    """Mean per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.5."""
+    """Mean per channel on the 0-1 scale. The default is ImageNet's for 3 channels, else 0.5."""
     std: list[float] | None = bounded(None, above=0)
-    """Standard deviation per channel on the 0-1 scale; unset is ImageNet's for 3 channels, else 0.25."""
+    """Standard deviation per channel on the 0-1 scale. The default is ImageNet's for 3 channels, else 0.25."""
     workers: int = bounded(-1, low=-1, high=1024)
-    """Decoding processes per device; 0 decodes in the training process; -1 chooses from the CPU count."""
+    """Decoding processes per device. 0 decodes in the training process; -1 chooses the number from the CPU count."""
     prefetch: int = bounded(4, low=1)
-    """Batches held ready per device."""
+    """Batches that are held ready per device."""
     timeout_s: float = bounded(120, low=0.1)
-    """Seconds after which a process that is still at one image is replaced; an image that does it twice is left out."""
+    """Seconds that a process may spend on one image before it is replaced. An image that takes as long twice is left out."""
     max_pixels: int = bounded(2**27, low=1)
-    """Images of more pixels are left out before they are decoded."""
+    """Largest number of pixels of an image. Larger ones are left out before they are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,9 @@ class DataConfig(ImagesConfig):
     flip: float = bounded(0.5, low=0, high=1)
     """Probability of a horizontal flip."""
     backend: Literal["auto", "cpu", "dali"] = "auto"
-    """What decodes: processes on the CPU, or NVIDIA DALI (extra `dali`), on the GPU where there is one; auto takes DALI on CUDA if it is installed."""
+    """What decodes images: processes on the CPU, or NVIDIA DALI (extra `dali`), which uses the GPU if there is one. auto takes DALI on CUDA if it is installed."""
     dali_memory_mib: int = bounded(2048, low=1)
-    """Memory that DALI may take per device, on the GPU and page-locked together, in MiB."""
+    """Memory that DALI may take per device, in MiB: the sum of GPU memory and page-locked memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,9 @@ class MaskConfig:
     """What is hidden."""
 
     unit: int = bounded(32, low=1)
-    """Side of a mask unit, in pixels; a multiple of the patch size that divides the image."""
+    """Side of a mask unit, in pixels. It must be a multiple of the patch size and divide the side of the image."""
     ratio: float = bounded(0.6, above=0, high=1)
-    """Share of the units that is hidden; rounded up to whole units."""
+    """Share of the units that is hidden, rounded up to whole units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class MethodConfig:
     """How the encoder is pre-trained; each method has keys of its own."""
 
     name: str = "simmim"
-    """Method: simmim, or another that `simmim models` lists."""
+    """Method of pre-training: simmim, or another one that `simmim models` lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,25 +113,25 @@ class TrainConfig:
     epochs: float = 100
     """Passes over the data."""
     steps: int = bounded(0, low=0)
-    """Optimiser steps; 0 takes them from epochs."""
+    """Optimiser steps. With 0, epochs gives the length."""
     batch_size: int = bounded(2048, low=1)
     """Images per optimiser step, over all devices and accumulation steps."""
     accumulation_steps: int = bounded(1, low=1)
-    """Backward passes per optimiser step; the update is that of the whole batch."""
+    """Backward passes per optimiser step. The update is the same as that of the whole batch at once."""
     precision: Literal["float32", "bf16", "fp16"] = "bf16"
-    """Compute type of autocast; weights and optimiser state stay float32; fp16 scales the loss."""
+    """Compute type of autocast. Weights and optimiser state stay float32; fp16 scales the loss."""
     clip_norm: float = bounded(5.0, low=0)
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest global gradient norm. 0 does not clip."""
     channels_last: bool | None = None
-    """Keep images and convolutions in channels-last memory format; unset does so on CUDA, and for a ConvNet that model.name names everywhere."""
+    """Keep images and convolutions in channels-last memory format. The default is true on CUDA, and on any device for a ConvNet that model.name names."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: slower, much less memory."""
+    """Compute activations again in the backward pass. This is slower and takes much less memory."""
     sync_batch_norm: bool = True
-    """Batch norms take their statistics from the whole batch over all processes, not each from its own images."""
+    """Batch norms take their statistics from the whole batch of all processes, not from the images of each process."""
     compile: bool = False
     """Run the model through torch.compile."""
     max_bad_steps: int = bounded(10, low=1)
-    """Stop after this many steps in a row with a non-finite loss or gradient (each is skipped)."""
+    """Stop after this many steps in a row with a non-finite loss or gradient. Each of these steps is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +141,11 @@ class OptimConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     lr: float = bounded(2e-4, above=0)
-    """Peak learning rate for a batch of lr_batch images; scaled by batch_size / lr_batch."""
+    """Peak learning rate for a batch of lr_batch images. It is scaled by batch_size / lr_batch."""
     lr_batch: int = bounded(512, low=0)
-    """Batch size that lr, warmup_lr and min_lr are meant for, in images; 0 does not scale them."""
+    """Batch size, in images, that lr, warmup_lr and min_lr are meant for. 0 does not scale them."""
     weight_decay: float = bounded(0.05, low=0)
-    """Decoupled weight decay of the decayed parameters."""
+    """Decoupled weight decay of the parameters that are decayed."""
     betas: tuple[float, float] = bounded((0.9, 0.999), low=0, high=0.9999999)
     """Decay rates of the two moments of AdamW."""
     eps: float = bounded(1e-8, low=1e-30)
@@ -153,9 +153,9 @@ class OptimConfig:
     momentum: float = bounded(0.9, low=0, high=0.9999999)
     """SGD's momentum."""
     nesterov: bool = True
-    """SGD: Nesterov's momentum instead of the plain one."""
+    """SGD: use Nesterov's momentum instead of the plain one."""
     decay_position_tables: bool = True
-    """Decay relative position tables: the published pre-training does (a keyword rule there never matches); false exempts them."""
+    """Decay relative position tables, as the published pre-training does (its rule that should exempt them never matches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +163,11 @@ class ScheduleConfig:
     """Learning rate per step: linear warm-up, then the named schedule."""
 
     name: Literal["cosine", "multistep", "linear", "step", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape of the schedule after the warm-up."""
     warmup_epochs: float = bounded(10, low=0)
     """Length of the warm-up, in epochs."""
     warmup_steps: int = bounded(0, low=0)
-    """Length of the warm-up, in steps; 0 takes it from warmup_epochs."""
+    """Length of the warm-up, in steps. With 0, warmup_epochs gives the length."""
     warmup_lr: float = bounded(1e-6, low=0)
     """Learning rate of the first step, before batch scaling."""
     min_lr: float = bounded(1e-5, low=0)
@@ -179,7 +179,7 @@ class ScheduleConfig:
     gamma: float = bounded(0.1, low=0, high=1)
     """multistep and step: factor of each drop."""
     warmup_prefix: bool = False
-    """Start the cosine at its peak after the warm-up (microsoft/Swin-Transformer) instead of where it would stand by then (microsoft/SimMIM)."""
+    """Start the cosine at its peak after the warm-up (microsoft/Swin-Transformer). Otherwise it goes on from where it would be without a warm-up (microsoft/SimMIM)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +187,11 @@ class CheckpointConfig:
     """What is saved, and when."""
 
     every_steps: int = bounded(0, low=0)
-    """Steps between checkpoints; 0 saves once an epoch, or every 100 steps where epochs are shorter."""
+    """Steps between checkpoints. 0 saves once an epoch, or every 100 steps if epochs are shorter."""
     keep_last: int = bounded(3, low=1)
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints are kept."""
     keep_every_steps: int = bounded(0, low=0)
-    """Checkpoints at multiples of this many steps stay for good; 0 keeps none so."""
+    """Checkpoints at multiples of this many steps are never removed. With 0, none of them is kept for that reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +199,9 @@ class LogConfig:
     """What is shown, and when."""
 
     every_steps: int = bounded(10, low=1)
-    """Steps between progress lines; metrics.jsonl has a row for every step all the same."""
+    """Steps between progress lines. metrics.jsonl always has a row for every step."""
     picture_every_steps: int = bounded(0, low=-1)
-    """Steps between reconstruction pictures; 0 draws one with every checkpoint; -1 none."""
+    """Steps between reconstruction pictures. 0 draws one with every checkpoint; -1 draws none."""
     pictures: int = bounded(6, low=1, high=64)
     """Images in a reconstruction picture."""
     tensorboard: bool = False
@@ -213,9 +213,9 @@ class KernelsConfig:
     """Backends of the fused ops."""
 
     backend: Literal["triton", "native", "reference"] | None = None
-    """Backend that every op must use; unset takes the first that can run."""
+    """Backend that every op must use. By default, each op takes the first one that can run."""
     attention: Literal["triton", "native", "xformers", "reference"] | None = None
-    """Backend of attention and its projections, where it is to be another; reference is PyTorch's scaled_dot_product_attention."""
+    """Backend of attention and its projections, if it should not be that of the other ops. reference is PyTorch's scaled_dot_product_attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,13 +223,13 @@ class ValidateConfig:
     """Validation on images that are held out of training."""
 
     path: str = ""
-    """Held-out images, as data.path; unset does not validate."""
+    """Held-out images, given like data.path. Without a path there is no validation."""
     every_epochs: float = bounded(1, low=1e-9)
-    """Epochs between validations; the end of the run has one in any case."""
+    """Epochs between validations. The last step is always validated."""
     batch_size: int = bounded(0, low=0)
-    """Images per device; 0 takes as many as in training."""
+    """Images per device. 0 takes as many as in training."""
     pictures: int = bounded(6, low=0, high=64)
-    """Held-out images whose reconstructions are drawn; 0 draws none."""
+    """Held-out images whose reconstructions are drawn. 0 draws none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +239,9 @@ class RunConfig:
     seed: int = 0
     """Seed of initialisation, sample order, augmentation, masks and stochastic depth."""
     output: str = ""
-    """Run folder; a run that is there is resumed. Unset is runs/NAME-OF-THE-CONFIG."""
+    """Run folder. A run that is in it is resumed. The default is runs/NAME-OF-THE-CONFIG."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA when a device is there."""
+    """Where to train. auto takes CUDA if there is a CUDA device."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: ImagesConfig = field(default_factory=ImagesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

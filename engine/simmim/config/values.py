@@ -32,13 +32,13 @@ _CONFIG_CLASSES: dict[type[MethodConfig], type[Config]] = {MethodConfig: Config}
 def leaf_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every key ("train.steps") and its type."""
     hints = typing.get_type_hints(cls)
-    found: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for f in fields(cls):
         if is_dataclass(hints[f.name]):
-            found |= leaf_types(hints[f.name], f"{prefix}{f.name}.")
+            types |= leaf_types(hints[f.name], f"{prefix}{f.name}.")
         else:
-            found[prefix + f.name] = hints[f.name]
-    return found
+            types[prefix + f.name] = hints[f.name]
+    return types
 
 
 def leaves(config: RunConfig) -> dict[str, Any]:

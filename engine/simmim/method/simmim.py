@@ -99,7 +99,7 @@ class SimMIMConfig(MethodConfig):
     """SimMIM; what is hidden stands in [mask]."""
 
     norm_target: int = 0
-    """Odd side, in pixels, of the window that normalises the target (SwinV2: 47); 0 does not."""
+    """Odd side, in pixels, of the window that normalises the target. 0 does not normalise."""
 
 
 class SimMIMMethod(MaskingMethod):

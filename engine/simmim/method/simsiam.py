@@ -46,13 +46,13 @@ class SimSiamConfig(Distortion, MethodConfig):
     name: str = "simsiam"
     """Method."""
     projector_width: int = bounded(2048, low=1)
-    """Width of the projection; hidden layers are as wide as the features, as published."""
+    """Width of the projection. Hidden layers are as wide as the features, as published."""
     projector_layers: int = bounded(3, low=1, high=16)
     """Linear layers of the projector, each with a batch norm."""
     predictor_width: int = bounded(512, low=1)
     """Width of the predictor's hidden layer."""
     fix_predictor_lr: bool = True
-    """Keep the predictor at the peak learning rate, as published for best results."""
+    """Keep the predictor at the peak learning rate, which gave the best published results."""
 
 
 class SimSiam(ImageModel):

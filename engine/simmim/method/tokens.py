@@ -245,15 +245,15 @@ class TokensConfig(MethodConfig):
     head: Head = "linear"
     """What regresses pixels from hidden tokens: one linear layer, or an MLP with GELU."""
     mlp_hidden: int = bounded(0, low=0)
-    """head = mlp: width of the hidden layers; 0 takes the encoder's."""
+    """Width of the hidden layers of head = mlp. 0 takes the width of the encoder."""
     mlp_depth: int = bounded(1, low=1, high=DEEPEST_HEAD)
-    """head = mlp: hidden layers."""
+    """Number of hidden layers of head = mlp."""
     loss: Loss = "l1"
-    """Mean absolute (l1) or mean squared (l2) error."""
+    """Loss: the mean absolute error (l1) or the mean squared error (l2)."""
     target: Target = "pixels"
-    """Regress normalised pixels, or normalise every patch by its own mean and variance, as MAE."""
+    """Regress pixels, or each patch normalised by its own mean and variance, as MAE does."""
     rounding: Rounding = "up"
-    """Hidden tokens of L: up, L - int(L * (1 - ratio)), as lightly; down, int(L * ratio)."""
+    """Hide L - int(L * (1 - ratio)) of L tokens (up), as lightly does, or int(L * ratio) (down)."""
 
 
 class TokenMethod(MaskingMethod):
