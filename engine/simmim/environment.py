@@ -7,11 +7,12 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from simmim.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -78,9 +79,11 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """The accelerator's name, or the processor's."""
     if device.type == "cuda":
+        import torch  # which takes seconds, and a wrong flag needs none
+
         return torch.cuda.get_device_name(device)
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -91,8 +94,10 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def describe(device: torch.device, world_size: int) -> dict[str, Any]:
+def describe(device: "torch.device", world_size: int) -> dict[str, Any]:
     """What a run records about its environment."""
+    import torch
+
     return {
         "versions": package_versions(),
         "git_commit": git_commit(),

@@ -327,6 +327,10 @@ def test_bad_input_is_one_line(
             (f"data.path={tmp_path / 'nowhere'}: no such file",),
         ),
         (
+            flags(pretrained, images, out, "--data.holdout=4"),
+            ("data.holdout=4 holds nothing out", str(images / "val"), "leave it out"),
+        ),
+        (
             flags(pretrained, images / "train", out, "--data.holdout=48"),
             (f"data.path={images / 'train'}: data.holdout: ",),
         ),

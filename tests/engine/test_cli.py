@@ -1,10 +1,14 @@
 """Which words the command knows: each is a file of commands/, and stands in the usage text."""
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
 
+from forked_command import ENVIRONMENT
 from simmim import cli
 from simmim.version import __version__
 
@@ -51,3 +55,16 @@ def test_interrupted_and_no_reader(
     monkeypatch.setattr(import_module("simmim.commands.models"), "model_table", raising)
     assert cli.main(["models"]) == code
     assert capsys.readouterr().err == line
+
+
+def test_words_are_told_without_torch() -> None:
+    code = "import sys; from simmim import cli; cli.main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[0].startswith("usage: simmim COMMAND")
+    assert done.stdout.splitlines()[-1] == "False"

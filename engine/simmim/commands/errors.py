@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from simmim.config.sections import RunConfig
 from simmim.environment import Launch
 from simmim.errors import ConfigError, DataError, RunError
+
+if TYPE_CHECKING:
+    from simmim.config.sections import RunConfig
 
 # The machine, or a run that was under way; and what a command was given.
 FAILED, WRONG_INPUT = 1, 2
 
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
+ConfigT = TypeVar("ConfigT", bound="RunConfig")
 
 
 def one_line_errors(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:

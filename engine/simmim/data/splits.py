@@ -90,6 +90,11 @@ def open_labelled_sets(
         beside = [name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
         if beside:
             path, val_path = str(root / "train"), str(root / beside[0])
+            if num_held_out:
+                raise DataError(
+                    f"{names.num_held_out}={num_held_out} holds nothing out, for {val_path} has "
+                    f"the validation images: leave it out, or train on {path}"
+                )
     with from_setting(names.path):
         source, own = _open(path, labels, classes, first_number, names)
         if len(own.classes) < 2:
