@@ -42,23 +42,26 @@ def set_gradients(parameters: list[nn.Parameter], step: int, factor: float = 1.0
         parameter.grad = (value * factor).to(parameter.dtype)
 
 
-def one_by_one(parameter: Tensor, gradients: list[Tensor], decay: float) -> Tensor:
+def one_by_one(parameter: Tensor, gradients: list[Tensor], decay: float, beta2: float) -> Tensor:
     """Algorithm 2, in float64, of a single tensor."""
     x, m, v = parameter.double(), torch.zeros(()), torch.zeros(())
     for t, g in enumerate(gradients, start=1):
         m = 0.9 * m + 0.1 * g.double()
-        v = 0.999 * v + 0.001 * g.double() ** 2
-        r = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-6) + decay * x
+        v = beta2 * v + (1 - beta2) * g.double() ** 2
+        r = (m / (1 - 0.9**t)) / ((v / (1 - beta2**t)).sqrt() + 1e-6) + decay * x
         lengths = x.norm(), r.norm()
         adapted = decay > 0 and min(lengths) > 0
         x = x - 0.03 * (lengths[0] / lengths[1] if adapted else 1.0) * r
     return x
 
 
-def test_steps_are_those_of_the_formulas() -> None:
+# The optimiser has 1 - beta2^t in float32, on the device: in the first steps of 0.999 it is wrong
+# by up to 6e-5 of itself, and steps of 0.03 by half of that.
+@pytest.mark.parametrize(("beta2", "atol"), [(0.95, 5e-7), (0.999, 5e-6)])
+def test_steps_are_those_of_the_formulas(beta2: float, atol: float) -> None:
     parameters = make_parameters()
     start = [p.detach().clone() for p in parameters]
-    optimizer = make(parameters)
+    optimizer = make(parameters, betas=(0.9, beta2))
     history: list[list[Tensor]] = [[] for _ in parameters]
     for step in range(5):
         set_gradients(parameters, step)
@@ -68,8 +71,8 @@ def test_steps_are_those_of_the_formulas() -> None:
         optimizer.step()
     for number, parameter in enumerate(parameters):
         decay = 0.0 if number in (2, 3) else 0.1
-        expected = one_by_one(start[number], history[number], decay)
-        torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)
+        expected = one_by_one(start[number], history[number], decay, beta2)
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-6, atol=atol)
         assert not torch.allclose(parameter, start[number], atol=1e-3)
 
 
