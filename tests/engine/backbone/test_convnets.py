@@ -725,7 +725,7 @@ def run_two(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     for process, error in zip(processes, errors):
         assert process.returncode == 0, error
     return {

@@ -208,7 +208,7 @@ def test_processes_share_the_images(folder: Path) -> None:
         )
         for rank in range(2)
     ]
-    answers = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in processes]
+    answers = [json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for p in processes]
     source, labels = opened(folder)
     told: list[str] = []
     alone = evaluate(
