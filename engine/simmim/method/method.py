@@ -30,18 +30,18 @@ class Method:
     sample, so a resumed run ends like an unbroken one.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
 
     Attributes:
-        settings: its [method] table, of the type `Settings`.
-        name: what `method.name` calls it; "" is no method.
-        Settings: of the [method] table.
-        Model: what `build` gives; its `kind` is the method's name, and Model(encoder, mean=…,
-            std=…, **model.settings) builds it again from a weights file.
-        idle: settings that do not act in its runs, beside those of every method.
-        purpose: what it does, in a few words, for lists.
-        title: what people call it.
-        paper: address of its paper; "" where there is none.
+        settings: the run's [method] table, of the type `Settings`.
+        name: the value of `method.name` that chooses it; "" if it cannot be chosen.
+        Settings: the type of its [method] table.
+        Model: the type of what `build` returns; its `kind` is the method's name, and
+            Model(encoder, mean=…, std=…, **model.settings) builds it again from a weights file.
+        idle: settings that have no effect in its runs, in addition to those of every method.
+        purpose: a few words on what it does, for lists.
+        title: its common name.
+        paper: address of its paper; "" if there is none.
     """
 
     name: ClassVar[str] = ""
@@ -56,7 +56,7 @@ class Method:
 
     def __init__(self, config: Config) -> None:
         self.config, given = config, config.method
-        # the bare table names a method and leaves the keys of its own at their defaults
+        # a bare table only names the method, whose own keys then have their defaults
         self.settings = given if isinstance(given, self.Settings) else self.Settings()
 
     def check(self) -> None:

@@ -96,7 +96,7 @@ class SimMIM(MaskedImageModel):
 
 @dataclass(frozen=True, kw_only=True)
 class SimMIMConfig(MethodConfig):
-    """SimMIM; what is hidden stands in [mask]."""
+    """SimMIM; [mask] says what is hidden."""
 
     norm_target: int = 0
     """Odd side, in pixels, of the window that normalises the target. 0 does not normalise."""

@@ -70,10 +70,10 @@ def train(
         0 when the run is complete, 75 when a signal stopped it.
 
     Raises:
-        ConfigError: what the folder holds is a run of other settings.
-        DataError: there is no data to begin with.
+        ConfigError: the folder holds a run with other settings.
+        DataError: data fails before the first step of this start.
         CheckpointError: a checkpoint could not be written or read.
-        RunStopped: data fails under way, or too many steps in a row had non-finite gradients.
+        RunStopped: data fails in a later step, or too many steps in a row had non-finite gradients.
     """
     world, config, total = state.world, state.config, state.schedule.total_steps
     fingerprint = agreed_fingerprint(source, world)
@@ -128,7 +128,7 @@ class Loop:
             return self._interrupted(interrupts)
         except DataError as error:
             # data is asked for between two steps: nothing is half done. With several processes the
-            # others wait in a step, and no save can be agreed on.
+            # others wait inside a step, and the processes cannot agree on a save.
             if self.state.step == self.first_step:
                 raise
             if self.world.size == 1:

@@ -688,8 +688,9 @@ import sys, torch, torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from simmim import SimMIM
 from simmim.backbone.resnet import ResNetSpec
-from simmim.distributed import World, wrap
-from simmim.running_statistics import keep, settle
+from simmim.distributed import World
+from simmim.training.parallel import wrap
+from simmim.training.running_statistics import keep, settle
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
