@@ -48,7 +48,8 @@ class Method:
     Settings: ClassVar[type[MethodConfig]] = MethodConfig
     Model: ClassVar[type[ImageModel]] = ImageModel
     idle: ClassVar[tuple[Idle, ...]] = (
-        Idle(("mask", "validate"), {"method.name": SET}, refused=True),
+        Idle(("validate",), {"method.name": SET}, refused=True),
+        Idle(("mask",), {"method.name": SET}),
     )
     purpose: ClassVar[str] = ""
     title: ClassVar[str] = ""

@@ -263,7 +263,7 @@ class TokenMethod(MaskingMethod):
     Settings = TokensConfig
     settings: TokensConfig
     idle: ClassVar[tuple[Idle, ...]] = (
-        Idle(("mask.unit",), {"method.name": SET}, refused=True),
+        Idle(("mask.unit",), {"method.name": SET}),
         Idle(("method.mlp_hidden", "method.mlp_depth"), {"method.head": ("linear",)}),
     )
     Model = TokenSimMIM
