@@ -16,11 +16,11 @@ BACKENDS = pytest.mark.parametrize(
     "backend", ["reference", "native", "triton-interpreted"], indirect=True
 )
 ALL = {f"{op}-{i}": make for op, makers in SAMPLES.items() for i, make in enumerate(makers)}
-EVERY_SAMPLE = pytest.mark.parametrize("sample", ALL, indirect=True)
-# The first of each op, where it has a gradient.
+FIRST = [f"{op}-0" for op in SAMPLES]
 EVERY_OP = pytest.mark.parametrize(
-    "sample", [f"{op}-0" for op in SAMPLES if op != "random_patch_mask"], indirect=True
+    "sample", [name for name in FIRST if name != "random_patch_mask-0"], indirect=True
 )
+OPCHECK_WARNS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 # Tensors of which no op has a gradient.
 CONSTANT = {"image", "mask", "mean", "std", "branch_scale"}
 
@@ -63,36 +63,45 @@ def test_every_registered_op_has_samples() -> None:
     assert registered - {"cubed_line"} == SAMPLES.keys()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
+def check(sample: Sample, backend: str, wanted: set[str], *, forward: bool) -> None:
+    """opcheck of the backward of these gradients, and of the forward before it."""
+    with Recorder() as recorder:
+        out = sample.run(sample.leaves(wanted), backend)
+        if sample.gradients:
+            out.backward(wave(out))
+    (op, arguments), *backward = recorder.calls
+    assert len(backward) == bool(sample.gradients)
+    if forward:
+        names = [argument.name for argument in op._schema.arguments]
+        leaves = (
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            if isinstance(t, Tensor) and t.dtype.is_floating_point and name not in CONSTANT
+            else t
+            for name, t in zip(names, arguments, strict=True)
+        )
+        torch.library.opcheck(op, tuple(leaves))
+    for op, arguments in backward:
+        constants = (t.detach() if isinstance(t, Tensor) else t for t in arguments)
+        torch.library.opcheck(op, tuple(constants))
+
+
+@OPCHECK_WARNS
 @KERNELS
-@EVERY_SAMPLE
+@pytest.mark.parametrize("sample", FIRST, indirect=True)
 def test_opcheck(sample: Sample, backend: str) -> None:
     """The forward, and the backward of every gradient, of the first and of all but the first."""
-    names = set(sample.gradients)
-    ways = (
-        [names] if len(names) < 2 else [names, {sample.gradients[0]}, names - {sample.gradients[0]}]
-    )
-    for i, wanted in enumerate(ways):
-        with Recorder() as recorder:
-            out = sample.run(sample.leaves(wanted), backend)
-            if names:
-                out.backward(wave(out))
-        (forward, inputs), *backward = recorder.calls
-        assert len(backward) == bool(names)
-        if i == 0:
-            kinds = [argument.name for argument in forward._schema.arguments]
-            leaves = (
-                value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-                if isinstance(value, Tensor)
-                and value.dtype.is_floating_point
-                and name not in CONSTANT
-                else value
-                for name, value in zip(kinds, inputs, strict=True)
-            )
-            torch.library.opcheck(forward, tuple(leaves))
-        for func, arguments in backward:
-            constants = (t.detach() if isinstance(t, Tensor) else t for t in arguments)
-            torch.library.opcheck(func, tuple(constants))
+    names, first = set(sample.gradients), set(sample.gradients[:1])
+    check(sample, backend, names, forward=True)
+    if len(names) > 1:
+        check(sample, backend, first, forward=False)
+        check(sample, backend, names - first, forward=False)
+
+
+@OPCHECK_WARNS
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("sample", [name for name in ALL if name not in FIRST], indirect=True)
+def test_opcheck_without_optional_arguments(sample: Sample, backend: str) -> None:
+    check(sample, backend, set(sample.gradients), forward=True)
 
 
 @KERNELS
