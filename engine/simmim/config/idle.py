@@ -1,7 +1,7 @@
 """Settings that cannot act in a run: the run is refused, or a line says that they do nothing.
 
 A setting counts as set where it differs from its default. A run is refused where its user would
-believe that it does what it does not (masks, in a method that hides nothing). All other cases give
+wait for what never comes (validation, in a method that has none). All other cases give
 a line: a recipe may hold details of an alternative that a flag replaces (the betas of AdamW, beside
 --optim.name=sgd).
 
