@@ -36,6 +36,11 @@ def describe(**values: Tensor | int | None) -> str:
     )
 
 
+def wrong_input(**values: Tensor | int | None) -> Callable[[str], ValueError]:
+    """What makes the error of an op whose arguments `values` do not fit: from what is wrong."""
+    return lambda what: ValueError(f"{what}: {describe(**values)}")
+
+
 def never(*tensors: Tensor | None) -> list[str]:
     """No reason against: the reference runs everywhere."""
     return []

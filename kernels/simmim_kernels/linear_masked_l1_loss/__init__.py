@@ -1,15 +1,13 @@
 """Linear head and masked L1 loss in one: only cells with a hidden pixel are projected."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import BACKENDS, choose, describe
+from simmim_kernels.dispatch import BACKENDS, choose, wrong_input
 from simmim_kernels.dtypes import autocast, check_dtypes, of_reference, product_dtype
 from simmim_kernels.linear_masked_l1_loss import reference
 from simmim_kernels.masked_l1_loss import check_target
-from simmim_kernels.masked_l1_loss.arguments import Loss, Target, loss_shapes
+from simmim_kernels.masked_l1_loss.arguments import Loss, PerChannel, Target, loss_shapes
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 from simmim_kernels.op import Op
 
@@ -24,8 +22,8 @@ def linear_masked_l1_loss(
     mask: Tensor,
     stride: int,
     *,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
     norm_target: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -60,12 +58,9 @@ def linear_masked_l1_loss(
     Source: microsoft/SimMIM models/simmim.py (decoder and loss); the fusion of head and loss
         follows linkedin/Liger-Kernel's fused linear cross entropy in what it saves.
     """
-
-    def error(what: str) -> ValueError:
-        given = describe(
-            features=features, weight=weight, bias=bias, image=image, mask=mask, stride=stride
-        )
-        return ValueError(f"{what}: {given}")
+    error = wrong_input(
+        features=features, weight=weight, bias=bias, image=image, mask=mask, stride=stride
+    )
 
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)

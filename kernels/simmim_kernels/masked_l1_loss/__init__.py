@@ -1,14 +1,14 @@
 """The SimMIM loss: mean absolute error of the reconstruction over the hidden pixels only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simmim_kernels.dispatch import BACKENDS, choose, describe
+from simmim_kernels.dispatch import BACKENDS, choose, wrong_input
 from simmim_kernels.masked_l1_loss import reference
-from simmim_kernels.masked_l1_loss.arguments import Loss, Target, loss_shapes
+from simmim_kernels.masked_l1_loss.arguments import Loss, PerChannel, Target, loss_shapes
 from simmim_kernels.op import AnyStrides, Op
 
 __all__ = ["BACKENDS", "check_target", "masked_l1_loss", "masked_l1_loss_from_tokens"]
@@ -20,8 +20,8 @@ def masked_l1_loss(
     mask: Tensor,
     patch_size: int,
     *,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
     norm_target: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -52,10 +52,7 @@ def masked_l1_loss(
     Source: microsoft/SimMIM models/simmim.py (the 1e-5 in the denominator included);
         microsoft/Swin-Transformer models/simmim.py norm_targets.
     """
-
-    def error(what: str) -> ValueError:
-        given = describe(prediction=prediction, image=image, mask=mask, patch_size=patch_size)
-        return ValueError(f"{what}: {given}")
+    error = wrong_input(prediction=prediction, image=image, mask=mask, patch_size=patch_size)
 
     if prediction.dim() != 4 or image.shape != prediction.shape:
         raise error("prediction and image must both be [B, C, H, W]")
@@ -73,8 +70,8 @@ def masked_l1_loss_from_tokens(
     mask: Tensor,
     stride: int,
     *,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: PerChannel | None = None,
+    std: PerChannel | None = None,
     norm_target: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -102,10 +99,7 @@ def masked_l1_loss_from_tokens(
 
     Source: microsoft/SimMIM models/simmim.py (decoder and loss).
     """
-
-    def error(what: str) -> ValueError:
-        given = describe(prediction=prediction, image=image, mask=mask, stride=stride)
-        return ValueError(f"{what}: {given}")
+    error = wrong_input(prediction=prediction, image=image, mask=mask, stride=stride)
 
     if prediction.dim() != 4 or image.dim() != 4:
         raise error("expected prediction [B, h, w, C·stride·stride] and image [B, C, H, W]")
@@ -121,8 +115,8 @@ def check_target(
     prediction: Tensor,
     image: Tensor,
     mask: Tensor,
-    mean: Sequence[float] | Tensor | None,
-    std: Sequence[float] | Tensor | None,
+    mean: PerChannel | None,
+    std: PerChannel | None,
     norm_target: int | None,
     error: Callable[[str], ValueError],
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -147,8 +141,8 @@ def check_target(
 
 def check_pixels(
     image: Tensor,
-    mean: Sequence[float] | Tensor | None,
-    std: Sequence[float] | Tensor | None,
+    mean: PerChannel | None,
+    std: PerChannel | None,
     error: Callable[[str], ValueError],
 ) -> tuple[Tensor | None, Tensor | None]:
     """mean and std of a uint8 image as float32 [C]; None for a floating point one.
@@ -176,8 +170,8 @@ def _loss(
     image: Tensor,
     mask: Tensor,
     stride: int,
-    mean: Sequence[float] | Tensor | None,
-    std: Sequence[float] | Tensor | None,
+    mean: PerChannel | None,
+    std: PerChannel | None,
     norm_target: int | None,
     backend: str | None,
     error: Callable[[str], ValueError],

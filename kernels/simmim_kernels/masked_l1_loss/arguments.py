@@ -8,6 +8,9 @@ from torch import Tensor
 
 from simmim_kernels.op import AnyStrides
 
+# Numbers of every channel, as a sequence or as [C].
+PerChannel = Sequence[float] | Tensor
+
 
 class Target(NamedTuple):
     """What is predicted, and where.
