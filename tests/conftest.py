@@ -1,6 +1,11 @@
 """Fixtures: photos, the backends, and a `torch.empty` that is never right by accident."""
 
 import os
+
+# Threads of processes that share the cores must sleep while they wait: a suite of two processes on
+# two cores takes four times as long where they spin. OpenMP reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
