@@ -70,7 +70,7 @@ class ColumnSums {
     Buffer<float> parts_;
 };
 
-inline void add_to(float* total, Lanes x, int64_t count) {
+[[gnu::always_inline]] inline void add_to(float* total, Lanes x, int64_t count) {
     store_first(total, add(load_first(total, count), x), count);
 }
 

@@ -463,7 +463,7 @@ inline Lanes load_some(const T* p, uint32_t lanes) {
 
 // The first `count` of 16 elements; the other lanes hold 0.
 template <class T>
-inline Lanes load_first(const T* p, int64_t count) {
+[[gnu::always_inline]] inline Lanes load_first(const T* p, int64_t count) {
     if (count >= kLanes) return load(p);
     T buffer[kLanes];
     std::memset(buffer, 0, sizeof buffer);
@@ -473,7 +473,7 @@ inline Lanes load_first(const T* p, int64_t count) {
 
 // Writes the first `count` lanes.
 template <class T>
-inline void store_first(T* p, Lanes a, int64_t count) {
+[[gnu::always_inline]] inline void store_first(T* p, Lanes a, int64_t count) {
     if (count >= kLanes) {
         store(p, a);
         return;

@@ -41,7 +41,7 @@ inline RowStatistics row_statistics(const T* const* pieces, int64_t count, int64
 
 // A product as the backward will see it: rounded to what is kept of it.
 template <class T>
-inline Lanes keep_rounded(T* kept, Lanes product, int64_t count) {
+[[gnu::always_inline]] inline Lanes keep_rounded(T* kept, Lanes product, int64_t count) {
     store_first(kept, product, count);
     return load_first(kept, count);
 }
@@ -60,7 +60,7 @@ inline void biased_row(const P* product, T* kept, const float* bias, int64_t wid
 }
 
 // (x - mean) · rstd
-inline Lanes normalised(Lanes x, Lanes mean, Lanes rstd) {
+[[gnu::always_inline]] inline Lanes normalised(Lanes x, Lanes mean, Lanes rstd) {
     return multiply(subtract(x, mean), rstd);
 }
 
