@@ -60,18 +60,16 @@ def residual_attention_backward(
     grad_qkv, *of_attention = _attention_gradient(
         product(grad_branch, folded), attention, p, windows, of_parameters
     )
-    dy = product(grad_qkv, p.qkv_weight)
-    affine = p.norm_weight, p.norm_bias
-    dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
-        grad_rows, dy, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
+    grad_y = product(grad_qkv, p.qkv_weight)
+    grad_x, y, *of_norm, branch_sum = _norm_gradient(
+        grad_rows, grad_y, x, p, norm, branch_scale, unit, of_parameters
     )
     if not of_parameters:
-        return dx.view(x.shape), *(None,) * len(p)
-    y = dy  # whose place it took
+        return grad_x, *(None,) * len(p)
     of_qkv = product(grad_qkv.t(), y), _bias_gradient(p.qkv_bias, grad_qkv), *of_attention
     of_weight = product(grad_branch.t(), _rows(attention.attended))
     of_proj = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.proj_weight, p.proj_bias)
-    return dx.view(x.shape), *of_norm, *_with_unit(unit, *of_qkv), *of_proj
+    return grad_x, *of_norm, *_with_unit(unit, *of_qkv), *of_proj
 
 
 def post_norm_attention_forward(
@@ -149,17 +147,15 @@ def residual_mlp_backward(
     )
     of_weight = product(grad_rows.t(), activated) if of_parameters else activated
     del activated
-    dy = product(grad_hidden, p.fc1_weight)
-    affine = p.norm_weight, p.norm_bias
-    dx, *of_norm, branch_sum = triton_norms.layer_norm_backward(
-        grad_rows, dy, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
+    grad_y = product(grad_hidden, p.fc1_weight)
+    grad_x, y, *of_norm, branch_sum = _norm_gradient(
+        grad_rows, grad_y, x, p, norm, branch_scale, unit, of_parameters
     )
     if not of_parameters:
-        return dx.view(x.shape), *(None,) * len(p)
-    y = dy  # whose place it took
+        return grad_x, *(None,) * len(p)
     of_fc1 = _with_unit(unit, product(grad_hidden.t(), y), grad_fc1_bias)
     of_fc2 = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.fc2_weight, p.fc2_bias)
-    return dx.view(x.shape), *of_norm, *of_fc1, *of_fc2
+    return grad_x, *of_norm, *of_fc1, *of_fc2
 
 
 def post_norm_mlp_forward(
@@ -232,6 +228,27 @@ def _attention_gradient(
         parameters.factors,
     )
     return _rows(grad_qkv), grad_factors, grad_bias
+
+
+def _norm_gradient(
+    grad_rows: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    parameters: AttentionParameters | MlpParameters,
+    norm: Statistics,
+    branch_scale: Tensor | None,
+    unit: Tensor | None,
+    of_parameters: bool,
+) -> tuple[Tensor, ...]:
+    """Gradient of x; y in the place of grad_y; gradients of weight and bias, and the branch's sum.
+
+    All but the first are there with `of_parameters` only.
+    """
+    affine = parameters.norm_weight, parameters.norm_bias
+    grad_x, *sums = triton_norms.layer_norm_backward(
+        grad_rows, grad_y, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
+    )
+    return grad_x.view(x.shape), grad_y, *sums
 
 
 def _bias_gradient(bias: Tensor | None, grad: Tensor) -> Tensor | None:
