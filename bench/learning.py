@@ -248,7 +248,7 @@ def main() -> int:
             split(source, labels, options.held_out, 0, work)
         result = compare(Bench(options, work))
     except (RunError, ValueError, OSError) as error:
-        print(f"bench/learning.py: error: {str(error).removeprefix('data.path=')}", file=sys.stderr)
+        print(f"bench/learning.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench/learning.py: stopped; the same command goes on", file=sys.stderr)
