@@ -263,7 +263,7 @@ def main() -> int:
             split(source, labels, options.held_out, 0, work)
         result = compare(Runs(options, work))
     except (RunError, ValueError, OSError) as error:
-        print(f"bench/learning.py: error: {str(error).removeprefix('data.path=')}", file=sys.stderr)
+        print(f"bench/learning.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench/learning.py: stopped; run the same command again to continue", file=sys.stderr)
