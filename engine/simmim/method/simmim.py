@@ -148,9 +148,8 @@ class SimMIMMethod(MaskingMethod):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`."""
         if batch.num_valid < len(batch.ids) and has_batch_norm(model):
-            batch = (
-                batch.without_empty_slots()
-            )  # they hide nothing, but batch norms see their zeros
+            # they hide nothing, but batch norms see their zeros
+            batch = batch.without_empty_slots()
         loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
         return loss
 
