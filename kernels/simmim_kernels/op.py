@@ -4,7 +4,7 @@ The names and types of their arguments say the rest: the schema, what a backend'
 with, what autograd keeps for the backward, and which gradients it returns.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import (
@@ -103,7 +103,7 @@ class Op(Generic[P, R]):
         home, prefix = (name, "") if folder is None else (folder, f"{name}_")
         inputs, outputs = _arguments(forward), _part(get_type_hints(forward)["return"])
         self._input_names, self._output_names = list(_leaves(inputs)), list(_leaves(outputs))
-        self._outputs = outputs
+        self._make_outputs = _builder(outputs)[1]
         self._is_group = [isinstance(part, _Group) for part in inputs.parts.values()]
         count = len(self._output_names)
         self._run = _register(name, inputs, count, forward, home, f"{prefix}forward")
@@ -114,10 +114,18 @@ class Op(Generic[P, R]):
         needs = _arguments(backward)
         self._needs = _leaves(needs)
         self._flags = {
-            flag: self._gradient_names[1:] if flag == "of_parameters" else [flag[3:]]
+            flag: [
+                self._input_names.index(name)
+                for name in (self._gradient_names[1:] if flag == "of_parameters" else [flag[3:]])
+            ]
             for flag in self._needs
             if flag.startswith("of_")
         }
+        # of every input, the place of its gradient among those of the backward
+        places = {name: place for place, name in enumerate(self._gradient_names)}
+        self._gradient_places = [places.get(name) for name in self._input_names]
+        known = [*self._input_names, *self._output_names]
+        self._known = dict(zip(known, range(len(known))))
         gradient = f"{name}_backward"
         count = len(self._gradient_names)
         self._run_backward = _register(gradient, needs, count, backward, home, f"{prefix}backward")
@@ -133,9 +141,7 @@ class Op(Generic[P, R]):
         for argument, is_group in zip(arguments, self._is_group, strict=True):
             flat += cast("tuple[Any, ...]", argument) if is_group else (argument,)
         outputs = self._run(*flat, backend)
-        if isinstance(outputs, Tensor):
-            outputs = (outputs,)
-        result: R = _build(self._outputs, iter(outputs))
+        result: R = self._make_outputs((outputs,) if isinstance(outputs, Tensor) else outputs, 0)
         return result
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -143,30 +149,44 @@ class Op(Generic[P, R]):
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         *arguments, ctx.backend = inputs
-        values = dict(zip(self._input_names, arguments, strict=True))
-        values |= dict(zip(self._output_names, outputs, strict=True))
+        known = (*arguments, *outputs)
+        more: dict[str, Any] = {}
         if self._context is not None:
-            values |= self._context(**values)
-        kept = {name: values[name] for name in self._needs if name in values}
-        tensors = {n: v for n, v in kept.items() if self._needs[n].is_tensor}
-        ctx.kept_names, ctx.settings = list(tensors), {n: kept[n] for n in kept.keys() - tensors}
-        ctx.save_for_backward(*tensors.values())
+            more = self._context(**dict(zip(self._known, known, strict=True)))
+        tensors, ctx.settings, ctx.kept_names = [], {}, []
+        for name, leaf in self._needs.items():
+            if name in more:
+                value = more[name]
+            elif name in self._known:
+                value = known[self._known[name]]
+            else:
+                continue
+            if leaf.is_tensor:
+                ctx.kept_names.append(name)
+                tensors.append(value)
+            else:
+                ctx.settings[name] = value
+        ctx.save_for_backward(*tensors)
 
     def _backward(self, ctx: Any, grad_out: Tensor | None, *unused: None) -> Any:
-        names = self._input_names
         if grad_out is None:
-            return (None,) * (len(names) + 1)
-        wanted = {n for n, needed in zip(names, ctx.needs_input_grad) if needed}
-        values = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True)) | ctx.settings
+            return (None,) * (len(self._input_names) + 1)
+        wanted = ctx.needs_input_grad
+        values = dict(zip(ctx.kept_names, ctx.saved_tensors, strict=True))
+        values |= ctx.settings
         values["grad_out"] = grad_out
-        for flag, of_names in self._flags.items():
-            values[flag] = any(name in wanted for name in of_names)
-        outputs = self._run_backward(*(values[name] for name in self._needs), ctx.backend)
+        for flag, places in self._flags.items():
+            values[flag] = any(wanted[place] for place in places)
+        outputs = self._run_backward(*[values[name] for name in self._needs], ctx.backend)
         gradients = (outputs,) if isinstance(outputs, Tensor) else outputs
-        by_name = dict(zip(self._gradient_names, gradients, strict=True))
-        for name in wanted & self._torch_gradients.keys():
-            by_name[name] = self._torch_gradients[name](grad_out)
-        return *(by_name.get(name) if name in wanted else None for name in names), None
+        by_input = [
+            gradients[place] if place is not None and is_wanted else None
+            for place, is_wanted in zip(self._gradient_places, wanted)
+        ]
+        for name, gradient in self._torch_gradients.items():
+            place = self._input_names.index(name)
+            by_input[place] = gradient(grad_out) if wanted[place] else None
+        return *by_input, None
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ class _Leaf:
     """An argument or output that the schema has: its type there, and how launchers want it."""
 
     type: str
-    prepare: Callable[[Any], Any]
+    prepare: Callable[[Any], Any] | None  # None for what is taken as it is
 
     @property
     def is_tensor(self) -> bool:
@@ -200,7 +220,7 @@ def _part(kind: Any) -> _Leaf | _Group:
     if schema_type == "SymInt[]":
         return _Leaf(schema_type, tuple)
     if not schema_type.startswith("Tensor"):
-        return _Leaf(schema_type, lambda value: value)
+        return _Leaf(schema_type, None)
     return _Leaf(schema_type, lambda tensor: None if tensor is None else layout(tensor))
 
 
@@ -217,20 +237,32 @@ def _leaves(part: _Leaf | _Group, name: str = "out") -> dict[str, _Leaf]:
     return {n: leaf for key, inner in part.parts.items() for n, leaf in _leaves(inner, key).items()}
 
 
-def _build(part: _Leaf | _Group, values: Iterator[Any]) -> Any:
-    """The argument or output whose leaves have these values."""
+def _builder(part: _Leaf | _Group) -> tuple[int, Callable[[Sequence[Any], int], Any]]:
+    """How many leaves a part has, and what makes it of those that begin at a place."""
     if isinstance(part, _Leaf):
-        return next(values)
-    return part.make(**{name: _build(inner, values) for name, inner in part.parts.items()})
+        return 1, lambda values, at: values[at]
+    count, steps = 0, list[tuple[int, Callable[[Sequence[Any], int], Any]]]()
+    for inner in part.parts.values():
+        leaves, build = _builder(inner)
+        steps.append((count, build))
+        count += leaves
+    make = part.make
+    if all(isinstance(inner, _Leaf) for inner in part.parts.values()):
+        return count, lambda values, at: make(*values[at : at + count])
+    return count, lambda values, at: make(*[build(values, at + step) for step, build in steps])
 
 
-def _tensors(outputs: Any, nothing: Tensor) -> list[Tensor]:
-    """All tensors of a launcher's outputs; a schema has no None, `nothing` stands for it."""
-    if outputs is None:
-        return [torch.empty_like(nothing)]
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    return [tensor for part in outputs for tensor in _tensors(part, nothing)]
+def _tensors(outputs: Any, first: Tensor) -> list[Tensor]:
+    """All tensors of a launcher's outputs; a schema has no None, float32 [0] stands for it."""
+    tensors: list[Tensor] = []
+    for part in (outputs,) if outputs is None or isinstance(outputs, Tensor) else outputs:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif part is None:
+            tensors.append(first.new_empty(0, dtype=torch.float32))
+        else:
+            tensors += _tensors(part, first)
+    return tensors
 
 
 def _register(
@@ -247,20 +279,30 @@ def _register(
     returned = "Tensor" if num_outputs == 1 else f"({', '.join(['Tensor'] * num_outputs)})"
     torch.library.define(f"simmim::{name}", f"({arguments}, str backend) -> {returned}")
 
+    names = list(inputs.parts)
+    make_arguments = _builder(_Group(lambda *parts: parts, inputs.parts))[1]
+    prepares = [leaf.prepare for leaf in leaves.values()]
+    launchers: dict[str, Callable[..., Any]] = {}
+
     def as_returned(outputs: Any, first: Tensor) -> Tensor | list[Tensor]:
-        tensors = _tensors(outputs, first.new_empty(0, dtype=torch.float32))
+        tensors = _tensors(outputs, first)
         return tensors[0] if num_outputs == 1 else tensors
+
+    def find_launcher(backend: str) -> Callable[..., Any]:
+        module = import_module(f"simmim_kernels.{folder}.{backend}_kernel")
+        launch: Callable[..., Any] = getattr(module, launcher)
+        return launch
 
     def run(*flat: Any) -> Tensor | list[Tensor]:
         *values, backend = flat
-        prepared = (leaf.prepare(v) for leaf, v in zip(leaves.values(), values, strict=True))
-        module = import_module(f"simmim_kernels.{folder}.{backend}_kernel")
-        outputs = getattr(module, launcher)(**_build(inputs, prepared))
+        prepared = [v if f is None else f(v) for f, v in zip(prepares, values, strict=True)]
+        launch = launchers.get(backend) or launchers.setdefault(backend, find_launcher(backend))
+        outputs = launch(**dict(zip(names, make_arguments(prepared, 0))))
         return as_returned(outputs, values[0])
 
     def run_without_values(*flat: Any) -> Tensor | list[Tensor]:
         *values, _ = flat
-        return as_returned(shapes(**_build(inputs, iter(values))), values[0])
+        return as_returned(shapes(**dict(zip(names, make_arguments(values, 0)))), values[0])
 
     torch.library.impl(f"simmim::{name}", "CompositeExplicitAutograd", run)
     torch.library.register_fake(f"simmim::{name}", run_without_values)
