@@ -1,0 +1,174 @@
+"""Plants every fault by itself and says which tests notice.
+
+    python tests/mutants/run.py [--only WORDS] [--jobs N] [--write]
+
+A fault meets its own tests first, then those of its package, then the whole suite. What is known
+is kept in build/mutants/, so a run that was stopped goes on; changed files begin it anew.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import Queue
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mutants.fault import ROOT, Fault, all_faults
+from mutants.forked_pytest import TIMED_OUT
+from mutants.slot import Slot
+
+FOLDER = ROOT / "build" / "mutants"
+RESULT = ROOT / "tests" / "mutants" / "result.txt"
+FAILED, NO_TESTS = 1, 5
+SUITE = ("tests",)
+TIMEOUTS_S = {"own tests": 300.0, "package": 900.0, "suite": 3000.0}
+
+
+def main() -> int:
+    """The exit code: 0 where every fault was noticed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of a fault's name or file")
+    parser.add_argument("--jobs", type=int, default=2, help="copies that work at once")
+    parser.add_argument("--stop-at", choices=TIMEOUTS_S, default="suite", help="the widest tests")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    arguments = parser.parse_args()
+    faults = [f for f in all_faults() if arguments.only in f.name or arguments.only in f.file]
+    known = Results(FOLDER / "results.jsonl", tree_digest())
+    missing = [fault for fault in faults if fault.name not in known]
+    print(f"{len(faults)} faults, {len(faults) - len(missing)} known from {known.path}", flush=True)
+    if missing:
+        plant(missing, known, max(1, min(arguments.jobs, len(missing))), arguments.stop_at)
+    if missing := [fault.name for fault in faults if fault.name not in known]:
+        print("not noticed so far:", *missing, sep="\n  ")
+        return 1
+    text = report(faults, known)
+    print(text)
+    if arguments.write:
+        RESULT.write_text(text)
+    return int(any(known[fault.name]["by"] in ("nothing", "broken") for fault in faults))
+
+
+class Results:
+    """What is known of each fault, a line each, appended as soon as it is known."""
+
+    def __init__(self, path: Path, tree: str) -> None:
+        self.path, self.tree, self._lock = path, tree, threading.Lock()
+        self._of: dict[str, dict[str, str]] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            if (result := json.loads(line))["tree"] == tree:
+                self._of[result["name"]] = result
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
+    def __getitem__(self, name: str) -> dict[str, str]:
+        return self._of[name]
+
+    def add(self, name: str, by: str, test: str) -> None:
+        """Keep what noticed a fault."""
+        result = {"tree": self.tree, "name": name, "by": by, "test": test}
+        with self._lock:
+            self._of[name] = result
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def tree_digest() -> str:
+    """Changes with any file that a test could read."""
+    digest = hashlib.sha256()
+    for folder in ("engine", "kernels", "configs", "tests", "bench", "examples"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".toml", ".cpp", ".h"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def plant(faults: list[Fault], known: Results, jobs: int, stop_at: str) -> None:
+    """Find what notices each fault, several at once, and keep it in `known`."""
+    slots: Queue[Slot] = Queue()
+    for number in range(jobs):
+        slots.put(Slot(FOLDER / f"copy{number}"))
+
+    def work(fault: Fault) -> tuple[Fault, str, str]:
+        slot = slots.get()
+        try:
+            return fault, *noticed_by(slot, fault, stop_at)
+        finally:
+            slots.put(slot)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        check_unplanted(slots, faults)
+        for number, done in enumerate(as_completed([pool.submit(work, f) for f in faults]), 1):
+            fault, by, test = done.result()
+            if by != "nothing" or stop_at == "suite":
+                known.add(fault.name, by, test)
+            print(f"{number}/{len(faults)} {by}: {fault.file}: {fault.name} {test}", flush=True)
+    while not slots.empty():
+        slots.get().close()
+
+
+def check_unplanted(slots: "Queue[Slot]", faults: list[Fault]) -> None:
+    """Tests that fail without a fault cannot notice one."""
+    slot = slots.get()
+    for test in sorted({test for fault in faults for test in fault.own_tests}):
+        code, output = slot.run((test,), TIMEOUTS_S["package"])
+        if code not in (0, NO_TESTS):
+            sys.exit(
+                f"{output[-3000:]}\n{test} fails (code {code}) without any fault; mend it first"
+            )
+    slots.put(slot)
+
+
+def noticed_by(slot: Slot, fault: Fault, stop_at: str) -> tuple[str, str]:
+    """The narrowest tests that notice a fault, and the first of them."""
+    wider = {"own tests": fault.own_tests, "package": fault.folder_tests, "suite": SUITE}
+    for by, tests in wider.items():
+        with slot.planted(fault):
+            code, output = slot.run(tests, TIMEOUTS_S[by])
+        failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        if code == TIMED_OUT or code > 128:
+            return by, "the run hung" if code == TIMED_OUT else f"signal {code - 128}"
+        if code not in (0, FAILED, NO_TESTS):
+            return "broken", output.strip().splitlines()[-1]
+        if code == FAILED and (by == "own tests" or slot.run((failed[0],), TIMEOUTS_S[by])[0] == 0):
+            return by, failed[0]
+        if by == stop_at:
+            break
+    return "nothing", ""
+
+
+def report(faults: list[Fault], known: Results) -> str:
+    """The result as text, with the unnoticed first."""
+    counts = Counter(known[fault.name]["by"] for fault in faults)
+    total = len(faults)
+    own = counts["own tests"] + counts["package"]
+    lines = [
+        "What notices the faults of tests/mutants/faults/: make test-mutants",
+        "",
+        f"{total} faults of one line, each planted by itself",
+        f"{counts['own tests']} noticed by the tests named for the file",
+        f"{counts['package']} more by the tests of its package: {own / max(total, 1):.1%}",
+        f"{counts['suite']} more by the whole suite: {(own + counts['suite']) / max(total, 1):.1%}",
+        f"{counts['nothing']} by nothing, {counts['broken']} that cannot be imported",
+    ]
+    for by in ("broken", "nothing", "suite", "package", "own tests"):
+        chosen = [fault for fault in faults if known[fault.name]["by"] == by]
+        lines += ["", f"{by}:"] if chosen else []
+        lines += [
+            f"  {f.file.removeprefix('engine/simmim/')}: {f.name}: {known[f.name]['test']}".rstrip(
+                ": "
+            )
+            for f in chosen
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
