@@ -50,7 +50,7 @@ class Slot:
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive"}
         environment.pop("PYTHONPATH", None)
         self._process = subprocess.Popen(
-            [folder / ".venv" / "bin" / "python", folder / "tests" / "mutants" / "forked_pytest.py"],
+            [folder / ".venv/bin/python", folder / "tests/mutants/forked_pytest.py"],
             cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
