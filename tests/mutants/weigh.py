@@ -1,0 +1,106 @@
+"""Names the long tests of the engine that notice none of the faults they could notice.
+
+    python tests/mutants/weigh.py [--seconds S] [--faults N] [--jobs N] [--write]
+
+The suite is timed first. Each test that takes longer meets planted faults, those of its own file
+and package before others, until it notices one. One that notices none is a candidate to go, unless
+there is another reason for it: say so in REASONS.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mutants.fault import ROOT, Fault, all_faults
+from mutants.slot import Slot
+
+FOLDERS = ("tests/engine", "tests/end_to_end")
+RESULT = ROOT / "tests" / "mutants" / "long_tests.txt"
+TIMEOUT_S = 300.0
+
+# A part of a test's name, and why it stays although it notices no fault of one line.
+REASONS: dict[str, str] = {}
+
+
+def main() -> None:
+    """Print, and with --write keep, what each long test noticed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="a test that takes longer is long"
+    )
+    parser.add_argument("--faults", type=int, default=20, help="the most that a test meets")
+    parser.add_argument("--jobs", type=int, default=2, help="copies that work at once")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    arguments = parser.parse_args()
+    slots: Queue[Slot] = Queue()
+    for number in range(arguments.jobs):
+        slots.put(Slot(ROOT / "build" / "mutants" / f"copy{number}"))
+    faults = all_faults()
+
+    def weigh(timed: tuple[str, float]) -> str:
+        test, seconds = timed
+        slot = slots.get()
+        try:
+            noticed = first_noticed(slot, test, nearest(test, faults)[: arguments.faults])
+        finally:
+            slots.put(slot)
+        reason = next((why for part, why in REASONS.items() if part in test), "A CANDIDATE TO GO")
+        line = f"{seconds:5.1f} s  {test}: {f'notices “{noticed}”' if noticed else reason}"
+        print(line, flush=True)
+        return line
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        lines = list(pool.map(weigh, long_tests(arguments.seconds)))
+    while not slots.empty():
+        slots.get().close()
+    if arguments.write:
+        head = f"Tests of more than {arguments.seconds:g} s, and a fault that each notices: "
+        RESULT.write_text("\n".join([head + "python tests/mutants/weigh.py", "", *lines, ""]))
+
+
+def long_tests(seconds: float) -> list[tuple[str, float]]:
+    """Node ids and seconds, set-up included, longest first."""
+    command = [sys.executable, "-m", "pytest", *FOLDERS, "-m", "not slow", "-q", "-n", "2",
+               "--dist=worksteal", "--durations=0", "--durations-min=0.2"]  # fmt: skip
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    spent: dict[str, float] = {}
+    for time, test in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(.+?)$", printed, re.MULTILINE):
+        spent[test] = spent.get(test, 0.0) + float(time)
+    return sorted(
+        ((test, time) for test, time in spent.items() if time > seconds), key=lambda t: -t[1]
+    )
+
+
+def nearest(test: str, faults: list[Fault]) -> list[Fault]:
+    """The faults, those that are meant for the test's own file or package first."""
+    path = test.partition("::")[0]
+
+    def distance(fault: Fault) -> int:
+        if any(own.partition("::")[0] == path for own in fault.own_tests):
+            return 0
+        return 1 if any(path.startswith(folder) for folder in fault.folder_tests) else 2
+
+    own = sorted(faults, key=distance)
+    near = [fault for fault in own if distance(fault) < 2]
+    far = [fault for fault in own if distance(fault) == 2]
+    # A test of the whole meets a few of every list, not all of the first.
+    return near + [far[i] for start in range(37) for i in range(start, len(far), 37)]
+
+
+def first_noticed(slot: Slot, test: str, faults: list[Fault]) -> str:
+    """The name of the first fault that the test notices, or ""."""
+    for fault in faults:
+        with slot.planted(fault):
+            if slot.run((test,), TIMEOUT_S)[0] != 0:
+                return fault.name
+    return ""
+
+
+if __name__ == "__main__":
+    main()
