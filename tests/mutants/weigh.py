@@ -70,7 +70,8 @@ def long_tests(seconds: float) -> list[tuple[str, float]]:
                "--dist=worksteal", "--durations=0", "--durations-min=0.2"]  # fmt: skip
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     spent: dict[str, float] = {}
-    for time, test in re.findall(r"^([\d.]+)s (?:call|setup|teardown) +(.+?)$", printed, re.MULTILINE):
+    line = re.compile(r"^([\d.]+)s (?:call|setup|teardown) +(.+?)$", re.MULTILINE)
+    for time, test in line.findall(printed):
         spent[test] = spent.get(test, 0.0) + float(time)
     return sorted(
         ((test, time) for test, time in spent.items() if time > seconds), key=lambda t: -t[1]
