@@ -3,7 +3,8 @@
     python tests/mutants/run.py [--only WORDS] [--jobs N] [--write]
 
 A fault meets its own tests first, then those of its package, then the whole suite. What is known
-is kept in build/mutants/, so a run that was stopped goes on; changed files begin it anew.
+is kept in build/mutants/, so a run that was stopped goes on. Where a package or its tests changed,
+its faults are planted anew; --afresh plants all.
 """
 
 import argparse
@@ -36,10 +37,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a fault's name or file")
     parser.add_argument("--jobs", type=int, default=2, help="copies that work at once")
     parser.add_argument("--stop-at", choices=TIMEOUTS_S, default="suite", help="the widest tests")
+    parser.add_argument("--afresh", action="store_true", help="forget what is known")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     arguments = parser.parse_args()
     faults = [f for f in all_faults() if arguments.only in f.name or arguments.only in f.file]
-    known = Results(FOLDER / "results.jsonl", tree_digest())
+    known = Results(FOLDER / "results.jsonl", faults, afresh=arguments.afresh)
     missing = [fault for fault in faults if fault.name not in known]
     print(f"{len(faults)} faults, {len(faults) - len(missing)} known from {known.path}", flush=True)
     if missing:
@@ -55,13 +57,24 @@ def main() -> int:
 
 
 class Results:
-    """What is known of each fault, a line each, appended as soon as it is known."""
+    """What is known of each fault, a line each, appended as soon as it is known.
 
-    def __init__(self, path: Path, tree: str) -> None:
-        self.path, self.tree, self._lock = path, tree, threading.Lock()
+    Args:
+        path: of the file.
+        faults: those that are asked for.
+        afresh: whether to begin anew.
+    """
+
+    def __init__(self, path: Path, faults: list[Fault], *, afresh: bool) -> None:
+        self.path, self._lock = path, threading.Lock()
+        self._digests = {fault.name: digest(fault) for fault in faults}
         self._of: dict[str, dict[str, str]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if afresh:
+            path.unlink(missing_ok=True)
         for line in path.read_text().splitlines() if path.exists() else []:
-            if (result := json.loads(line))["tree"] == tree:
+            result = json.loads(line)
+            if result["digest"] == self._digests.get(result["name"]):
                 self._of[result["name"]] = result
 
     def __contains__(self, name: str) -> bool:
@@ -72,22 +85,22 @@ class Results:
 
     def add(self, name: str, by: str, test: str) -> None:
         """Keep what noticed a fault."""
-        result = {"tree": self.tree, "name": name, "by": by, "test": test}
+        result = {"digest": self._digests[name], "name": name, "by": by, "test": test}
         with self._lock:
             self._of[name] = result
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
 
-def tree_digest() -> str:
-    """Changes with any file that a test could read."""
-    digest = hashlib.sha256()
-    for folder in ("engine", "kernels", "configs", "tests", "bench", "examples"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".toml", ".cpp", ".h"):
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()
+def digest(fault: Fault) -> str:
+    """Changes with the fault, with the package that it is planted in, and with its tests."""
+    found = hashlib.sha256(repr(fault).encode())
+    named = {test.partition("::")[0] for test in (*fault.own_tests, *fault.folder_tests)}
+    for place in (str(Path(fault.file).parent), *sorted(named)):
+        path = ROOT / place
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def plant(faults: list[Fault], known: Results, jobs: int, stop_at: str) -> None:
