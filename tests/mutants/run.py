@@ -73,7 +73,10 @@ class Results:
         if afresh:
             path.unlink(missing_ok=True)
         for line in path.read_text().splitlines() if path.exists() else []:
-            result = json.loads(line)
+            try:
+                result = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # half a line, from a run that was killed
             if result["digest"] == self._digests.get(result["name"]):
                 self._of[result["name"]] = result
 
