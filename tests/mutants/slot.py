@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from mutants.fault import ROOT, Fault
 
@@ -26,7 +27,7 @@ def make_copy(folder: Path) -> None:
 
     if native.extension is not None:
         shutil.copy(str(native.extension.__file__), folder / "kernels" / "simmim_kernels")
-    packages = Path(sysconfig.get_paths()["purelib"])
+    packages = Path(pytest.__file__).parents[1]
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
     [site] = (folder / ".venv" / "lib").glob("python3*/site-packages")
     paths = [folder / "engine", folder / "kernels", packages]
