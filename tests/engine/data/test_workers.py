@@ -2,6 +2,7 @@
 
 import errno
 import faulthandler
+import math
 import multiprocessing
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from simmim.data import workers as data_workers
@@ -308,6 +311,78 @@ def test_a_pool_makes_the_memory_that_it_was_asked_for(monkeypatch: pytest.Monke
     assert asked == [samples, 8, 5, 4, True]  # a slot more: the one that is being used
 
 
+def look_at(
+    monkeypatch: pytest.MonkeyPatch, at: list[int], times: list[float], gone: bool = False
+) -> list[tuple[int, str]]:
+    """What is replaced, and why, by looks at the times given, with a timeout of 10 s."""
+    replaced: list[tuple[int, str]] = []
+    clock = iter(times)
+    process = SimpleNamespace(
+        sentinel=77, exitcode=-9, kill=lambda: None, join=lambda timeout=None: None
+    )
+    crew: Any = SimpleNamespace(
+        crew=[process] * len(at),
+        answers=5,
+        last_look=-math.inf,
+        pool=SimpleNamespace(timeout_s=10.0),
+        table=SimpleNamespace(at=at, since=[0.0] * len(at)),
+        _hear=lambda: None,
+        _replace=lambda worker, what: replaced.append((worker, what)),
+    )
+
+    def wait(objects: list[Any], timeout: float) -> list[Any]:
+        assert objects == [5, *[77] * len(at)]
+        assert timeout == min(data_workers.LOOK_INTERVAL_S, 2.5)
+        return [77] if gone else []
+
+    monkeypatch.setattr(data_workers, "wait", wait)
+    monkeypatch.setattr(data_workers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in times:
+        data_workers._Crew._wait(crew)
+    return replaced
+
+
+def test_one_that_is_too_long_at_a_sample_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those between samples are left alone, however long ago the last one began."""
+    assert look_at(monkeypatch, [-1, 3, 0], [9.0, 10.0]) == []
+    replaced = [(worker, "gave no answer for 11 s") for worker in (1, 2)]
+    assert look_at(monkeypatch, [-1, 3, 0], [9.5, 11.0]) == replaced
+
+
+def test_a_pause_of_the_main_process_is_not_held_against_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may have been stopped too: only a second look in time counts."""
+    assert look_at(monkeypatch, [0], [100.0]) == []
+    assert look_at(monkeypatch, [0], [100.0, 102.0, 104.0]) == []
+    assert len(look_at(monkeypatch, [0], [100.0, 102.0, 103.9])) == 1
+
+
+def test_one_that_is_gone_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look_at(monkeypatch, [-1], [0.0], gone=True) == [(0, "was killed by SIGKILL")]
+
+
+def test_the_cause_of_a_death_in_words() -> None:
+    causes = [data_workers._cause_of_death(code) for code in (3, -15, -200, None)]
+    assert causes == [
+        "ended with exit code 3",
+        "was killed by SIGTERM",
+        "ended with exit code -200",
+        "ended with exit code None",
+    ]
+
+
+def test_processes_compute_with_one_thread_and_hear_signals() -> None:
+    def check(epoch: int, sample: int) -> None:
+        assert torch.get_num_threads() == 1
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(data_workers.SIGNALS)
+
+    made = pool(Numbers(check)).batches(places())
+    next(made)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(data_workers.SIGNALS)
+    assert len(contents(made)) == 19
+
+
 def test_processes_that_never_work_end_the_run() -> None:
     def die(epoch: int, sample: int) -> None:
         os._exit(1)
@@ -325,6 +400,12 @@ def test_faults_of_code_and_machine_are_told_apart() -> None:
 
     with pytest.raises(RuntimeError, match=r"(?s)a data worker failed.*in fault.*wrong code"):
         contents(pool(Numbers(fault)).batches(places()))
+
+    def wordy(epoch: int, sample: int) -> None:
+        raise KeyError("x" * 20_000 + "the end")
+
+    with pytest.raises(RuntimeError, match=r"xxx.*the end"):
+        contents(pool(Numbers(wordy)).batches(places()))
     with pytest.raises(DataError, match=r"^\[Errno 24\] Too many open files$"):
         contents(pool(Numbers(machine)).batches(places()))
 
