@@ -36,6 +36,7 @@ XMP_MAGIC = b"http://ns.adobe.com/xap/1.0/\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_BITS_PER_SAMPLE, TIFF_SAMPLES_PER_PIXEL = 258, 277
 
 # More than any sensor has; a larger first axis is rows, not channels.
@@ -128,8 +129,12 @@ def read_header(data: bytes) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
+                width, height = image.size
+                # Pillow swaps the sides of a turned TIFF when it opens it
+                tags: Any = getattr(image, "tag_v2", {})
                 return Header(
-                    *image.size,
+                    tags.get(TIFF_WIDTH, width),
+                    tags.get(TIFF_HEIGHT, height),
                     len(_natural_mode(image)),
                     str(image.format),
                     _orientation(image),

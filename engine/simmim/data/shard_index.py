@@ -67,10 +67,10 @@ def read_dataset(folder: Path) -> dict[str, Any]:
     """
     path = folder / DATASET_FILE
     dataset = _read_json(path, DATASET_FORMAT)
-    classes = dataset.get("classes")
+    classes, images = dataset.get("classes"), dataset.get("images", -1)
     for name, fits in (
         ("shards", _is_count(dataset.get("shards"))),
-        ("images", "images" in dataset and _is_count(dataset["images"] or 0)),
+        ("images", images is None or _is_count(images)),  # null until it is finished
         ("classes", classes is None or _is_list_of(classes, str)),
         ("channels", dataset.get("channels") is None or _is_count(dataset["channels"])),
         ("options", isinstance(dataset.get("options"), dict)),

@@ -1,6 +1,7 @@
 """Tar shards, and what fine-tuning views are compared with."""
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from labelled_images import KINDS, peer
 from simmim.data import finetune_views
 from simmim.data.finetune_views import Pixels
 from simmim.data.mixing import draws_from
+from simmim.data.open import open_source
+from simmim.packing.options import Options
+from simmim.packing.pack import pack
 
 
 @pytest.fixture
@@ -25,6 +29,19 @@ def shards(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
                 archive.add(path, f"./{path.name}")
             archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed_once(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "photos"
+    pack(open_source(str(photos)), folder, Options(short_side=32, images_per_shard=10))
+    return folder
+
+
+@pytest.fixture
+def packed(packed_once: Path, tmp_path: Path) -> Path:
+    """A packed folder of the photos, three shards of it, to be damaged."""
+    return shutil.copytree(packed_once, tmp_path / "packed")
 
 
 @pytest.fixture

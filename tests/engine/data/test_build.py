@@ -20,6 +20,7 @@ from simmim.data.loader import Loader
 from simmim.data.open import open_source
 from simmim.data.producer import InlineProducer
 from simmim.data.views import CentreView, CroppedView, RandomCrops, TwoViews, View, crops_of
+from simmim.data.workers import WorkerPool
 from simmim.distributed import World
 from simmim.errors import DataError
 
@@ -84,6 +85,87 @@ def test_views_say_which_crops_they_are(photos: Path) -> None:
     assert crops_of(TwoViews(AUGMENTATION, 4)) == RandomCrops(AUGMENTATION, 4, per_sample=2)
     assert crops_of(CentreView(config_of(photos, "cpu"))) is None
     assert crops_of(InvertedView(AUGMENTATION, 4)) is None
+
+
+def test_what_is_configured_arrives_at_the_loader(photos: Path) -> None:
+    data = DataConfig(
+        path=str(photos), image_size=32, backend="cpu", workers=3, prefetch=5, timeout_s=33
+    )
+    config = Config(data=data, train=TrainConfig(batch_size=24, accumulation_steps=3), seed=9)
+    source, world = open_source(str(photos)), World(1, 2, torch.device("cpu"))
+    view = CroppedView(AUGMENTATION, 9)
+    loader = make_loader(config, source, world, view)
+    assert loader.source is source
+    assert loader.world is world
+    assert loader.order.seed == 9
+    assert (loader.micro_batch, loader.accumulation_steps) == (4, 3)
+    assert loader.backend.startswith("cpu (")
+    workers = loader.producer
+    assert isinstance(workers, WorkerPool)
+    assert (workers.micro_batch, workers.workers, workers.prefetch) == (4, 3, 5)
+    assert workers.timeout_s == 33
+    assert getattr(workers.samples, "view", None) is view
+    data = replace(data, workers=-1)
+    chosen = make_loader(replace(config, data=data), source, world, view).workers
+    assert chosen == build.default_workers(world)
+
+
+@pytest.mark.parametrize(("per_sample", "threads"), [(1, 3), (2, 1)])
+def test_what_is_configured_arrives_at_dali(
+    per_sample: int, threads: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    class Pipeline:
+        def __init__(self, *arguments: object, **named: object) -> None:
+            told.update(named, arguments=arguments)
+
+    monkeypatch.setattr(build, "choose_backend", lambda *arguments: ("dali", "for a test"))
+    monkeypatch.setattr(build, "DaliPipeline", Pipeline)
+    data = DataConfig(
+        path=str(photos),
+        workers=0 if threads == 1 else threads,
+        prefetch=5,
+        timeout_s=33,
+        dali_memory_mib=7,
+    )
+    config = Config(data=data, train=TrainConfig(batch_size=24, accumulation_steps=3), seed=9)
+    kind = TwoViews if per_sample == 2 else CroppedView
+    view = kind(AUGMENTATION, 11, max_pixels=99, value_range=(1.0, 2.0))
+    source, world = open_source(str(photos)), World(1, 2, torch.device("cpu"))
+    loader = make_loader(config, source, world, view)
+    assert isinstance(loader.producer, DaliCrops if per_sample == 2 else Pipeline)
+    assert loader.backend == "dali (for a test)"
+    lines: list[str] = []
+    loader.report = lines.append
+    told.pop("report")("a line")
+    assert lines == ["a line"]
+    assert told == {
+        "arguments": (source, AUGMENTATION, 11),
+        "device": world.device,
+        "micro_batch": 4 * per_sample,
+        "threads": threads,
+        "prefetch": 5,
+        "memory_bytes": 7 * 2**20,
+        "max_pixels": 99,
+        "value_range": (1.0, 2.0),
+        "timeout_s": 33,
+    }
+
+
+def test_the_decoder_is_chosen_for_the_channels_of_the_view(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def choose(*arguments: object) -> tuple[str, str]:
+        asked.append(arguments)
+        return "cpu", "for a test"
+
+    monkeypatch.setattr(build, "choose_backend", choose)
+    loader_of(photos, "auto", CroppedView(replace(AUGMENTATION, channels=1), 4))
+    loader_of(photos, "cpu", CentreView(config_of(photos, "cpu")))  # the configuration's 3
+    assert asked == [("auto", CPU.device, 1), ("cpu", CPU.device, 3)]
 
 
 @needs_dali

@@ -1,6 +1,7 @@
 """Colour and blur of views: the pixels of Pillow, from keys alone."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from noisy_pictures import pictures
+from simmim.data import distortion
 from simmim.data.distortion import (
     BRIGHTNESS,
     CONTRAST,
@@ -23,13 +25,8 @@ from simmim_kernels.splitmix import fold, signed, uniform
 
 # of samples 0 and 12345 in epochs 0 and 3
 PINNED_ORDER = [[1, 3, 2, 0], [2, 3, 1, 0]]
-
-
 PINNED_SHIFT = [24.0, -16.0]
-
-
 PINNED_SIGMA = [1.989920872983864, 1.5903129913437033]
-
 
 ENHANCERS = {
     BRIGHTNESS: ImageEnhance.Brightness,
@@ -216,3 +213,71 @@ def test_what_is_drawn_has_the_published_frequencies() -> None:
     orders, counts = draws.order.unique(dim=0, return_counts=True)
     assert len(orders) == 24
     assert counts.double().sub(count / 24).abs().max() < 4.5 * (count / 24) ** 0.5
+
+
+def test_what_is_drawn_has_the_configured_ranges_and_frequencies() -> None:
+    """Settings that are nobody's defaults, each of them another."""
+    count = 20_000
+    ids = torch.arange(count)
+    wanted = Distortion(
+        jitter=(0.1, 0.2, 1.5, 0.3),
+        jitter_probability=0.3,
+        grey=0.6,
+        blur=0.9,
+        blur_sigma=(1.0, 4.0),
+    )
+    draws = draw(ids, torch.zeros_like(ids), 0, 5, wanted)
+    for chosen, probability in ((draws.jittered, 0.3), (draws.grey, 0.6), (draws.blurred, 0.9)):
+        allowed = 4 * (probability * (1 - probability) / count) ** 0.5
+        assert chosen.double().mean().item() == pytest.approx(probability, abs=allowed)
+    near = {"abs": 3e-3}
+    assert draws.factors.amin(0).tolist() == pytest.approx([0.9, 0.8, 0.0], **near)
+    assert draws.factors.amax(0).tolist() == pytest.approx([1.1, 1.2, 2.5], **near)
+    assert (draws.shift.min(), draws.shift.max()) == (-76, 76)  # 0.3 · 255
+    assert draws.sigma.min().item() == pytest.approx(1.0, **near)
+    assert draws.sigma.max().item() == pytest.approx(4.0, **near)
+
+
+@pytest.mark.parametrize(("probability", "chosen"), [(0.0, False), (1.0, True)])
+def test_never_and_always(probability: float, chosen: bool) -> None:
+    wanted = Distortion(jitter_probability=probability, grey=probability, blur=probability)
+    ids = torch.arange(1000)
+    draws = draw(ids, torch.zeros_like(ids), 0, 5, wanted)
+    for found in (draws.jittered, draws.grey, draws.blurred):
+        assert found.tolist() == [chosen] * 1000
+
+
+def test_no_two_draws_share_a_number() -> None:
+    """What is drawn of a view, of the other, of another epoch and seed does not go together."""
+    count = 10_000
+    ids = torch.arange(count)
+    columns = []
+    for epoch, view, seed in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1)):
+        draws = draw(ids, torch.full_like(ids, epoch), view, seed, Distortion())
+        first = draws.order[:, 0] == BRIGHTNESS
+        some = (draws.jittered, first, draws.shift, draws.grey, draws.blurred, draws.sigma)
+        columns += [*some, *draws.factors.unbind(1)]
+    table = torch.stack([column.double() for column in columns])
+    together = torch.corrcoef(table) - torch.eye(len(table))
+    assert together.abs().max() < 5 / count**0.5
+
+
+def test_a_large_batch_is_distorted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, ids = pictures(7), torch.arange(7)
+    draws = draw(ids, torch.zeros_like(ids), 0, 3, Distortion())
+    whole = distorted(images, draws)
+    pixels = images.shape[1] * images.shape[2]
+    sizes = []
+    in_one_part = distortion._distort
+
+    def noted(image: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        sizes.append(len(image))
+        return in_one_part(image, *arguments)
+
+    monkeypatch.setattr(distortion, "_distort", noted)
+    monkeypatch.setattr(distortion, "CPU_PIXELS", 3 * pixels + 1)
+    np.testing.assert_array_equal(distorted(images, draws), whole)
+    assert sizes == [3, 3, 1]
+    monkeypatch.setattr(distortion, "CPU_PIXELS", 1)
+    np.testing.assert_array_equal(distorted(images, draws), whole)
+    assert sizes[3:] == [1] * 7

@@ -1,10 +1,14 @@
 """The images of a folder: links, and a run's own pictures among them."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from simmim.data.folder import FolderSource, SelectedSource
 from simmim.data.open import open_source
 
 
@@ -32,3 +36,48 @@ def test_a_run_among_the_photos_adds_none(photos: Path, tmp_path: Path) -> None:
     for name in (".lock", "run.json"):
         (tmp_path / "runs" / "mine" / name).touch()
     assert list(open_source(str(tmp_path)).names) == ["photo.jpg"]
+
+
+def write(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_images_come_in_the_order_of_their_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in that of the disk, which another machine does not share."""
+    walk = os.walk
+
+    def backwards(*arguments: Any, **named: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for folder, subfolders, files in walk(*arguments, **named):
+            subfolders.sort(reverse=True)
+            yield folder, subfolders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(os, "walk", backwards)
+    write(tmp_path, "b.jpg", "a/c.JPG", "a/b/z.png", "c/a.webp", "a.jpg", "notes.txt")
+    names = ["a.jpg", "a/b/z.png", "a/c.JPG", "b.jpg", "c/a.webp"]
+    source = FolderSource(tmp_path)
+    assert list(source.names) == names
+    assert [source.read(index) for index in range(5)] == [name.encode() for name in names]
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg", ".trash/b.jpg", "c/.d.jpg", "c/.e/f.jpg", "c/g.jpg")
+    assert list(FolderSource(tmp_path).names) == ["a.jpg", "c/g.jpg"]
+
+
+def test_arrays_are_images_only_where_there_are_no_others(tmp_path: Path) -> None:
+    write(tmp_path, "b/2.npy", "1.npy")
+    assert list(FolderSource(tmp_path).names) == ["1.npy", "b/2.npy"]
+    write(tmp_path, "photo.jpg")
+    assert list(FolderSource(tmp_path).names) == ["photo.jpg"]
+
+
+def test_selected_images_have_the_order_of_the_selection(tmp_path: Path) -> None:
+    source = FolderSource(write(tmp_path, "0.jpg", "1.jpg", "2.jpg", "3.jpg"))
+    some = SelectedSource(source, np.array([3, 1]))
+    assert list(some.names) == ["3.jpg", "1.jpg"]
+    assert [some.read(index) for index in range(2)] == [b"3.jpg", b"1.jpg"]

@@ -1,8 +1,10 @@
 """Tar shards from outside: hostile members, labels beside images, indices that lie."""
 
+import hashlib
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 from collections.abc import Callable
@@ -14,10 +16,8 @@ import pytest
 
 from simmim.data.open import open_source
 from simmim.data.shard_index import read_index
-from simmim.data.shards import ShardSource, scan_tar
+from simmim.data.shards import ShardSource, cache_folder, scan_tar
 from simmim.errors import DataError
-from simmim.packing.options import Options
-from simmim.packing.pack import pack
 
 
 @pytest.fixture(autouse=True)
@@ -156,13 +156,6 @@ def test_arrays_are_images_where_there_are_no_others(tmp_path: Path, jpeg: bytes
     assert list(ShardSource([tmp_path / "both.tar"]).names) == ["both.tar/b.jpg"]
 
 
-@pytest.fixture
-def packed(photos: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "packed"
-    pack(open_source(str(photos)), folder, Options(short_side=32, images_per_shard=10))
-    return folder
-
-
 def test_a_packed_folder_is_opened_without_its_shards(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,70 +171,6 @@ def test_a_packed_folder_is_opened_without_its_shards(
     assert source.sizes.min() == 32
     assert source.names[0] == "000000.tar/00000000.jpg"
     assert source.labels is None
-
-
-@pytest.mark.parametrize(
-    ("column", "row", "value", "message"),
-    [
-        ("offset", 0, -5, "offset from -5"),
-        ("offset", 1, 10**12, "offset from 512 to 1000000000000"),
-        ("offset", 0, 2**70, "offset"),
-        ("offset", 0, True, "no list of 10 integers"),
-        ("size", 9, 10**6, "ends behind|size from"),
-        ("size", 0, -1, "size from -1"),
-        ("size", 0, 1.5, "no list of 10 integers"),
-        ("width", 3, 0, "width from 0"),
-        ("height", 3, 2**31, "height from"),
-        ("name", 0, 7, "no list of 10 strings"),
-        ("name", None, {"a": 1}, "name is no list"),
-        ("sha256", None, ["x"], "sha256 is no list of 10 strings"),
-        ("label", None, [2**40] * 10, "label from"),
-        ("skipped", None, [["a"]], "skipped"),
-        ("shard_bytes", None, 2**60, "shard_bytes is"),
-        ("shard_bytes", None, "x", "shard_bytes is x"),
-        ("version", None, 9, "version 9, this simmim reads 1"),
-        ("format", None, "other", "no index of simmim pack"),
-    ],
-)
-def test_an_index_that_lies_is_one_line(
-    packed: Path, column: str, row: int | None, value: object, message: str
-) -> None:
-    path = packed / "000001.json"
-    index = json.loads(path.read_text())
-    if row is None:
-        index[column] = value
-    else:
-        index[column][row] = value
-    path.write_text(json.dumps(index))
-    with pytest.raises(DataError, match=message) as caught:
-        open_source(str(packed))
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{", "[" * 100_000, '{"format": "simmim-pack"}', "\xff"]
-)
-def test_damaged_json_is_one_line(packed: Path, text: str) -> None:
-    for name in ("000000.json", "dataset.json"):
-        (packed / name).write_text(text, encoding="latin-1")
-        with pytest.raises(DataError, match=str(packed / name)):
-            open_source(str(packed))
-
-
-def test_missing_pieces_are_one_line(packed: Path) -> None:
-    shard = packed / "000001.tar"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole + b"more")
-    with pytest.raises(DataError, match=rf"000001\.tar: has {len(whole) + 4} bytes"):
-        open_source(str(packed))
-    shard.unlink()
-    with pytest.raises(DataError, match=r"000001\.tar: No such file"):
-        open_source(str(packed))
-    shard.write_bytes(whole)
-    (packed / "000001.json").unlink()
-    with pytest.raises(DataError, match=r"000001\.json: No such file"):
-        open_source(str(packed))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -268,12 +197,6 @@ def test_a_shard_that_is_cut_off_costs_its_own_images_only(packed: Path, when: s
     assert 1 <= lost < 10
     with pytest.raises(DataError, match=rf"000001\.tar: has {end} bytes"):
         read_index(shard)  # as --verify does
-
-
-def test_a_folder_with_another_dataset_json_is_a_folder(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text('{"format": "something else"}')
-    (tmp_path / "a.jpg").write_bytes(min(photos.iterdir()).read_bytes())
-    assert list(open_source(str(tmp_path)).names) == ["a.jpg"]
 
 
 def test_tar_shards_hold_the_same_bytes(photos: Path, shards: Path) -> None:
@@ -354,3 +277,152 @@ def test_threads_share_few_descriptors(
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(read, range(4000)))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def change(path: Path, **changed: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def test_a_packed_folders_images_are_those_of_all_its_shards_in_order(packed: Path) -> None:
+    source = open_source(str(packed))
+    assert isinstance(source, ShardSource)
+    assert source.sizes is not None
+    indices = [read_index(packed / f"{number:06d}.tar") for number in range(3)]
+    names = [
+        f"{number:06d}.tar/{name}" for number, index in enumerate(indices) for name in index.name
+    ]
+    assert list(source.names) == names
+    assert source.shards == [packed / f"{number:06d}.tar" for number in range(3)]
+    widths = [width for index in indices for width in index.width]
+    heights = [height for index in indices for height in index.height]
+    assert source.sizes.tolist() == [list(size) for size in zip(widths, heights)]
+    sums = [sha256 for index in indices for sha256 in index.sha256]
+    assert [hashlib.sha256(source.read(i)).hexdigest() for i in range(len(names))] == sums
+
+
+def test_a_shard_without_images_is_left_out(packed: Path) -> None:
+    count = len(read_index(packed / "000001.tar").name)
+    total = json.loads((packed / "dataset.json").read_text())["images"]
+    columns = ("name", "offset", "size", "sha256", "source", "width", "height", "channels")
+    change(packed / "000001.json", **{column: [] for column in columns})
+    (packed / "000001.tar").unlink()
+    change(packed / "dataset.json", images=total - count)
+    source = open_source(str(packed))
+    assert isinstance(source, ShardSource)
+    assert source.shards == [packed / "000000.tar", packed / "000002.tar"]
+    last = read_index(packed / "000002.tar")
+    assert hashlib.sha256(source.read(len(source.names) - 1)).hexdigest() == last.sha256[-1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"), [(None, ("0", "1", "2")), (list("xyzt"), tuple("xyzt"))]
+)
+def test_a_packed_folders_labels_have_its_classes(
+    packed: Path, classes: list[str] | None, names: tuple[str, ...]
+) -> None:
+    count = len(read_index(packed / "000001.tar").name)
+    change(packed / "000001.json", label=[2] + [-1] * (count - 1))
+    change(packed / "dataset.json", classes=classes)
+    source = open_source(str(packed))
+    assert isinstance(source, ShardSource)
+    assert source.labels is not None
+    assert source.labels.classes == names
+    first = len(read_index(packed / "000000.tar").name)
+    assert np.flatnonzero(source.labels.values == 2).tolist() == [first]
+    assert (source.labels.values == -1).sum() == len(source.names) - 1
+
+
+def test_a_pack_that_is_not_finished_or_lacks_images_is_refused(packed: Path) -> None:
+    dataset = packed / "dataset.json"
+    images = json.loads(dataset.read_text())["images"]
+    change(dataset, images=images + 1)
+    said = (
+        f"{dataset}: says {images + 1} images, the shards' indices {images}; simmim pack --verify"
+    )
+    with pytest.raises(DataError, match=re.escape(said)):
+        open_source(str(packed))
+    change(dataset, images=None)
+    with pytest.raises(DataError, match=rf"{packed}: a pack that is not finished"):
+        open_source(str(packed))
+
+
+def test_the_cache_is_asked_for_this_shard_as_it_is_now(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    for name in ("a.jpg", "b.jpg"):
+        with tarfile.open(shard, "w") as archive:
+            add(archive, name, b"x")
+        os.utime(shard, ns=(10**18, 10**18 + ord(name[0])))  # the same size at another time
+        assert scan_tar(shard).names == [name]
+    with tarfile.open(tmp_path / "y.tar", "w") as archive:
+        add(archive, "c.jpg", b"x")
+    os.utime(tmp_path / "y.tar", ns=(10**18, 10**18 + ord("b")))
+    assert scan_tar(tmp_path / "y.tar").names == ["c.jpg"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"images": 7, "skipped": []}', '{"images": [["a.jpg"]]}']
+)
+def test_a_damaged_cache_is_written_anew(tmp_path: Path, text: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "a.jpg", b"xyz")
+    scan_tar(tmp_path / "x.tar")
+    (cache,) = cache_folder().iterdir()
+    whole = cache.read_text()
+    assert json.loads(whole) == {"images": [["a.jpg", 512, 3, -1]], "skipped": []}
+    cache.write_text(text)
+    assert scan_tar(tmp_path / "x.tar").names == ["a.jpg"]
+    assert cache.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_a_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "a.jpg", b"xyz")
+    for _ in range(2):
+        assert scan_tar(tmp_path / "x.tar").names == ["a.jpg"]
+
+
+def test_a_cut_off_shard_is_not_cached(tmp_path: Path) -> None:
+    """It may be on its way here, with the size and date that it will have."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "a.jpg", bytes(5000))
+    os.truncate(tmp_path / "x.tar", 2000)
+    assert scan_tar(tmp_path / "x.tar").names == ["a.jpg"]
+    assert not cache_folder().exists()
+
+
+def test_the_cache_lies_in_the_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/simmim/tar-index")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/simmim/tar-index")
+
+
+def test_an_image_above_the_limit_of_bytes_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "a.jpg", bytes(700))
+    source = ShardSource([tmp_path / "x.tar"])
+    monkeypatch.setattr("simmim.data.shards.MAX_FILE_BYTES", 700)
+    assert source.read(0) == bytes(700)
+    monkeypatch.setattr("simmim.data.shards.MAX_FILE_BYTES", 699)
+    with pytest.raises(OSError, match="700 bytes, more than the limit of 699"):
+        source.read(0)
+
+
+def test_the_shard_read_longest_ago_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simmim.data.shards.MAX_OPEN_SHARDS", 2)
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            add(archive, "a.jpg", b"x")
+    source = ShardSource([tmp_path / f"{number}.tar" for number in range(3)])
+    for index in (0, 1, 0, 2):
+        source.read(index)
+    assert [shard for _, shard in source._files] == [0, 2]

@@ -48,3 +48,17 @@ def test_a_report_names_the_first_and_counts_the_rest(count: int) -> None:
     other: list[str] = []
     UnreadableImages(SOURCE, World(1, 2, CPU)).report(problems, other.append, "unreadable", 100)
     assert other == []
+
+
+def test_the_last_reason_of_an_image_counts_and_names_come_in_order() -> None:
+    images = UnreadableImages(SOURCE, World(0, 1, CPU))
+    for sample, reason in ((9, "cut off"), (2, "empty"), (9, "no disk")):
+        images.note(sample, reason)
+    assert images.agree() == [(2, "empty"), (9, "no disk")]
+
+
+def test_lines_say_what_the_images_are() -> None:
+    lines: list[str] = []
+    images = UnreadableImages(SOURCE, World(0, 1, CPU))
+    images.report([(8, "empty"), (3, "cut off")], lines.append, "not counted", 50)
+    assert lines == ["not counted: 8.jpg: empty", "not counted: 3.jpg: cut off"]

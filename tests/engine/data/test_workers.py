@@ -2,19 +2,20 @@
 
 import errno
 import faulthandler
+import math
 import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from simmim.data import workers as data_workers
@@ -196,6 +197,192 @@ def test_a_sample_that_hangs(tmp_path: Path, hang: Callable[[], None]) -> None:
     ]
 
 
+def test_a_sample_may_take_as_long_as_is_configured(
+    hang: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 5000))
+    monkeypatch.setattr(data_workers, "LOOK_INTERVAL_S", 0.01)
+    reports: list[str] = []
+    slow = Numbers(lambda epoch, sample: hang() if sample == 9 else None)
+    of_epoch_0 = places(steps=5)
+    assert contents(pool(slow, reports, timeout_s=5000).batches(of_epoch_0)) == EXPECTED[:5]
+    assert reports == []
+
+
+def test_replacements_that_help_are_not_futile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are in a long run."""
+    monkeypatch.setattr(data_workers, "MAX_FUTILE_REPLACEMENTS", 3)
+
+    def die(epoch: int, sample: int) -> None:
+        if sample % 8 == 0 and once(tmp_path, f"died-{epoch}-{sample}"):
+            os._exit(3)
+
+    reports: list[str] = []
+    made = pool(Numbers(die), reports, workers=1, prefetch=1).batches(places(steps=10))
+    assert contents(made) == EXPECTED[:10]
+    assert len(reports) == 2 * 5
+
+
+def test_the_limit_of_futile_replacements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_workers, "MAX_FUTILE_REPLACEMENTS", 2)
+    reports: list[str] = []
+    dead = Numbers(lambda epoch, sample: os._exit(7))
+    with pytest.raises(DataError, match="the last one ended with exit code 7 at number "):
+        contents(pool(dead, reports, workers=1).batches(places()))
+    assert len(reports) == 2
+
+
+def test_a_sample_is_given_up_by_itself(tmp_path: Path) -> None:
+    """What it cost in one epoch does not count in the next, nor do its neighbours' deaths."""
+
+    def die(epoch: int, sample: int) -> None:
+        if sample < 8 and once(tmp_path, f"died-{epoch}-{sample}"):
+            os._exit(3)
+
+    reports: list[str] = []
+    found = contents(pool(Numbers(die), reports, workers=1).batches(places(steps=10)))
+    assert found == EXPECTED[:10]
+    assert len(reports) == 2 * 8
+
+
+def test_processes_outlive_what_a_terminal_or_a_scheduler_sends_to_all() -> None:
+    reports: list[str] = []
+    made = pool(Numbers(), reports).batches(places())
+    found = [next(made).image[:, 0, 0].tolist()]
+    for child in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(child.pid or 0, number)
+    found += [numbers for numbers, _ in contents(made)]
+    assert found == [numbers for numbers, _ in EXPECTED]
+    assert reports == []
+
+
+def test_a_second_sigterm_ends_a_process_and_so_does_a_main_one_that_hangs() -> None:
+    told, tell = os.pipe()
+
+    def live() -> None:
+        data_workers._outlive_the_first_signal()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        os.write(tell, bytes([signal.alarm(0)]))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    process = multiprocessing.get_context("fork").Process(target=live)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert data_workers.GRACE_S - 30 <= os.read(told, 1)[0] <= data_workers.GRACE_S
+    os.close(told)
+    os.close(tell)
+
+
+def test_no_more_is_asked_for_than_is_held_ready() -> None:
+    taken = 0
+
+    def counted() -> Any:
+        nonlocal taken
+        for batch in places():
+            taken += 1
+            yield batch
+
+    made = pool(Numbers(), prefetch=3).batches(counted())
+    for number in range(4):
+        next(made)
+        assert taken == number + 3
+    made.close()
+
+
+def test_a_pool_makes_the_memory_that_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Refused(Exception):
+        pass
+
+    def table(*arguments: Any) -> None:
+        asked.extend(arguments)
+        raise Refused
+
+    monkeypatch.setattr(data_workers, "TaskTable", table)
+    samples = Numbers()
+    with pytest.raises(Refused):
+        next(pool(samples, workers=5, prefetch=3, pin=True).batches(places()))
+    assert asked == [samples, 8, 5, 4, True]  # a slot more: the one that is being used
+
+
+def look_at(
+    monkeypatch: pytest.MonkeyPatch, at: list[int], times: list[float], gone: bool = False
+) -> list[tuple[int, str]]:
+    """What is replaced, and why, by looks at the times given, with a timeout of 10 s."""
+    replaced: list[tuple[int, str]] = []
+    clock = iter(times)
+    process = SimpleNamespace(
+        sentinel=77, exitcode=-9, kill=lambda: None, join=lambda timeout=None: None
+    )
+    crew: Any = SimpleNamespace(
+        crew=[process] * len(at),
+        answers=5,
+        last_look=-math.inf,
+        pool=SimpleNamespace(timeout_s=10.0),
+        table=SimpleNamespace(at=at, since=[0.0] * len(at)),
+        _hear=lambda: None,
+        _replace=lambda worker, what: replaced.append((worker, what)),
+    )
+
+    def wait(objects: list[Any], timeout: float) -> list[Any]:
+        assert objects == [5, *[77] * len(at)]
+        assert timeout == min(data_workers.LOOK_INTERVAL_S, 2.5)
+        return [77] if gone else []
+
+    monkeypatch.setattr(data_workers, "wait", wait)
+    monkeypatch.setattr(data_workers, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for _ in times:
+        data_workers._Crew._wait(crew)
+    return replaced
+
+
+def test_one_that_is_too_long_at_a_sample_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those between samples are left alone, however long ago the last one began."""
+    assert look_at(monkeypatch, [-1, 3, 0], [9.0, 10.0]) == []
+    replaced = [(worker, "gave no answer for 11 s") for worker in (1, 2)]
+    assert look_at(monkeypatch, [-1, 3, 0], [9.5, 11.0]) == replaced
+
+
+def test_a_pause_of_the_main_process_is_not_held_against_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They may have been stopped too: only a second look in time counts."""
+    assert look_at(monkeypatch, [0], [100.0]) == []
+    assert look_at(monkeypatch, [0], [100.0, 102.0, 104.0]) == []
+    assert len(look_at(monkeypatch, [0], [100.0, 102.0, 103.9])) == 1
+
+
+def test_one_that_is_gone_is_replaced_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look_at(monkeypatch, [-1], [0.0], gone=True) == [(0, "was killed by SIGKILL")]
+
+
+def test_the_cause_of_a_death_in_words() -> None:
+    causes = [data_workers._cause_of_death(code) for code in (3, -15, -200, None)]
+    assert causes == [
+        "ended with exit code 3",
+        "was killed by SIGTERM",
+        "ended with exit code -200",
+        "ended with exit code None",
+    ]
+
+
+def test_processes_compute_with_one_thread_and_hear_signals() -> None:
+    def check(epoch: int, sample: int) -> None:
+        assert torch.get_num_threads() == 1
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(data_workers.SIGNALS)
+
+    made = pool(Numbers(check)).batches(places())
+    next(made)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(data_workers.SIGNALS)
+    assert len(contents(made)) == 19
+
+
 def test_processes_that_never_work_end_the_run() -> None:
     def die(epoch: int, sample: int) -> None:
         os._exit(1)
@@ -213,6 +400,12 @@ def test_faults_of_code_and_machine_are_told_apart() -> None:
 
     with pytest.raises(RuntimeError, match=r"(?s)a data worker failed.*in fault.*wrong code"):
         contents(pool(Numbers(fault)).batches(places()))
+
+    def wordy(epoch: int, sample: int) -> None:
+        raise KeyError("x" * 20_000 + "the end")
+
+    with pytest.raises(RuntimeError, match=r"xxx.*the end"):
+        contents(pool(Numbers(wordy)).batches(places()))
     with pytest.raises(DataError, match=r"^\[Errno 24\] Too many open files$"):
         contents(pool(Numbers(machine)).batches(places()))
 
@@ -226,24 +419,20 @@ def test_leaving_early_ends_the_processes() -> None:
     assert time.monotonic() - started < 500  # it waited for none of them
 
 
-ORPHANS = """
-import os, signal, sys, time
-sys.path[:0] = {path!r}
-from test_workers import Numbers, places, pool
-generator = pool(Numbers()).batches(places(steps=100000))
-next(generator)
-import multiprocessing
-print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_processes_follow_a_killed_parent() -> None:
-    path = [str(Path(__file__).parent), *sys.path]
-    code = [sys.executable, "-c", ORPHANS.format(path=path)]
-    result = subprocess.run(code, capture_output=True, text=True, timeout=600, check=False)
-    children = [int(pid) for pid in result.stdout.split()]
-    assert len(children) == 2, result.stderr
+    told, tell = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        generator = pool(Numbers()).batches(places())
+        next(generator)
+        children = multiprocessing.active_children()
+        os.write(tell, b" ".join(b"%d" % (child.pid or 0) for child in children))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(tell)
+    os.waitpid(parent, 0)
+    children = [int(pid) for pid in os.read(told, 100).split()]
+    os.close(told)
+    assert len(children) == 2
     deadline = time.monotonic() + 120
     while any(is_running(pid) for pid in children):
         assert time.monotonic() < deadline
