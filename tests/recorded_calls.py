@@ -28,6 +28,9 @@ def record(
 
     def recorder(*arguments: Any, **named: Any) -> Any:
         given = dict(signature.bind(*arguments, **named).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
         calls.append(given)
         return answer(**given)
 
