@@ -170,14 +170,6 @@ def test_the_public_names_take_every_method(
     assert line == 'model = simmim.load_model(".")  # this folder, or its name on the Hub'
 
 
-def test_the_public_names_are_listed() -> None:
-    assert dir(simmim) == sorted(simmim.__all__)
-    assert {"load_encoder", "load_model", "push_to_hub", "save_pretrained"} <= {*dir(simmim)}
-    assert all(getattr(simmim, name) is not None for name in dir(simmim))
-    with pytest.raises(AttributeError, match="module 'simmim' has no attribute 'nothing'"):
-        _ = simmim.nothing
-
-
 def test_the_card_of_an_encoder_names_what_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
