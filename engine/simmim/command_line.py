@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ def read_toml(path: Path, cls: type = Config) -> dict[str, Any]:
     return values
 
 
+@cache  # made of its arguments alone, and the larger part of the time that `load` takes
 def make_parser(program: str, cls: type = Config, purpose: str = "Pre-train an encoder") -> Any:
     """The command line of a training command: one typed flag per key, documented from its class."""
     import jsonargparse
