@@ -148,7 +148,7 @@ def load_as(
         SystemExit: `--help` was asked for.
     """
     pretraining = issubclass(cls, Config)
-    parser = make_parser(program, cls, purpose)
+    parser = make_parser(program, cls, purpose)  # type: ignore[arg-type]  # a class is hashable
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):
