@@ -1,10 +1,11 @@
 """The `simmim` command: which words it knows, and what they run."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from simmim.commands.errors import FAILED, WRONG_INPUT, fail
+from simmim.commands.errors import FAILED, WRONG_INPUT, end, fail
 from simmim.version import __version__
 
 USAGE = """\
@@ -52,7 +53,23 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 or 130 stopped."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if code:  # told already
+            _drop_output()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except BrokenPipeError:
+        _drop_output()
+        return FAILED
+    except OSError as error:
+        _drop_output()
+        return end(error, place="standard output")
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -62,10 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         return fail(f"unknown command {arguments[0]}; known are {known}", WRONG_INPUT)
+    code: int = import_module(f"simmim.commands.{arguments[0]}").main(arguments[1:])
+    return code
+
+
+def _drop_output() -> None:
+    """Let go of what cannot be written: the interpreter would fail at it once more as it ends."""
     try:
-        code: int = import_module(f"simmim.commands.{arguments[0]}").main(arguments[1:])
-        return code
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except BrokenPipeError:
-        return FAILED
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

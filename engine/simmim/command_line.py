@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ def read_toml(path: Path, cls: type = Config) -> dict[str, Any]:
     return values
 
 
+@cache  # made of its arguments alone, and the larger part of the time that `load` takes
 def make_parser(program: str, cls: type = Config, purpose: str = "Pre-train an encoder") -> Any:
     """The command line of a training command: one typed flag per key, documented from its class."""
     import jsonargparse
@@ -146,7 +148,7 @@ def load_as(
         SystemExit: `--help` was asked for.
     """
     pretraining = issubclass(cls, Config)
-    parser = make_parser(program, cls, purpose)
+    parser = make_parser(program, cls, purpose)  # type: ignore[arg-type]  # a class is hashable
     if "--help" in arguments or "-h" in arguments:
         parser.parse_args(["--help"])
     if not arguments or arguments[0].startswith("-"):

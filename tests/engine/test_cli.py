@@ -4,7 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -54,6 +57,55 @@ def test_interrupted_and_no_reader(
 
     monkeypatch.setattr(import_module("simmim.commands.models"), "model_table", raising)
     assert cli.main(["models"]) == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("word", cli.COMMANDS)
+def test_a_word_runs_its_file_and_ends_with_its_code(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[str]] = []
+
+    def run(arguments: list[str]) -> int:
+        given.append(arguments)
+        return 75
+
+    monkeypatch.setattr(import_module(f"simmim.commands.{word}"), "main", run)
+    assert cli.main([word, "a", "--b=c"]) == 75
+    monkeypatch.setattr(sys, "argv", ["simmim", word, "--d"])
+    assert cli.main() == 75
+    assert given == [["a", "--b=c"], ["--d"]]
+
+
+def no_reader() -> TextIO:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def full_disk() -> TextIO:
+    return Path("/dev/full").open("w")
+
+
+FULL = "simmim: error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["--help"], ["--version"], ["models", "vit_tiny"]])
+@pytest.mark.parametrize(("make", "line"), [(no_reader, ""), (full_disk, FULL)])
+def test_output_that_cannot_be_written(
+    words: list[str],
+    make: Callable[[], TextIO],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is written waits in a buffer, and is only found to have no place at the end."""
+    with make() as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(words) == 1
+        output.flush()  # as the interpreter does at its end, which must not fail once more
+    if words[0] == "models":  # found by the command itself, which flushes its lines
+        line = line.replace("standard output: ", "")
     assert capsys.readouterr().err == line
 
 

@@ -2,11 +2,20 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from simmim import command_line as module
 from simmim.backbone.build import spec_from_dict, spec_to_dict
-from simmim.command_line import find_recipe, load, load_finetuning, recipe_names
+from simmim.command_line import (
+    find_recipe,
+    load,
+    load_finetuning,
+    read_toml,
+    recipe_folders,
+    recipe_names,
+)
 from simmim.config.finetune import FinetuneConfig
 from simmim.config.sections import Config
 from simmim.config.spec import resolve_spec
@@ -145,3 +154,145 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     for key in leaf_types(config_class(SimMIMConfig)):
         assert f"--{key}" in text
     assert "in pixels" in text
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that takes the place of the shipped recipes, and a working folder beside it."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for name in ("own", "other", "finetune_own"):
+        (folder / f"{name}.toml").write_text("[train]\nsteps = 3\n")
+    (folder / "notes.txt").write_text("")
+    monkeypatch.setattr(module, "recipe_folders", lambda: [folder])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return folder
+
+
+def test_where_a_recipe_is_found(recipes: Path) -> None:
+    own = recipes / "own.toml"
+    # a file here comes first, then a name, then what the source tree calls a recipe
+    assert find_recipe("own") == own
+    assert find_recipe("configs/own.toml") == own
+    with pytest.raises(ConfigError, match="no such config file"):
+        find_recipe("own.toml")  # the folder it would be in is here
+    Path("own").write_text("[train]\nsteps = 4\n")
+    assert find_recipe("own") == Path("own")
+    Path("mine.toml").write_text("")
+    assert find_recipe("mine.toml") == Path("mine.toml")
+    Path("configs").mkdir()
+    for wrong in ("configs/own.toml", "nowhere.toml", "a/b"):
+        with pytest.raises(ConfigError, match=rf"^{wrong}: no such config file$"):
+            find_recipe(wrong)
+    with pytest.raises(ConfigError) as error:
+        find_recipe("oter")
+    assert str(error.value) == "oter: no such config file or recipe; did you mean other?"
+    assert recipe_names(finetuning=False) == ["other", "own"]
+    assert recipe_names(finetuning=True) == ["finetune_own"]
+
+
+def test_recipes_are_shipped_in_the_package_or_lie_in_the_source_tree() -> None:
+    engine = Path(module.__file__).resolve().parent
+    assert recipe_folders() == [
+        folder for folder in (engine / "configs", engine.parents[1] / "configs") if folder.is_dir()
+    ]
+    assert recipe_folders()
+
+
+def test_what_is_missing_is_told_with_the_recipes_there_are(recipes: Path) -> None:
+    for arguments in ([], ["--train.steps=3"]):
+        with pytest.raises(ConfigError) as error:
+            load(arguments)
+        assert str(error.value) == "CONFIG is missing: a TOML file, or a recipe (other, own)"
+        with pytest.raises(ConfigError) as error:
+            load_finetuning(arguments)
+        assert str(error.value) == "CONFIG is missing: a TOML file, or a recipe (finetune_own)"
+
+
+def test_a_recipe_of_the_other_command_is_refused(recipes: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^finetune_own is a recipe of `simmim finetune`$"):
+        load(["finetune_own"])
+    with pytest.raises(ConfigError, match=r"^own is a recipe of `simmim pretrain`$"):
+        load_finetuning(["own"])
+    # only shipped ones are told by their names
+    Path("finetune_mine.toml").write_text("[train]\nsteps = 3\n")
+    assert load(["finetune_mine.toml", "--data.path=x"]).train.steps == 3
+    Path("mine.toml").write_text("")
+    assert load_finetuning(["mine.toml", "--data.path=x", "--pretrained=y"]).pretrained == "y"
+
+
+def test_flags_come_after_the_file_and_the_last_one_counts(recipes: Path) -> None:
+    assert load(["own", "--data.path=x"]).train.steps == 3
+    config = load(["own", "--data.path=x", "--train.steps=4", "--train.steps", "5"])
+    assert config.train.steps == 5
+    assert config.output == "runs/own"
+    Path("mine.toml").write_text('output = "there"\n')
+    assert load(["mine.toml", "--data.path=x"]).output == "there"
+    assert load(["mine.toml", "--data.path=x", "--output="]).output == "runs/mine"
+
+
+def test_the_method_decides_which_keys_there_are(recipes: Path) -> None:
+    (recipes / "own.toml").write_text('[method]\nname = "tokens"\n[model]\nname = "vit_tiny"\n')
+    config = load(["own", "--data.path=x", "--method.head=mlp"])
+    assert (config.method.name, config.method.head) == ("tokens", "mlp")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"unknown flag --method\.head"):
+        load(["own", "--data.path=x", "--method.name=simmim", "--method.head=mlp"])
+    (recipes / "own.toml").write_text("[method]\nname = 3\n")
+    with pytest.raises(ConfigError, match=r"^method\.name: expected str, got"):
+        load(["own", "--data.path=x"])
+    with pytest.raises(ConfigError, match=r"^method\.name=none is unknown"):
+        load(["other", "--data.path=x", "--method.name=none"])
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(b'a = "\xff"')
+    for wrong in (path, tmp_path):
+        with pytest.raises(ConfigError, match=f"^{wrong}: "):
+            read_toml(wrong)
+    path.write_text("[model]\nnorm_target = 3\n[data]\nholdout = 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key data\.holdout"):
+        read_toml(path)
+    assert read_toml(path, FinetuneConfig)["data"] == {"holdout": 3}  # a moved key is known too
+
+
+def test_words_that_are_no_flags_are_one_line(recipes: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(["own", "--data.path=x", "other"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^unknown flag --data\.pth; did you mean data\.path\?$"):
+        load(["own", "--data.pth", "x"])
+    with pytest.raises(ConfigError, match=r"^unknown flag --data\.pa; did you mean data\.path\?$"):
+        load(["own", "--data.pa=x"])  # no abbreviations
+
+
+@pytest.mark.parametrize(
+    ("loading", "words"),
+    [
+        (load, ["Pre-train an encoder", "usage: simmim pretrain CONFIG", "--mask.ratio"]),
+        (load_finetuning, ["Fine-tune a classifier", "usage: simmim finetune CONFIG", "--augment"]),
+    ],
+)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_each_command(
+    loading: Any, words: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        loading(["smoke", flag])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(word in text for word in words)
+
+
+def test_notes_are_told_by_the_first_process(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["own", "--data.path=x", "--model.norm_target=3", "--optim.momentum=0.5"]
+    assert load(flags).method.norm_target == 3  # type: ignore[attr-defined]
+    moved = "simmim: model.norm_target is method.norm_target now, and was taken as that"
+    idle = "simmim: optim.momentum=0.5 has no effect with optim.name=adamw"
+    assert capsys.readouterr().err.splitlines() == [moved, idle]
+    monkeypatch.setenv("RANK", "1")
+    load(flags)
+    assert capsys.readouterr().err == ""

@@ -73,11 +73,12 @@ def end(error: Exception, *, place: str = "", training: bool = False) -> int:
         text = f"{where}: " if where else ""
         resume = "; the same command resumes the run" if training else ""
         return fail(f"{text}{error.strerror or error}{resume}", FAILED)
-    if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+    if _is_out_of_memory(error):
         remedy = (
             "; try a larger --train.accumulation_steps, or --train.activation_checkpointing=true"
         )
-        text = f"out of memory ({str(error).splitlines()[0]})"
+        told = str(error).partition("\n")[0]
+        text = f"out of memory ({told})" if told else "out of memory"
         return fail(f"{text}{remedy if training else ''}", FAILED)
     raise error
 
@@ -90,5 +91,10 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):  # Python's and NumPy's
+        return True
+    told = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in told or "can't allocate memory" in told
+    )

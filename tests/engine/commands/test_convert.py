@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from numerics import load_golden, with_prefix
+from recorded_calls import record
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
@@ -21,7 +22,9 @@ from simmim.commands import convert as command
 from simmim.method.simmim import SimMIM
 from simmim.model.weights_file import save_weights
 from simmim.weights import proof
-from simmim.weights.load import load_model, read_model
+from simmim.weights.export import Export
+from simmim.weights.load import Weights, load_model, read_model
+from simmim.weights.proof import Proof
 
 SWIN = SwinSpec(
     image_size=(32, 32), embed_dim=8, depths=(1, 2, 1), num_heads=(1, 2, 2), window_size=2
@@ -170,6 +173,48 @@ def test_the_layout_can_be_said(checkpoint: Path, tmp_path: Path, run: Run) -> N
     assert "model.safetensors: not the names of hf; found decoder.0.bias" in words
     assert run(checkpoint, out, "--to", "official", "--from", "simmim")[0] == 0
     assert same_tensors(checkpoint, out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "facts"),
+    [
+        ([], None, {}),
+        (["--from=timm", "--num-heads=3"], None, {"layout": "timm", "num_heads": 3}),
+        (["--window-size=7", "--image-size", "96"], 96, {"window_size": 7}),
+        (["--image-size", "96", "64"], [96, 64], {}),
+    ],
+)
+def test_every_flag_arrives(
+    flags: list[str],
+    size: object,
+    facts: dict[str, object],
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, metadata = SWIN, {"dropped": ("b", "a")}
+    weights = Weights("in", "official", "simmim", {}, spec, metadata)
+    export = Export("timm", "encoder", spec, {}, {}, ("d", "c"))
+    read = record(monkeypatch, command, "read_model", lambda **given: weights)
+    made = record(monkeypatch, command, "to_layout", lambda **given: export)
+    source = record(monkeypatch, command, "prove_source", lambda **given: Proof("as read", 0.25))
+    proved = record(monkeypatch, command, "prove", lambda **given: Proof("as written", None))
+    written = record(monkeypatch, command, "write")
+    out = tmp_path / "out.pth"
+    assert run("in", out, "--to", "timm", *flags) == (
+        0,
+        "official → timm: IN: as read: largest difference 2.5e-01 of the largest output\n"
+        "official → timm: as written\n"
+        "left out, there is no place here: a, b\n"
+        f"left out, timm has no place: c, d\n{out}\n",
+        "",
+    )
+    default = {"num_heads": None, "window_size": None, "layout": None}
+    assert read == [{"path_or_state_dict": "in", "image_size": size} | default | facts]
+    assert made == [{"weights": weights, "layout": "timm"}]
+    assert source == [{"weights": weights}]
+    assert proved == [{"weights": weights, "export": export}]
+    assert written == [{"export": export, "path": out, "metadata": metadata}]
 
 
 def test_existing_files_stay(checkpoint: Path, tmp_path: Path, run: Run) -> None:

@@ -2,14 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from recorded_calls import record
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import knn as command
+from simmim.commands.labelled_features import LabelledFeatures
+from simmim.data.labels import Labels
+from simmim.downstream.knn import NeighbourScore
 from simmim.method.simmim import SimMIM
 from simmim.model import weights_file
 
@@ -83,3 +89,74 @@ def test_help_says_what_neighbours_are_worth(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         command.main(["--help"])
     assert "no fair measure of a SimMIM encoder" in capsys.readouterr().out
+
+
+def prepared() -> LabelledFeatures:
+    """Features of seven and two images, of which every set and layer has its own."""
+    train = {name: torch.full((7, 3), float(n)) for n, name in enumerate(["block 1", "output"])}
+    val = {name: torch.full((2, 3), 10.0 + n) for n, name in enumerate(["block 1", "output"])}
+    labels = [Labels(np.arange(n) % 2, ("a", "b")) for n in (7, 2)]
+    about = {"train": {"images": 7}, "val": {"images": 2}, "classes": 2, "pool": "mean"}
+    device = torch.device("meta")
+    return LabelledFeatures(device, [*train], train, labels[0], val, labels[1], about)
+
+
+@pytest.mark.parametrize(
+    ("flags", "k", "temperature"),
+    [
+        ([], (1, 5, 20, 200), 0.07),
+        (["--k=3,2", "--temperature=0.5"], (3, 2), 0.5),
+        (["--k=7"], (7,), 0.07),
+    ],
+)
+def test_every_flag_arrives(
+    flags: list[str],
+    k: tuple[int, ...],
+    temperature: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    features = prepared()
+    advanced: list[int] = []
+
+    def score(**given: Any) -> list[NeighbourScore]:
+        given["advance"](2)
+        advanced.append(2)
+        return [NeighbourScore(4, 0.25, 0.75)]
+
+    asked = record(monkeypatch, command, "prepare", lambda **given: features)
+    calls = record(monkeypatch, command, "score_neighbours", score)
+    assert command.main(["weights", "--train=photos", f"--output={tmp_path}", *flags]) == 0
+    assert asked[0]["results"] == ("knn.json",)
+    assert (asked[0]["given"].checkpoint, asked[0]["given"].train) == ("weights", "photos")
+    assert asked[0]["given"].layers == "output"
+    for layer, call in zip(["block 1", "output"], calls, strict=True):
+        del call["advance"]
+        assert call.pop("bank") is features.train[layer]
+        assert call.pop("bank_labels") is features.train_labels.values
+        assert call.pop("queries") is features.val[layer]
+        assert call.pop("labels") is features.val_labels.values
+        assert call == {"neighbours": k, "temperature": temperature, "device": features.device}
+    captured = capsys.readouterr()
+    clipped = [number for number in k if number > 7]
+    assert ("k=20,200 is more than the 7 training images" in captured.err) is bool(clipped)
+    assert captured.out.splitlines()[-1] == str(tmp_path)
+    score_of = {"k": 4, "top1": 0.25, "top5": 0.75}
+    assert json.loads((tmp_path / "knn.json").read_text()) == {
+        **features.about,
+        "temperature": temperature,
+        "scores": [{"layer": "block 1", **score_of}, {"layer": "output", **score_of}],
+    }
+
+
+def test_without_an_output_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record(monkeypatch, command, "prepare", lambda **given: prepared())
+    record(monkeypatch, command, "score_neighbours", lambda **g: [NeighbourScore(1, 0.25, 0.75)])
+    assert command.main(["weights", "--train=photos"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["block", "1", "1", "25.00%", "75.00%"], ["output", "1", "25.00%", "75.00%"]]

@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recorded_calls import record
 from simmim import cli
 from simmim.backbone.build import PRESETS, build_encoder, find_preset
 from simmim.backbone.swin import SwinSpec
+from simmim.commands import model_table as module
 from simmim.commands.model_table import count_macs, model_table
 from simmim.errors import ConfigError
+from simmim.method.simmim import SimMIM
 from simmim.weights.export import layouts_for, to_layout
 from simmim.weights.layouts import LAYOUTS
 from simmim.weights.load import Weights
@@ -29,16 +32,53 @@ def swin_macs(spec: SwinSpec) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", ["swin_tiny", "swin_base"])
-def test_multiplications_are_those_counted_by_hand(name: str) -> None:
-    spec = PRESETS[name]
+def test_multiplications_are_those_counted_by_hand() -> None:
+    spec = PRESETS["swin_base"]
     assert isinstance(spec, SwinSpec)
     assert count_macs(spec) == swin_macs(spec)
     head = 36 * 1024 * 3072
-    if name == "swin_base":  # as quoted for SimMIM at 192 px
-        assert round((count_macs(spec) + head) / 1e9, 2) == 11.39
-    larger = replace(spec, image_size=(384, 192))
-    assert count_macs(larger) == swin_macs(larger)
+    assert round((swin_macs(spec) + head) / 1e9, 2) == 11.39  # as quoted for SimMIM at 192 px
+
+
+def test_multiplications_at_another_size_and_number_of_channels() -> None:
+    spec = replace(
+        PRESETS["swin_tiny"], depths=(1, 1), num_heads=(1, 2), image_size=(384, 192), channels=4
+    )
+    assert isinstance(spec, SwinSpec)
+    assert count_macs(spec) == swin_macs(spec)
+
+
+@pytest.mark.parametrize(("size", "used"), [(None, (192, 192)), (96, (96, 96))])
+def test_an_entry_is_counted_at_the_size_that_it_tells(
+    size: int | None, used: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(PRESETS["swin_tiny"], embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+    monkeypatch.setitem(PRESETS, "swin_tiny", tiny)
+    (entry,) = model_table(["swin_tiny"], size)
+    spec = replace(tiny, image_size=used)
+    assert isinstance(spec, SwinSpec)
+    assert (entry.name, entry.image_size, entry.macs) == ("swin_tiny", used, swin_macs(spec))
+    encoder = build_encoder(spec)
+    assert entry.parameters == sum(p.numel() for p in encoder.parameters())
+    assert entry.methods["simmim"] == sum(p.numel() for p in SimMIM(encoder).parameters())
+    assert set(entry.methods) == {"simmim", "simsiam"}
+    assert entry.layouts == layouts_for(spec)
+    assert entry.as_dict() == {
+        "name": "swin_tiny",
+        "image_size": used,
+        "parameters": entry.parameters,
+        "macs": entry.macs,
+        "methods": entry.methods,
+        "layouts": entry.layouts,
+    }
+
+
+def test_without_names_every_preset_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, module, "_entry")
+    list(model_table((), 64))
+    list(model_table(["vit_tiny"]))
+    assert [call["name"] for call in calls] == [*PRESETS, "vit_tiny"]
+    assert [call["image_size"] for call in calls] == [64] * len(PRESETS) + [None]
 
 
 def test_published_counts() -> None:

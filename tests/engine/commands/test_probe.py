@@ -10,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from recorded_calls import record
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import probe as command
+from simmim.commands.labelled_features import LabelledFeatures
+from simmim.data.labels import Labels
+from simmim.downstream.probe import Probed, Score, Training
 from simmim.method.simmim import SimMIM
 from simmim.model import weights_file
 
@@ -184,3 +188,124 @@ def test_a_vit_on_seven_channels(tmp_path: Path, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert "best: block 1, top-1 100.00%" in captured.out
     assert "unreadable, left out: dark/0.npy" in captured.err
+
+
+def prepared(classes: int) -> LabelledFeatures:
+    names = tuple(map(str, range(classes)))
+    train, val = ({"block 1": torch.zeros(n, 2), "output": torch.ones(n, 2)} for n in (7, 2))
+    labels = [Labels(np.zeros(n, np.int64), names) for n in (7, 2)]
+    about = {"train": {"images": 7}, "val": {"images": 2}, "classes": classes}
+    device = torch.device("meta")
+    return LabelledFeatures(device, [*train], train, labels[0], val, labels[1], about)
+
+
+FOUND = [
+    Probed("block 1", 0.3, Score(0.75, 0.875, 0.5), (0.25, 0.5)),
+    Probed("output", 0.1, Score(0.5, 1.0, float("inf")), (0.5, 0.25)),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "training"),
+    [
+        (["--rates=0.1,0.3"], Training((0.1, 0.3), 100, 256, 0)),
+        (
+            ["--rates=0.1,0.3", "--epochs=7", "--sgd-batch-size=9", "--seed=4"],
+            Training((0.1, 0.3), 7, 9, 4),
+        ),
+        ([], Training(seed=0)),
+    ],
+)
+def test_every_flag_arrives(
+    flags: list[str],
+    training: Training,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    features = prepared(3)
+    asked = record(monkeypatch, command, "prepare", lambda **given: features)
+    calls = record(monkeypatch, command, "probe_layers", lambda **given: iter(FOUND))
+    drawn = record(monkeypatch, command, "save_layers", lambda **given: "no picture")
+    assert command.main(["weights", "--train=photos", f"--output={tmp_path}", *flags]) == 0
+    assert asked[0]["results"] == ("probe.json", "probe.csv", "probe.png")
+    assert (asked[0]["given"].checkpoint, asked[0]["given"].train) == ("weights", "photos")
+    assert asked[0]["given"].layers == "all"
+    (call,) = calls
+    assert call.pop("train") is features.train
+    assert call.pop("train_labels") is features.train_labels
+    assert call.pop("val") is features.val
+    assert call.pop("val_labels") is features.val_labels
+    assert call == {"training": training, "device": features.device}
+    assert drawn == [
+        {
+            "names": ["block 1", "output"],
+            "accuracies": {"top-1": [0.75, 0.5]},
+            "title": "linear probe, 3 classes, best: block 1",
+            "path": tmp_path / "probe.png",
+        }
+    ]
+    captured = capsys.readouterr()
+    assert "no picture" in captured.err
+    assert ("the highest rate was best for block 1:" in captured.err) is bool(flags)
+    assert ("the lowest rate was best for output:" in captured.err) is bool(flags)
+    rows = [line.split() for line in captured.out.splitlines()[2:4]]
+    assert rows == [
+        ["block", "1", "0.3", "75.00%", "87.50%"],
+        ["output", "0.1", "50.00%", "100.00%"],
+    ]
+    written = json.loads((tmp_path / "probe.json").read_text())
+    layers = written.pop("layers")
+    assert written == {
+        **features.about,
+        "rates": [*training.rates],
+        "epochs": training.epochs,
+        "batch_size": training.batch_size,
+        "seed": training.seed,
+        "best": "block 1",
+    }
+    assert layers == [
+        {"layer": "block 1", "rate": 0.3, "top1": 0.75, "top5": 0.875, "loss": 0.5,
+         "picked_top1": [0.25, 0.5]},
+        {"layer": "output", "rate": 0.1, "top1": 0.5, "top5": 1.0, "loss": None,
+         "picked_top1": [0.5, 0.25]},
+    ]  # fmt: skip
+    assert (tmp_path / "probe.csv").read_text().splitlines() == [
+        "layer,rate,top1,top5,loss",
+        "block 1,0.3,0.75,0.875,0.5",
+        "output,0.1,0.5,1.0,inf",
+    ]
+
+
+@pytest.mark.parametrize(("classes", "curves"), [(5, ["top-1"]), (6, ["top-1", "top-5"])])
+def test_of_five_classes_one_of_five_is_always_right(
+    classes: int, curves: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(monkeypatch, command, "prepare", lambda **given: prepared(classes))
+    record(monkeypatch, command, "probe_layers", lambda **given: iter(FOUND))
+    drawn = record(monkeypatch, command, "save_layers")
+    assert command.main(["weights", "--train=photos", f"--output={tmp_path}"]) == 0
+    assert list(drawn[0]["accuracies"]) == curves
+    if classes == 6:
+        assert drawn[0]["accuracies"]["top-5"] == [0.875, 1.0]
+
+
+def test_one_rate_alone_is_no_end_of_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(monkeypatch, command, "prepare", lambda **given: prepared(3))
+    only = Probed("output", 0.1, Score(0.5, 1.0, 0.5), ())
+    record(monkeypatch, command, "probe_layers", lambda **given: iter([only]))
+    assert command.main(["weights", "--train=photos", "--rates=0.1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("flag", ["--rates=0", "--rates=a", "--rates=", "--epochs=0",
+                                  "--sgd-batch-size=0"])  # fmt: skip
+def test_numbers_that_train_nothing_are_refused(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["weights", "--train=photos", flag])
+    assert stop.value.code == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err

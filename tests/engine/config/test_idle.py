@@ -1,8 +1,24 @@
 """Settings that cannot act: refused or told, each in one line; no shipped recipe has one."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from simmim.command_line import load, load_finetuning, recipe_names
+from simmim.config.finetune import AugmentConfig, FinetuneConfig, LabelledConfig
+from simmim.config.idle import IDLE, SET, Idle, idle_notes, refuse_idle
+from simmim.config.sections import (
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    ValidateConfig,
+)
 from simmim.errors import ConfigError
 
 SGD, FIXED = "--optim.name=sgd", "--schedule.name=constant"
@@ -169,3 +185,144 @@ def test_one_process_of_several_tells(
     monkeypatch.setenv("RANK", "1")
     load(["smoke", "--data.path=photos", "--optim.momentum=0.5"])
     assert capsys.readouterr().err == ""
+
+
+def told(config: RunConfig) -> set[str]:
+    """The keys that have no effect in a run, as its notes say."""
+    return {note.partition("=")[0] for note in idle_notes(config, IDLE)}
+
+
+SCHEDULE = ScheduleConfig(
+    milestones=[9.0], step_epochs=9, gamma=0.5, min_lr=0.5, warmup_prefix=True, warmup_lr=0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "acting"),
+    [
+        ("cosine", {"min_lr", "warmup_prefix"}),
+        ("multistep", {"milestones", "gamma"}),
+        ("step", {"step_epochs", "gamma"}),
+        ("linear", set()),
+        ("constant", set()),
+    ],
+)
+def test_what_acts_in_each_schedule(name: Any, acting: set[str]) -> None:
+    shape = {"milestones", "step_epochs", "gamma", "min_lr", "warmup_prefix"}
+    idle = {f"schedule.{key}" for key in shape - acting}
+    assert told(Config(schedule=replace(SCHEDULE, name=name))) == idle
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "idle"),
+    [(0, 0, {"schedule.warmup_lr"}), (1, 0, set()), (0, 1, set()), (1, 1, set())],
+)
+def test_a_warm_up_of_any_length_begins_at_its_rate(
+    epochs: float, steps: int, idle: set[str]
+) -> None:
+    schedule = ScheduleConfig(warmup_epochs=epochs, warmup_steps=steps, warmup_lr=0.5)
+    assert told(Config(schedule=schedule)) == idle
+
+
+@pytest.mark.parametrize(
+    ("name", "idle"), [("sgd", {"betas", "eps"}), ("adamw", {"momentum", "nesterov"})]
+)
+def test_what_acts_in_each_optimiser(name: Any, idle: set[str]) -> None:
+    optim = OptimConfig(name=name, betas=(0.5, 0.5), eps=0.5, momentum=0.5, nesterov=False)
+    assert told(Config(optim=optim)) == {f"optim.{key}" for key in idle}
+
+
+@pytest.mark.parametrize(
+    ("backend", "workers", "idle"),
+    [
+        ("cpu", 0, {"dali_memory_mib", "prefetch", "timeout_s"}),
+        ("cpu", 1, {"dali_memory_mib"}),
+        ("dali", 0, set()),
+        ("auto", 0, set()),
+    ],
+)
+def test_what_acts_in_each_way_of_decoding(backend: Any, workers: int, idle: set[str]) -> None:
+    data = DataConfig(backend=backend, workers=workers, dali_memory_mib=9, prefetch=9, timeout_s=9)
+    assert told(Config(data=data)) == {f"data.{key}" for key in idle}
+
+
+def test_fine_tuning_decodes_in_its_own_processes() -> None:
+    data = LabelledConfig(workers=0, prefetch=9, timeout_s=9)
+    assert told(FinetuneConfig(data=data)) == {"data.prefetch", "data.timeout_s"}
+    assert told(FinetuneConfig(data=replace(data, workers=1))) == set()
+
+
+def test_settings_of_validation_act_with_images() -> None:
+    validate = ValidateConfig(every_epochs=9, batch_size=9, pictures=9)
+    keys = {"validate.every_epochs", "validate.batch_size", "validate.pictures"}
+    assert told(Config(validate=validate)) == keys
+    assert told(Config(validate=replace(validate, path="photos"))) == set()
+
+
+def test_attention_and_pictures_are_not_everywhere() -> None:
+    kernels, log = KernelsConfig(attention="reference"), LogConfig(pictures=9)
+    log = replace(log, picture_every_steps=9)
+    assert told(Config(kernels=kernels, log=log)) == set()
+    convnet = ModelConfig(name="resnet50")
+    assert told(Config(kernels=kernels, log=log, model=convnet)) == {"kernels.attention"}
+    assert told(FinetuneConfig(kernels=kernels, log=log)) == {
+        "log.pictures",
+        "log.picture_every_steps",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "idle"),
+    [
+        ({}, {"data.classes", "data.first_number"}),
+        ({"labels": "l"}, set()),
+        ({"val_labels": "l"}, set()),
+    ],
+)
+def test_a_label_file_is_explained_where_there_is_one(
+    files: dict[str, str], idle: set[str]
+) -> None:
+    data = LabelledConfig(classes="c", first_number=0, **files)  # type: ignore[arg-type]
+    assert told(FinetuneConfig(data=data)) == idle
+
+
+@pytest.mark.parametrize(
+    ("augment", "idle"),
+    [
+        ({"color_jitter": 0.5}, {"augment.color_jitter"}),
+        ({"color_jitter": 0.5, "auto_augment": ""}, set()),
+        ({"mix_switch": 0.25}, set()),
+        ({"mix_switch": 0.25, "mixup": 0}, {"augment.mix_switch"}),
+        ({"mix_switch": 0.25, "cutmix": 0}, {"augment.mix_switch"}),
+    ],
+)
+def test_augmentations_that_replace_one_another(augment: dict[str, Any], idle: set[str]) -> None:
+    assert told(FinetuneConfig(augment=AugmentConfig(**augment))) == idle
+
+
+def test_a_default_needs_no_word() -> None:
+    assert told(Config()) == set()
+    assert told(FinetuneConfig()) == set()
+    own_default = FinetuneConfig().schedule.warmup_lr
+    schedule = ScheduleConfig(warmup_epochs=0, warmup_lr=own_default)
+    assert told(FinetuneConfig(schedule=schedule)) == set()
+    assert told(Config(schedule=schedule)) == {"schedule.warmup_lr"}
+
+
+def test_a_section_is_all_of_its_keys_and_refused_where_it_must_not_be_overlooked() -> None:
+    config = Config(validate=ValidateConfig(path="photos", pictures=2), log=LogConfig(pictures=3))
+    note, refusal = (
+        Idle(("validate",), {"method.name": SET}, refused=refused) for refused in (False, True)
+    )
+    lines = [
+        "validate.path=photos has no effect with method.name=simmim",
+        "validate.pictures=2 has no effect with method.name=simmim",
+    ]
+    assert idle_notes(config, [note]) == lines
+    refuse_idle(config, [note])
+    assert idle_notes(config, [refusal]) == []
+    with pytest.raises(ConfigError) as error:
+        refuse_idle(config, [note, refusal])
+    assert str(error.value) == f"{lines[0]}: leave it out"
+    elsewhere = Idle(("validate",), {"method.name": ("tokens",)}, refused=True)
+    refuse_idle(config, [elsewhere])

@@ -2,14 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from simmim.command_line import load, load_finetuning
-from simmim.config.moved_keys import move_keys
-from simmim.config.values import from_dict, leaf_types, to_toml
+from simmim.config.finetune import FinetuneConfig
+from simmim.config.moved_keys import current_key, move_keys, moved_value
+from simmim.config.sections import Config
+from simmim.config.values import config_class, from_dict, leaf_types, to_toml
 from simmim.errors import ConfigError
-from simmim.method.simmim import SimMIM
+from simmim.method.simmim import SimMIM, SimMIMConfig
 from simmim.pretrain import build_model
 from simmim.training.checkpoint import Loaded
 from simmim.training.resume import changes_since
@@ -106,3 +109,55 @@ def test_a_run_of_before_is_resumed_as_what_it_was(now: int, refused: bool) -> N
             changes_since(checkpoint, config, images)
     else:
         assert changes_since(checkpoint, config, images) == []
+
+
+OLD, NEW = "model.norm_target", "method.norm_target"
+SIMMIM = config_class(SimMIMConfig)
+
+
+def test_where_a_key_stands_now() -> None:
+    assert current_key(OLD, SIMMIM) == NEW
+    assert current_key("train.steps", SIMMIM) == "train.steps"
+    assert current_key(NEW, SIMMIM) == NEW
+    for cls in (Config, FinetuneConfig):
+        with pytest.raises(ConfigError, match=f"^{OLD} is {NEW} of method.name=simmim now"):
+            current_key(OLD, cls)
+
+
+def test_other_settings_stay_where_they_are() -> None:
+    values = {"seed": 3, "model": {"name": "swin_tiny", "norm_target": 7}, "data": {"path": "x"}}
+    moved, notes = move_keys(values, SIMMIM, strict=True)
+    assert moved == {
+        "seed": 3,
+        "model": {"name": "swin_tiny"},
+        "data": {"path": "x"},
+        "method": {"norm_target": 7},
+    }
+    assert notes == [moved_value(OLD, NEW)] == [f"{OLD} is {NEW} now, and was taken as that"]
+    assert values["model"] == {"name": "swin_tiny", "norm_target": 7}
+
+
+def test_the_key_of_now_comes_before_that_of_then() -> None:
+    values = {"model": {"norm_target": 7}, "method": {"name": "simmim", "norm_target": 9}}
+    moved, notes = move_keys(values, SIMMIM, strict=True)
+    assert moved == {"model": {}, "method": {"name": "simmim", "norm_target": 9}}
+    assert len(notes) == 1
+    assert values["method"] == {"name": "simmim", "norm_target": 9}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("cls", [SIMMIM, Config])
+def test_one_that_changed_nothing_is_left_out(strict: bool, cls: type[Config]) -> None:
+    assert move_keys({"model": {"norm_target": 0}}, cls, strict=strict) == ({"model": {}}, [])
+
+
+def test_one_without_a_place_now() -> None:
+    values = {"model": {"norm_target": 7}}
+    assert move_keys(values, Config, strict=False) == ({"model": {}}, [])
+    with pytest.raises(ConfigError, match="leave it out"):
+        move_keys(values, Config, strict=True)
+
+
+@pytest.mark.parametrize("values", [{}, {"model": "swin"}, {"model": {}}, {"train": {"steps": 1}}])
+def test_settings_of_now_need_no_word(values: dict[str, Any]) -> None:
+    assert move_keys(values, SIMMIM, strict=True) == (values, [])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import simmim
+from recorded_calls import record
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
@@ -21,6 +22,7 @@ from simmim.method.build import find_method, methods
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
+from simmim.sharing import hub as module
 from simmim.sharing.hub import load_encoder, load_model, push_to_hub
 from simmim.sharing.model_folder import FILES, save_pretrained
 
@@ -168,14 +170,6 @@ def test_the_public_names_take_every_method(
     assert line == 'model = simmim.load_model(".")  # this folder, or its name on the Hub'
 
 
-def test_the_public_names_are_listed() -> None:
-    assert dir(simmim) == sorted(simmim.__all__)
-    assert {"load_encoder", "load_model", "push_to_hub", "save_pretrained"} <= {*dir(simmim)}
-    assert all(getattr(simmim, name) is not None for name in dir(simmim))
-    with pytest.raises(AttributeError, match="module 'simmim' has no attribute 'nothing'"):
-        _ = simmim.nothing
-
-
 def test_the_card_of_an_encoder_names_what_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,3 +299,127 @@ def test_push_offline(offline: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="user/model: ") as found:
         push_to_hub(tmp_path, "user/model", token="t")
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(("load", "own"), [(load_model, {"norm_target": 7}), (load_encoder, {})])
+def test_every_argument_of_loading_arrives(
+    load: Callable[..., Any],
+    own: dict[str, Any],
+    offline: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(tmp_path)
+
+    monkeypatch.setattr(offline, "snapshot_download", download)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    read = record(monkeypatch, module.load, load.__name__, lambda **given: "model")
+    facts = {"num_heads": 3, "window_size": 5, "qk_scale": 0.5}
+    hub = {"revision": "v2", "token": "secret", "cache_dir": tmp_path / "cache"}
+    assert load("user/name", 96, **own, **hub, **facts) == "model"
+    assert load("user/name") == "model"
+    default = {"norm_target": None} if own else {}
+    assert read == [
+        {"path_or_state_dict": tmp_path / "model.safetensors", "image_size": 96} | own | facts,
+        {"path_or_state_dict": tmp_path / "model.safetensors", "image_size": None} | default,
+    ]
+    fixed = {"name": "user/name", "library_name": "simmim"}
+    fixed |= {"allow_patterns": ["model.safetensors", "config.json", "README.md"]}
+    assert asked == [
+        fixed | hub,
+        fixed | {"revision": None, "token": None, "cache_dir": None},
+    ]
+
+
+def test_a_file_here_is_loaded_with_every_argument(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    read = record(monkeypatch, module.load, "load_model")
+    load_model("~/mine", (64, 96), norm_target=5, num_heads=2)
+    load_model({"a": torch.zeros(1)})
+    assert read[0] == {
+        "path_or_state_dict": tmp_path / "mine",
+        "image_size": (64, 96),
+        "norm_target": 5,
+        "num_heads": 2,
+    }
+    assert list(read[1]["path_or_state_dict"]) == ["a"]
+
+
+def test_every_argument_of_uploading_arrives(
+    offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    class Api:
+        def __init__(self, **options: Any) -> None:
+            calls.append(options)
+
+        def create_repo(self, name: str, **options: Any) -> Any:
+            calls.append({"name": name, **options})
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(options)
+
+    monkeypatch.setattr(offline, "HfApi", Api)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in FILES[:3]:
+        (tmp_path / name).write_text("")
+    push_to_hub("~", "model", revision="branch", message="words", token="secret")
+    push_to_hub(tmp_path, "model")
+    fixed = {"repo_id": "me/model", "folder_path": tmp_path, "allow_patterns": list(FILES)}
+    create = {"name": "model", "private": False, "exist_ok": True}
+    assert calls == [
+        {"token": "secret", "library_name": "simmim"},
+        create,
+        fixed | {"revision": "branch", "commit_message": "words"},
+        {"token": None, "library_name": "simmim"},
+        create,
+        fixed | {"revision": None, "commit_message": "Upload a model of simmim"},
+    ]
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "README.md"])
+def test_a_folder_that_is_not_whole_is_not_uploaded(
+    missing: str, offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "HfApi", None)  # which no call may reach
+    for name in FILES[:3]:
+        (tmp_path / name).write_text("")
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"has no {missing}; `simmim export` makes such a folder"):
+        push_to_hub(tmp_path, "user/model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("HFValidationError", "no such folder here, and no name on the Hub"),
+        ("LocalEntryNotFoundError", "not downloaded before, and the Hub cannot be reached"),
+        ("OfflineModeIsEnabled", "not downloaded before, and the Hub cannot be reached"),
+        (None, "the Hub: OSError"),
+    ],
+)
+def test_why_an_upload_failed(
+    kind: str | None, message: str, offline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: Any = getattr(offline.errors, kind) if kind else OSError
+    failure = type("OSError", (base,), {"__init__": lambda self: None, "__str__": lambda self: ""})
+
+    def fail(**options: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(offline, "HfApi", fail)
+    for name in FILES[:3]:
+        (tmp_path / name).write_text("")
+    wrong = ValueError if kind == "HFValidationError" else RunError
+    with pytest.raises(wrong, match=message) as found:
+        push_to_hub(tmp_path, "user/model")
+    assert str(found.value).startswith("user/model: ")

@@ -1,0 +1,43 @@
+"""`simmim pretrain`: the configuration that was asked for is the one that runs."""
+
+from typing import Any
+
+import pytest
+
+from recorded_calls import record
+from simmim.commands import pretrain as command
+from simmim.config.sections import Config
+
+FLAGS = ["smoke", "--data.path=photos", "--output=here", "--seed=7"]
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_run_has_the_settings_of_the_flags(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = record(monkeypatch, command, "pretrain", lambda **given: code)
+    assert command.main(FLAGS) == code
+    (call,) = calls
+    config = call["config"]
+    assert isinstance(config, Config)
+    assert (config.data.path, config.output, config.seed) == ("photos", "here", 7)
+
+
+def test_a_wrong_flag_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = record(monkeypatch, command, "pretrain")
+    assert command.main([*FLAGS, "--sed=3"]) == 2
+    assert capsys.readouterr().err == "simmim: error: unknown flag --sed; did you mean seed?\n"
+    assert calls == []
+
+
+def test_a_failure_under_way_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**given: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    record(monkeypatch, command, "pretrain", fail)
+    assert command.main(FLAGS) == 1
+    assert capsys.readouterr().err == (
+        "simmim: error: here: No space left on device; the same command resumes the run\n"
+    )
