@@ -120,7 +120,7 @@ def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
 
 
 def test_four_inks_are_three_colours() -> None:
-    data = encoded(Image.fromarray(noise(20, 30, 4), "CMYK"), "JPEG")
+    data = encoded(Image.merge("CMYK", Image.fromarray(noise(20, 30, 4)).split()), "JPEG")
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode == "CMYK"
         expected = np.asarray(image.convert("RGB"))
@@ -135,14 +135,14 @@ def test_alpha_is_kept_where_it_is_wanted() -> None:
     assert read_header(data) == Header(6, 5, 4, "PNG")
     np.testing.assert_array_equal(decode(data, None), values)
     np.testing.assert_array_equal(decode(data, 3), values[..., :3])
-    grey = encoded(Image.fromarray(values[..., :2], "LA"), "PNG")
+    grey = encoded(Image.fromarray(values[..., :2]), "PNG")
     assert read_header(grey).channels == 2
     np.testing.assert_array_equal(decode(grey, None), values[..., :2])
     np.testing.assert_array_equal(decode(grey, 4), values[..., [0, 0, 0, 1]])
 
 
 def test_a_palette_has_the_channels_of_its_colours() -> None:
-    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "P")
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     opaque, clear = encoded(image, "PNG"), encoded(image, "PNG", transparency=1)
     colours = np.array([[10, 20, 30, 255], [40, 50, 60, 0], [70, 80, 90, 255]], np.uint8)
@@ -200,7 +200,7 @@ def test_without_a_range_sixteen_bits_keep_their_upper_eight() -> None:
     values = noise(4, 6, dtype=np.uint16)
     expected = (values >> 8).astype(np.uint8)[..., None]
     png = encoded(Image.fromarray(values), "PNG")
-    wide = encoded(Image.fromarray(values.astype(np.int32), "I"), "TIFF")
+    wide = encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
     assert read_header(png) == Header(6, 4, 1, "PNG")
     for data in (npy(values), png, wide):
         np.testing.assert_array_equal(decode(data, None), expected)
