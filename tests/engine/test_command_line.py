@@ -296,3 +296,23 @@ def test_notes_are_told_by_the_first_process(
     monkeypatch.setenv("RANK", "1")
     load(flags)
     assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_run_is_refused(recipes: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.path is not set: the folder of your images"):
+        load(["own"])
+    with pytest.raises(ConfigError, match=r"^data\.path is not set: your labelled images"):
+        load_finetuning(["finetune_own", "--pretrained=mine"])
+    with pytest.raises(ConfigError, match=r"^mask\.unit=7 px does not divide"):
+        load(["own", "--data.path=x", "--mask.unit=7"])
+
+
+def test_a_call_leaves_nothing_to_the_next(recipes: Path) -> None:
+    first = load(["own", "--data.path=x"])
+    load(
+        ["own", "--data.path=y", "--train.steps=9", "--model.drop_path=0.5", "--data.mean=[1,1,1]"]
+    )
+    assert load(["own", "--data.path=x"]) == first
+    with pytest.raises(ConfigError):
+        load(["own", "--data.path=x", "--train.steps=many"])
+    assert load(["own", "--data.path=x"]) == first

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from simmim import cli
-from simmim.backbone.build import build_encoder, find_preset, spec_from_dict
+from simmim.backbone.build import build_encoder, find_preset, spec_from_dict, spec_to_dict
 from simmim.backbone.vit import ViTSpec
 from simmim.command_line import load, load_finetuning
 from simmim.config.sections import MaskConfig
@@ -29,9 +29,10 @@ from simmim.model.classifier import Classifier
 from simmim.model.weights_file import save_weights, trained_mask
 from simmim.pretrain import pretrain
 from simmim.run_folder import RunFolder
-from simmim.sharing.card import RunFacts, write_card
+from simmim.sharing.card import RunFacts, describe, write_card
 from simmim.sharing.model_folder import export, save_pretrained
 from simmim.sharing.run_facts import read_facts
+from simmim.version import __version__
 from simmim.weights.load import load_model
 
 SPEC = ViTSpec(image_size=(32, 32), patch_size=16, embed_dim=16, depth=1, num_heads=2)
@@ -91,6 +92,148 @@ def run_snippet(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     values: dict[str, Any] = {}
     exec(found[1], values)
     return values
+
+
+FACTS = RunFacts(
+    name="mine",
+    recipe={
+        "seed": 3,
+        "pretrained": "before",
+        "data": {"path": "animals", "val_path": "", "mean": [0.5, 0.25]},
+        "train": {"batch_size": 2048, "precision": "bf16"},
+    },
+    step=1234,
+    epochs=12.345,
+    data={"images": 5678, "digest": "abc", "unreadable": 2},
+    loss=0.123456,
+    evaluation={"top1": 0.75, "top5": 0.9876, "loss": 1.23456, "images": 4321},
+    environment={
+        "versions": {"simmim": "1", "torch": "2", "python": "3", "numpy": "4"},
+        "device_name": "card",
+        "processes": 8,
+        "git_commit": "def",
+    },
+    picture=None,
+)
+
+
+def card_of(folder: Path, *given: Any, **options: Any) -> tuple[dict[str, Any], str]:
+    return parts(write_card(folder, *given, **options))
+
+
+def test_every_fact_of_a_run_has_its_row(tmp_path: Path) -> None:
+    classes = tuple(f"c{n}" for n in range(21))
+    front, text = card_of(tmp_path, Classifier(build_encoder(SPEC), classes), FACTS, license="mit")
+    rows = {
+        "length": "1,234 steps, 12.35 epochs",
+        "batch": "2048",
+        "precision": "bf16",
+        "data": "animals",
+        "images": "5,678",
+        "digest of their names": "`abc`",
+        "unreadable": "2",
+        "pre-trained weights": "before",
+        "device": "card × 8",
+        "versions": "simmim 1, torch 2, python 3",
+        "commit": "`def`",
+        "top-1": "75.00%",
+        "top-5": "98.76%",
+        "validation loss": "1.2346",
+        "validated on": "4,321 images of animals (held out)",
+        "training loss, last 100 steps": "0.1235",
+        "classes": f"21: {', '.join(classes[:20])}, … (config.json has all)",
+    }
+    assert {name: cell(text, name) for name in rows} == rows
+    assert text.split("```toml\n")[1].split("```")[0] == (
+        'seed = 3\npretrained = "before"\n\n[data]\npath = "animals"\nval_path = ""\n'
+        'mean = [0.5, 0.25]\n\n[train]\nbatch_size = 2048\nprecision = "bf16"\n'
+    )
+    assert "# ViT, fine-tuned on animals\n" in text
+    assert "Classifies images into 21 classes. Its encoder comes from [SimMIM](https://" in text
+    assert "## License\n\n`mit`\n" in text
+    assert "reconstruction.png" not in text
+    assert front["license"] == "mit"
+    assert front["tags"] == [
+        "simmim", "vit", "pytorch", "masked-image-modeling", "self-supervised-learning",
+    ]  # fmt: skip
+    (entry,) = front["model-index"]
+    assert entry["results"][0]["metrics"] == [
+        {"type": "accuracy", "name": "Top-1 accuracy", "value": 0.75},
+        {"type": "accuracy", "name": "Top-5 accuracy", "value": 0.9876},
+    ]
+
+
+def test_what_is_unknown_has_no_row(tmp_path: Path) -> None:
+    known = replace(
+        FACTS, recipe={}, step=None, epochs=None, data={"unreadable": 0}, evaluation={}, loss=None
+    )
+    known = replace(known, environment={"device_name": "card", "processes": 1})
+    front, text = card_of(tmp_path, Classifier(build_encoder(SPEC), ("a", "b")), known)
+    table = text.split("## Training\n\n")[1].split("\n\n")[0]
+    assert table.splitlines() == ["| | |", "|---|---|", "| device | card |"]
+    assert "## Results" not in text
+    assert "## Recipe" not in text
+    assert "model-index" not in front
+    assert "# ViT, fine-tuned\n" in text
+    assert cell(text, "classes") == "2: a, b"
+    assert "Not stated yet" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"path": "animals", "val_path": "others"}, "others"),
+        ({"path": "animals"}, "animals (held out)"),
+        ({}, "the training data (held out)"),
+    ],
+)
+def test_what_was_validated_on(data: dict[str, str], name: str, tmp_path: Path) -> None:
+    facts = replace(FACTS, recipe={"data": data})
+    front, text = card_of(tmp_path, Classifier(build_encoder(SPEC), ("a", "b")), facts)
+    assert cell(text, "validated on") == f"4,321 images of {name}"
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == name
+
+
+def test_an_encoder_of_photos_that_are_not_square(tmp_path: Path) -> None:
+    spec = replace(SPEC, image_size=(32, 64), channels=5)
+    statistics = {"mean": (0.1, 0.2, 0.3, 0.4, 0.5), "std": (0.6, 0.7, 0.8, 0.9, 1.0)}
+    model = SimMIM(build_encoder(spec), **statistics, norm_target=7)
+    _, text = card_of(tmp_path, model, mask={"unit": 8, "ratio": 0.25}, picture=True)
+    rows = {
+        "image": "32 × 64 pixels, 5 channels",
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "cell of the mask grid": "16 pixels",
+        "embed dim": "16",
+        "depth": "1",
+        "num heads": "2",
+        "mean": "0.1, 0.2, 0.3, 0.4, 0.5",
+        "std": "0.6, 0.7, 0.8, 0.9, 1.0",
+        "mask": "25% of units of 8 pixels",
+        "target": "normalised over 7 × 7",
+    }
+    assert {name: cell(text, name) for name in rows} == rows
+    assert "torch.zeros(1, 5, 32, 64, dtype=torch.uint8)" in text
+    assert "# [1, 16, 2, 4]" in text
+    assert "![original, masked, reconstruction](reconstruction.png)" in text
+    assert "## Training" not in text
+    assert describe(model, {"unit": 8, "ratio": 0.25}) == {
+        "library_name": "simmim",
+        "simmim_version": __version__,
+        "model_class": "SimMIM",
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "encoder": spec_to_dict(spec),
+        "mean": pytest.approx(statistics["mean"]),
+        "std": pytest.approx(statistics["std"]),
+        "norm_target": 7,
+        "mask": {"unit": 8, "ratio": 0.25},
+    }
+
+
+def test_what_config_json_says_of_a_classifier() -> None:
+    model = Classifier(build_encoder(SPEC), ("a", "b"), margin=1.5)
+    told = describe(model)
+    assert (told["num_classes"], told["classes"], told["margin"]) == (2, ["a", "b"], 1.5)
+    assert "mask" not in told
 
 
 def test_a_pretrained_model(
