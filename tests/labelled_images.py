@@ -62,3 +62,16 @@ KINDS = {"colour": COLOUR, "grey": GREY, "small": SMALL, "bands": BANDS}
 
 def image_for(pixels: Pixels) -> bytes:
     return encoded(noise(90, 70, len(pixels.mean)))
+
+
+def normalised(image: np.ndarray, pixels: Pixels) -> np.ndarray:
+    unit = np.moveaxis(image, -1, 0).astype(np.float32) / np.float32(255)
+    mean = np.array(pixels.mean, dtype=np.float32)[:, None, None]
+    std = np.array(pixels.std, dtype=np.float32)[:, None, None]
+    return (unit - mean) / std
+
+
+def scaled_rows_first(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale to (width, height) as Pillow up to 12 does; later ones may begin with the columns."""
+    bicubic = Image.Resampling.BICUBIC
+    return image.resize((size[0], image.height), bicubic).resize(size, bicubic)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from labelled_images import KINDS, peer
-from simmim.data import finetune_views
+from simmim.data import finetune_views, mixing
 from simmim.data.finetune_views import Pixels
 from simmim.data.mixing import draws_from
 from simmim.data.open import open_source
 from simmim.packing.options import Options
 from simmim.packing.pack import pack
+from stand_in_timm import StandIns
 
 
 @pytest.fixture
@@ -67,3 +68,12 @@ def pixels(request: pytest.FixtureRequest) -> Pixels:
     if request.param != "bands":
         peer("timm.data")
     return KINDS[request.param]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    """In place of timm, wherever it is installed or not: what it is given can be looked at."""
+    stand_ins = StandIns()
+    monkeypatch.setattr(finetune_views, "import_timm", stand_ins.import_timm)
+    monkeypatch.setattr(mixing, "import_timm", stand_ins.import_timm)
+    return stand_ins

@@ -1,11 +1,11 @@
-"""Views of labelled images: the published recipe to the bit, draws that follow their key only."""
+"""Views of labelled images: what timm is handed, draws that follow their key only, evaluation."""
 
 import io
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,122 +23,20 @@ from labelled_images import (
     encoded,
     image_for,
     noise,
+    normalised,
     peer,
+    scaled_rows_first,
     seed_generators,
     states,
 )
 from simmim.config.finetune import AugmentConfig
-from simmim.data.decode import UnreadableImage, decode
+from simmim.data.decode import UnreadableImage
 from simmim.data.finetune_views import EvaluationView, Pixels, TrainingView
 from simmim.data.mixing import draws_from
 from simmim.data.open import open_source
 from simmim.data.producer import InlineProducer, Producer, SourceSamples
 from simmim.data.workers import WorkerPool
-
-RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-
-
-@pytest.fixture
-def transforms() -> Any:
-    return peer("torchvision.transforms")
-
-
-@pytest.fixture(scope="module")
-def files(photos: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(photos.iterdir())]
-
-
-def published(timm_data: Any, size: int, **changes: object) -> Any:
-    """The call of microsoft/SimMIM:data/data_finetune.py with the values of its config.py."""
-    options = {
-        "input_size": size,
-        "is_training": True,
-        "color_jitter": 0.4,
-        "auto_augment": RAND_AUGMENT,
-        "re_prob": 0.25,
-        "re_mode": "pixel",
-        "re_count": 1,
-        "interpolation": "bicubic",
-    }
-    return timm_data.create_transform(**options | changes)
-
-
-@pytest.mark.parametrize("size", [64, 224])
-def test_training_views_are_the_published_ones(
-    timm_data: Any, files: list[bytes], keys: list[int], size: int
-) -> None:
-    view = TrainingView(Pixels((size, size), MEAN, STD), seed=3)
-    assert not view.note
-    theirs = published(timm_data, size)
-    for sample, data in enumerate(files):
-        ours = view(data, 1, sample)
-        seed_generators(keys[-1])
-        wanted = theirs(Image.fromarray(decode(data, 3)))
-        assert ours.dtype == np.float32
-        assert torch.equal(torch.from_numpy(ours), wanted)
-
-
-def test_colour_jitter_without_a_policy(
-    timm_data: Any, files: list[bytes], keys: list[int]
-) -> None:
-    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", erase=0.0))
-    theirs = published(timm_data, 64, auto_augment=None, re_prob=0.0)
-    assert "ColorJitter" in str(theirs)
-    assert "ColorJitter" not in str(published(timm_data, 64))
-    for sample, data in enumerate(files[:6]):
-        ours = view(data, 0, sample)
-        seed_generators(keys[-1])
-        wanted = theirs(Image.fromarray(decode(data, 3)))
-        assert torch.equal(torch.from_numpy(ours), wanted)
-
-
-def test_small_views_are_shifted_as_published(
-    timm_data: Any, transforms: Any, keys: list[int]
-) -> None:
-    view = TrainingView(SMALL, seed=0)
-    theirs = published(timm_data, 32)
-    theirs.transforms[0] = transforms.RandomCrop(32, padding=4)
-    picture = noise(32, 32)
-    for epoch in range(20):
-        ours = view(encoded(picture), epoch, 0)
-        seed_generators(keys[-1])
-        assert torch.equal(torch.from_numpy(ours), theirs(Image.fromarray(picture)))
-
-
-def test_small_views_of_large_images_show_most_of_them(timm_data: Any) -> None:
-    plain = AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0, flip=0.0)
-    ramp = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
-    view = TrainingView(SMALL, 0, plain)(encoded(np.ascontiguousarray(ramp)), 0, 0)
-    steps = np.diff(view[0] * STD[0] * 255, axis=0)
-    assert np.median(steps) == pytest.approx(8, abs=0.1)  # 256 rows in 32
-
-
-@pytest.mark.parametrize("size", [(64, 64), (32, 32), (48, 80)])
-def test_grey_images_take_the_whole_recipe(
-    timm_data: Any, files: list[bytes], keys: list[int], size: tuple[int, int]
-) -> None:
-    view = TrainingView(Pixels(size, (0.45,), (0.23,)), seed=1)
-    assert not view.note
-    seen = {view(files[i % 4], i, 0).tobytes() for i in range(200)}  # every operation of the policy
-    assert len(seen) > 190  # posterised to no bits, some are equal
-    if max(size) > 32:
-        theirs = published(timm_data, size, mean=(0.45,), std=(0.23,))  # type: ignore[arg-type]
-        ours = view(files[0], 0, 9)
-        seed_generators(keys[-1])
-        wanted = theirs(Image.fromarray(decode(files[0], 1)[:, :, 0]))
-        assert torch.equal(torch.from_numpy(ours), wanted)
-
-
-def test_posterising_to_no_bits_is_black(timm_data: Any, files: list[bytes]) -> None:
-    # at magnitude 10; the published policy (9 ± 0.5) comes to it now and then
-    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="rand-m10-n1-inc1", erase=0.0))
-    black = normalised(np.zeros((64, 64, 3), dtype=np.uint8), COLOUR)
-    views = [view(files[0], epoch, 0) for epoch in range(120)]
-    assert 0 < sum(np.array_equal(made, black) for made in views) < 20
-    for policy in ("v0-mstd9", "rand-m10-mstd9-inc1", "augmix-m10-mstd9"):
-        view = TrainingView(SMALL, 0, AugmentConfig(auto_augment=policy))
-        for epoch in range(300):
-            view(encoded(noise(32, 32)), epoch, 0)
+from stand_in_timm import RandomCrop, StandIns, posterised, rotated
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_sample(pixels: Pixels) -> None:
@@ -241,41 +139,6 @@ def test_other_channels_are_shifted_where_views_are_small() -> None:
     assert len(seen) > 100
 
 
-def normalised(image: np.ndarray, pixels: Pixels) -> np.ndarray:
-    unit = np.moveaxis(image, -1, 0).astype(np.float32) / np.float32(255)
-    mean = np.array(pixels.mean, dtype=np.float32)[:, None, None]
-    std = np.array(pixels.std, dtype=np.float32)[:, None, None]
-    return (unit - mean) / std
-
-
-def scaled_rows_first(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale to (width, height) as Pillow up to 12 does; later ones may begin with the columns."""
-    bicubic = Image.Resampling.BICUBIC
-    return image.resize((size[0], image.height), bicubic).resize(size, bicubic)
-
-
-@pytest.mark.parametrize("size", [32, 64, 192, 224])
-def test_evaluation_views_are_torchvisions(transforms: Any, files: list[bytes], size: int) -> None:
-    pixels = Pixels((size, size), MEAN, STD)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    end = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    crop = transforms.CenterCrop(size)
-    chains = {
-        256 / 224: (transforms.Resize(int((256 / 224) * size), interpolation=bicubic), [crop]),
-        1: (transforms.Resize(size, interpolation=bicubic), [crop]),
-        0: (transforms.Resize((size, size), interpolation=bicubic), []),
-    }
-    for margin, (resize, crops) in chains.items():
-        view, theirs = EvaluationView(pixels, margin), transforms.Compose(crops + end)
-        for data in files:
-            picture = Image.fromarray(decode(data, 3))
-            wanted = theirs(scaled_rows_first(picture, resize(picture).size))
-            assert torch.equal(torch.from_numpy(view(data)), wanted)
-    default = EvaluationView(pixels)
-    published_margin = 1 if size <= 32 else 256 / 224
-    assert np.array_equal(default(files[0]), EvaluationView(pixels, published_margin)(files[0]))
-
-
 @pytest.mark.parametrize(("height", "width"), [(70, 131), (131, 70), (64, 64), (20, 20), (74, 73)])
 @pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
 def test_evaluation_views_in_pillows_words(pixels: Pixels, height: int, width: int) -> None:
@@ -322,14 +185,6 @@ def test_views_of_long_images_show_their_middle() -> None:
         assert np.array_equal(view(encoded(image)), view(encoded(np.ascontiguousarray(middle))))
 
 
-def test_crops_of_a_single_pixel_hold_it(timm_data: Any) -> None:
-    white = np.full((1, 1, 3), 255, dtype=np.uint8)
-    view = TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0))
-    wanted = normalised(np.full((64, 64, 3), 255, dtype=np.uint8), COLOUR)
-    for epoch in range(20):
-        assert np.array_equal(view(encoded(white), epoch, 0), wanted)
-
-
 def test_unreadable_images(write_image: Callable[..., Path]) -> None:
     view = EvaluationView(Pixels((16, 16), MEAN, STD, max_pixels=1000))
     data = write_image("x.png", size=(40, 30)).read_bytes()
@@ -356,3 +211,185 @@ def test_settings_without_meaning_are_refused() -> None:
         TrainingView(COLOUR, 0, AugmentConfig(crop_scale=(0, 1)))
     with pytest.raises(ValueError, match="crop_ratio"):
         TrainingView(COLOUR, 0, AugmentConfig(crop_ratio=(2, 1)))
+
+
+PLAIN = AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0, crop_ratio=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("pixels", [COLOUR, SMALL], ids=["crops", "shifts"])
+def test_the_flip_probability_is_the_configured_one(pixels: Pixels, flip: float) -> None:
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image[:, 32:] = 255  # bright at the right
+    view = TrainingView(pixels, 0, replace(PLAIN, crop_scale=(0.9, 1.0), flip=flip))
+    for epoch in range(12):
+        left, right = np.split(view(encoded(image), epoch, 0).mean((0, 1)), 2)
+        assert (left.mean() > right.mean()) == bool(flip)
+
+
+def test_crops_without_timm_have_the_configured_scale() -> None:
+    ramp = np.broadcast_to(np.arange(0, 256, 2, dtype=np.uint8)[:, None, None], (128, 128, 3))
+    data = encoded(np.ascontiguousarray(ramp))
+    for scale, rows in ((0.25, 64), (1.0, 128)):
+        view = TrainingView(COLOUR, 0, replace(PLAIN, crop_scale=(scale, scale)))
+        made = view(data, 0, 0)[0] * STD[0] * 255
+        # the step from row to row of 64, in levels: the crop's rows over 64, at two levels each
+        assert np.median(np.diff(made, axis=0)) == pytest.approx(2 * rows / 64, abs=0.1)
+
+
+def test_crops_without_timm_have_the_configured_ratio() -> None:
+    down, right = np.mgrid[0:128, 0:128] * 2
+    image = np.stack([down, right, 0 * down], axis=-1).astype(np.uint8)
+    augment = replace(PLAIN, crop_scale=(0.25, 0.25), crop_ratio=(4.0, 4.0), flip=0.0)
+    made = TrainingView(COLOUR, 0, augment)(encoded(image), 0, 0)
+    # 32 rows and 128 columns of the image, two levels each, in 64 of the view
+    assert np.median(np.diff(made[0] * STD[0] * 255, axis=0)) == pytest.approx(1, abs=0.1)
+    assert np.median(np.diff(made[1] * STD[1] * 255, axis=1)) == pytest.approx(4, abs=0.1)
+
+
+def test_shifts_down_and_to_the_right_are_drawn_by_themselves() -> None:
+    dot = np.zeros((32, 32, 3), dtype=np.uint8)
+    dot[16, 16] = 255
+    view = TrainingView(SMALL, 0, replace(PLAIN, flip=0.0))
+    places = [np.unravel_index(view(encoded(dot), e, 0)[0].argmax(), (32, 32)) for e in range(200)]
+    rows, columns = np.array(places).T - 16
+    assert set(rows) == set(columns) == set(range(-4, 5))
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize(("size", "margin", "seen"), [(64, None, 56), (32, None, 64), (64, 2, 32)])
+def test_evaluation_shows_the_middle_by_its_margin(
+    size: int, margin: float | None, seen: float
+) -> None:
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (64, 64, 3))
+    view = EvaluationView(Pixels((size, size), (0.0,) * 3, (1.0,) * 3), margin)
+    rows = view(encoded(np.ascontiguousarray(ramp)))[0].mean(1) * 255
+    assert rows[-4] - rows[3] == pytest.approx(seen * (size - 7) / size, abs=1)
+    assert rows.mean() == pytest.approx(31.5, abs=0.6)
+
+
+def test_squeezed_views_are_bicubic() -> None:
+    image = noise(40, 100)
+    wanted = np.asarray(scaled_rows_first(Image.fromarray(image), (64, 64)))
+    assert np.array_equal(EvaluationView(COLOUR, 0)(encoded(image)), normalised(wanted, COLOUR))
+
+
+def test_training_views_are_limited_in_pixels_too() -> None:
+    for view in (TrainingView(replace(COLOUR, max_pixels=100), 0, PLAIN),):
+        with pytest.raises(UnreadableImage, match="more than the limit"):
+            view(encoded(noise(11, 10)), 0, 0)
+        view(encoded(noise(10, 10)), 0, 0)
+
+
+DRAWN = AugmentConfig(
+    crop_scale=(0.2, 0.9),
+    crop_ratio=(0.6, 1.6),
+    flip=0.3,
+    auto_augment="rand-m5",
+    color_jitter=0.7,
+    erase=0.15,
+    erase_mode="rand",
+    erase_count=3,
+)
+
+
+def test_every_value_arrives_at_timms_transform(stand_ins: StandIns) -> None:
+    TrainingView(Pixels((48, 80), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), 0, DRAWN)
+    assert stand_ins.transforms[0].options == {
+        "input_size": (48, 80),
+        "is_training": True,
+        "scale": (0.2, 0.9),
+        "ratio": (0.6, 1.6),
+        "hflip": 0.3,
+        "color_jitter": 0.7,
+        "auto_augment": "rand-m5",
+        "interpolation": "bicubic",
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "re_prob": 0.15,
+        "re_mode": "rand",
+        "re_count": 3,
+    }
+
+
+def test_the_published_recipe_is_the_default(stand_ins: StandIns) -> None:
+    TrainingView(COLOUR, 0)
+    options = stand_ins.transforms[0].options
+    # microsoft/SimMIM: config.py; crop and flip are timm's own defaults there
+    assert {key: options[key] for key in ("color_jitter", "auto_augment", "scale", "hflip")} == {
+        "color_jitter": 0.4,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "scale": (0.08, 1.0),
+        "hflip": 0.5,
+    }
+    assert {key: options[f"re_{key}"] for key in ("prob", "mode", "count")} == {
+        "prob": 0.25,
+        "mode": "pixel",
+        "count": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("on", "kept"),
+    [
+        ({"auto_augment": "rand-m5"}, {"auto_augment": "rand-m5"}),
+        ({"color_jitter": 0.7}, {"color_jitter": 0.7}),
+        ({"erase": 0.15}, {"re_prob": 0.15}),
+    ],
+)
+def test_one_augmentation_is_drawn_without_the_others(
+    stand_ins: StandIns, on: dict, kept: dict
+) -> None:
+    off = {"auto_augment": "", "color_jitter": 0.0, "erase": 0.0}
+    TrainingView(COLOUR, 0, AugmentConfig(**off | on))
+    names = ("auto_augment", "color_jitter", "re_prob")
+    options = stand_ins.transforms[0].options
+    # None switches an augmentation of timm off
+    assert {name: options[name] or None for name in names} == dict.fromkeys(names) | kept
+
+
+def test_a_recipe_of_crop_and_flip_asks_for_no_timm(stand_ins: StandIns) -> None:
+    TrainingView(COLOUR, 0, AugmentConfig(auto_augment="", color_jitter=0.0, erase=0.0))
+    TrainingView(BANDS, 0)
+    assert not stand_ins.transforms
+
+
+@pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
+def test_timms_draws_follow_seed_epoch_and_sample(stand_ins: StandIns, pixels: Pixels) -> None:
+    data, seen = image_for(pixels), set()
+    for seed, epoch, sample in [(5, 2, 7), (6, 2, 7), (5, 3, 7), (5, 2, 8)]:
+        made = TrainingView(pixels, seed)(data, epoch, sample)
+        torch.rand(1)
+        assert np.array_equal(made, TrainingView(pixels, seed)(data, epoch, sample))
+        assert made.shape == (len(pixels.mean), 64, 64)
+        seen.add(made.tobytes())
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("side", [32, 33])
+def test_views_of_at_most_32_pixels_are_shifted(stand_ins: StandIns, side: int) -> None:
+    TrainingView(Pixels((side - 8, side), *(COLOUR.mean, COLOUR.std)), 0)
+    crop = stand_ins.transforms[0].transforms[0]
+    assert isinstance(crop, RandomCrop) == (side == 32)
+    if isinstance(crop, RandomCrop):
+        assert (crop.size, crop.padding) == ((24, 32), 4)
+
+
+def test_small_views_are_cut_from_an_image_that_just_covers_them(stand_ins: StandIns) -> None:
+    image = np.zeros((64, 128, 3), dtype=np.uint8)
+    image[:, 32:] = 200  # the stand-in cuts at the left: 32 of 64 columns, 8 of them dark
+    made = TrainingView(SMALL, 0)(encoded(image), 0, 0)
+    columns = made[0].mean(0) - made.min()
+    assert columns[:12].max() < 5
+    assert columns[20:].min() > 195
+
+
+def test_posterising_to_no_bits_is_black_and_nothing_else_is_changed(stand_ins: StandIns) -> None:
+    TrainingView(COLOUR, 0)
+    policy = stand_ins.transforms[0].transforms[1].policy[0][0]
+    rotate, posterise = policy.ops
+    assert rotate.aug_fn is rotated
+    picture = Image.fromarray(noise(5, 7))
+    assert not np.asarray(posterise.aug_fn(picture, 0)).any()
+    for bits in (1, 4):
+        assert posterise.aug_fn(picture, bits).tobytes() == posterised(picture, bits).tobytes()

@@ -10,6 +10,7 @@ import torch
 from labelled_images import seed_generators, states
 from simmim.config.finetune import AugmentConfig
 from simmim.data.mixing import Mixing, draws_from
+from stand_in_timm import StandIns
 
 
 def test_draws_follow_all_64_bits_of_the_key() -> None:
@@ -92,3 +93,84 @@ def test_odd_batches_cannot_be_mixed(timm_data: Any) -> None:
     smooth[torch.arange(7), label.clamp(min=0)] = 0.91
     smooth[3] = 0
     assert torch.allclose(target, smooth)
+
+
+# Every value differs from its default, and from every other.
+MIXED = AugmentConfig(
+    mixup=0.3, cutmix=0.7, mix_probability=0.9, mix_switch=0.25, smoothing=0.04
+)  # fmt: skip
+
+
+def test_every_value_arrives_at_timms_mixup(stand_ins: StandIns) -> None:
+    Mixing(7, 0, MIXED)
+    assert stand_ins.mixups[0].options == {
+        "mixup_alpha": 0.3,
+        "cutmix_alpha": 0.7,
+        "prob": 0.9,
+        "switch_prob": 0.25,
+        "mode": "batch",
+        "label_smoothing": 0.04,
+        "num_classes": 7,
+    }
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.3, 0.0), (0.0, 0.7)])
+def test_either_way_of_mixing_is_enough(stand_ins: StandIns, mixup: float, cutmix: float) -> None:
+    mixing = Mixing(10, 0, AugmentConfig(mixup=mixup, cutmix=cutmix))
+    assert mixing.enabled
+    image, label = batch()
+    assert not torch.equal(mixing(image.clone(), label, 0, 0)[0], image)
+
+
+def test_draws_of_mixing_follow_seed_step_rank_and_micro_batch(stand_ins: StandIns) -> None:
+    seed_generators(1)
+    before, seen = states(), set()
+    for seed, place in [(0, (5, 1)), (1, (5, 1)), (0, (6, 1)), (0, (5, 0)), (0, (5, 1, 1))]:
+        image, label = batch()
+        first = Mixing(10, seed, MIXED)(image.clone(), label, *place)[0]
+        random.random(), np.random.rand()
+        again = Mixing(10, seed, MIXED)(image.clone(), label, *place)[0]
+        assert torch.equal(first, again)
+        seen.add(first.numpy().tobytes())
+        seed_generators(1)
+    assert len(seen) == 5
+    assert states() == before
+
+
+def test_mixing_leaves_the_generators_as_they_were(stand_ins: StandIns) -> None:
+    seed_generators(1)
+    before = states()
+    Mixing(10, 0, MIXED)(*batch(), 3, 0)
+    assert states() == before
+
+
+def test_empty_slots_are_mixed_as_copies_of_their_partners(stand_ins: StandIns) -> None:
+    image, label = torch.arange(1.0, 7).view(6, 1, 1, 1), torch.arange(6)
+    image[[1, 2, 3]], label[[1, 2, 3]] = 0.0, -1  # 1 has a partner, 2 and 3 are a pair
+    mixed, target = Mixing(6, 0, MIXED)(image, label, 0, 0)
+    added = mixed[2].item()
+    assert (mixed.flatten() - added).tolist() == pytest.approx([3.5, 5, 0, 0, 5, 3.5], abs=1e-5)
+    assert target.tolist() == [
+        [0.5, 0, 0, 0, 0, 0.5],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0.5, 0, 0, 0, 0, 0.5],
+    ]
+
+
+def test_odd_batches_are_refused_by_their_number(stand_ins: StandIns) -> None:
+    with pytest.raises(ValueError, match="7 images cannot be mixed in pairs"):
+        Mixing(10, 0)(*batch(7), 0, 0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_targets_without_mixing_are_smoothed_as_configured(smoothing: float) -> None:
+    mixing = Mixing(4, 0, AugmentConfig(mixup=0.0, cutmix=0.0, smoothing=smoothing))
+    image = torch.randn(3, 1, 2, 2)
+    same, target = mixing(image.clone(), torch.tensor([2, -1, 0]), 0, 0)
+    assert torch.equal(same, image)
+    off, on = smoothing / 4, 1 - smoothing + smoothing / 4
+    wanted = torch.tensor([[off, off, on, off], [0, 0, 0, 0], [on, off, off, off]])
+    torch.testing.assert_close(target, wanted)

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,11 @@ from simmim.data.folder import FolderSource
 from simmim.data.labels import Labels, labels_of
 from simmim.data.open import open_source
 from simmim.data.shards import ShardSource, scan_tar
+from simmim.errors import RunError
+from simmim.packing import plan
 from simmim.packing.options import Options
 from simmim.packing.pack import claimed, pack
+from simmim.packing.tasks import Tally
 
 
 def test_a_folder(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,3 +226,54 @@ def test_labels_of_some_images_only(small: Path, tmp_path: Path) -> None:
     found = scan_tar(tmp_path / "packed" / "000000.tar")
     assert found.labels.tolist() == values.tolist()
     assert run("--verify", tmp_path / "packed") == 0
+
+
+def test_a_second_pack_makes_only_what_is_missing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, options = FolderSource(small), Options(images_per_shard=4)
+    folder, told = tmp_path / "packed", [(0, 0, 0)]
+    pack(source, folder, options)
+    whole = contents(folder)
+    (folder / "000001.json").unlink()
+    (folder / "000003.idx").unlink()
+    (folder / ".000001.tar.tmp-77").touch()
+    times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+    begun = plan.Plan.write_shard
+
+    def write_shard(self: plan.Plan, folder: Path, number: int, tally: Tally) -> None:
+        # told before any shard is made: a reader must not take the folder for whole
+        assert json.loads((folder / "dataset.json").read_text())["images"] is None
+        begun(self, folder, number, tally)
+
+    monkeypatch.setattr(plan.Plan, "write_shard", write_shard)
+    summary = pack(source, folder, options, tick=lambda *counts: told.append(counts))
+    assert told[-1] == (6, 0, 8)  # 4 and 2 made, and 8 that were there
+    assert contents(folder) == whole
+    assert (summary.images, summary.shards) == (14, 4)
+    seen = [p.name for p in folder.iterdir() if p.stat().st_mtime_ns != times.get(p.name)]
+    assert {name for name in seen if name.startswith("00000")} == {
+        f"{number}.{kind}" for number in ("000001", "000003") for kind in ("tar", "idx", "json")
+    }
+
+
+def test_workers_do_not_hold_the_lock_and_are_as_many_as_asked(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    begun = plan.Plan.write_shard
+
+    def write_shard(self: plan.Plan, folder: Path, number: int, tally: Tally) -> None:
+        (processes / str(os.getpid())).touch()
+        while len(list(processes.iterdir())) < 3:
+            time.sleep(0.001)
+        held = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+        if str(folder) in held:
+            raise RunError("a worker holds the lock")
+        begun(self, folder, number, tally)
+
+    monkeypatch.setattr(plan.Plan, "write_shard", write_shard)
+    pack(FolderSource(small), tmp_path / "packed", Options(images_per_shard=5), workers=3)
+    assert len(list(processes.iterdir())) == 3

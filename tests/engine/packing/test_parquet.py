@@ -111,3 +111,71 @@ def test_without_pyarrow(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert run(tables, tables / "packed") == 2
     assert "pip install 'simmim[parquet]'" in capsys.readouterr().err
+
+
+def write_rows(path: Path, labels: list[int | None], names: list[str] | None = None) -> Path:
+    """A parquet file of images b"0", b"1", … with labels."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    schema = pa.schema([("image", pa.binary()), ("label", pa.int64())], metadata=metadata)
+    data = [f"{path.stem} {row}".encode() for row in range(len(labels))]
+    table = pa.table([pa.array(data), pa.array(labels, pa.int64())], schema=schema)
+    pq.write_table(table, path, row_group_size=3)
+    return path
+
+
+def test_rows_are_numbered_through_all_files_and_groups(tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{name}.parquet", [0] * size) for name, size in
+             (("a", 7), ("b", 2), ("c", 4))]  # fmt: skip
+    source = parquet.ParquetSource(files)
+    wanted = [(name, row) for name, size in (("a", 7), ("b", 2), ("c", 4)) for row in range(size)]
+    assert list(source.names) == [f"{name}.parquet/{row}" for name, row in wanted]
+    order = [*range(13), 12, 0, 8, 3, 9]
+    assert [source.read(n) for n in order] == [f"{wanted[n][0]} {wanted[n][1]}".encode()
+                                               for n in order]  # fmt: skip
+
+
+def test_labels_of_all_files_are_joined(tmp_path: Path) -> None:
+    files = [
+        write_rows(tmp_path / "a.parquet", [1, None, 0], ["owl", "cat", "dog"]),
+        write_rows(tmp_path / "b.parquet", [-1, 2], ["owl", "cat", "dog"]),
+    ]
+    labels = parquet.ParquetSource(files).labels
+    assert labels is not None
+    assert labels.values.tolist() == [1, -1, 0, -1, 2]
+    assert labels.classes == ("owl", "cat", "dog")
+    bare = parquet.ParquetSource([write_rows(tmp_path / "c.parquet", [3, None])]).labels
+    assert bare is not None
+    assert bare.values.tolist() == [3, -1]
+    assert bare.classes == ("0", "1", "2", "3")
+    assert parquet.ParquetSource([write_rows(tmp_path / "d.parquet", [None])]).labels is None
+    with pytest.raises(DataError, match="class 2 of 2 that its schema names"):
+        parquet.ParquetSource([write_rows(tmp_path / "e.parquet", [2], ["owl", "cat"])])
+
+
+def test_files_of_other_classes_are_refused(tmp_path: Path) -> None:
+    first = write_rows(tmp_path / "a.parquet", [0, 1], ["owl", "cat"])
+    for names in (["cat", "owl"], None):
+        second = write_rows(tmp_path / "b.parquet", [0, 1], names)
+        with pytest.raises(DataError, match="differ in image column or classes"):
+            parquet.ParquetSource([first, second])
+
+
+def test_which_files_a_path_means(tmp_path: Path) -> None:
+    for name in ("b.parquet", "a.parquet", "sub/c.parquet", "metadata.parquet", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def meant(path: str) -> list[str]:
+        return [str(p.relative_to(tmp_path)) for p in parquet.parquet_files(f"{tmp_path}/{path}")]
+
+    assert meant("") == ["a.parquet", "b.parquet", "sub/c.parquet"]
+    assert meant("b.parquet") == ["b.parquet"]
+    assert meant("[ab].parquet") == ["a.parquet", "b.parquet"]
+    assert meant("notes.txt") == meant("nowhere") == meant("*") == []
+    for split in ("train-00000-of-00001", "val-00000-of-00001-0a1b"):
+        (tmp_path / "sub" / f"{split}.parquet").touch()
+    with pytest.raises(DataError, match=r"the splits train, val; .*'.*/val-\*.parquet'"):
+        meant("sub")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,3 +133,23 @@ def test_memory_stays_within_the_budget_and_does_not_grow() -> None:
     assert max(peaks) <= budget
     # holes in the heap come and go by some percent
     assert max(peaks[4:]) <= 1.1 * max(peaks[1:4])
+
+
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (1 / 4, 1.0), (1.0, 2.0), (1.0, 1.0)])
+def test_the_estimate_by_hand(ratio: tuple[float, float]) -> None:
+    pixels, aspect = 10**6, max(ratio[1], 1 / ratio[0])
+    augmentation = replace(AUGMENTATION, ratio=ratio)
+    # 48 × 64 views of 3 channels, 8 images, 2 threads
+    batches = 3 * (pixels + 3 * pixels + 2 * 8 * 48 * 64 * 3)
+    decoders = 2 * (pixels // 4) * (6 + 2 * 3)
+    between = 4 * 3 * 64 * (8 * aspect * pixels) ** 0.5
+    found = estimate_bytes(pixels, augmentation, micro_batch=8, threads=2)
+    assert found == pytest.approx(2**26 + 1.25 * (batches + decoders + between), abs=2)
+
+
+def test_few_images_are_resized_at_once() -> None:
+    many = estimate_bytes(10**6, AUGMENTATION, micro_batch=64, threads=2)
+    views = 3 * 2 * 32 * 48 * 64 * 3 * 1.25
+    assert many - estimate_bytes(10**6, AUGMENTATION, micro_batch=32, threads=2) == (
+        pytest.approx(views, abs=2)
+    )
