@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from forked_command import finish
 from simmim import cli, validation
 from simmim.command_line import load
 from simmim.config.sections import Config
@@ -38,13 +37,6 @@ from simmim.validation import Measured, Validation, validate
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT / "engine"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    ),
-    "OMP_NUM_THREADS": "1",
-}
 RECIPES = {
     "simmim": ["smoke"],
     "simmim-norm-target": ["smoke", "--method.norm_target=7"],
@@ -160,113 +152,6 @@ def test_images_too_small_for_ssim(images: Path) -> None:
     method, _ = prepare(images, "tokens_smoke", "--data.image_size=4", "--model.patch_size=2")
     with pytest.raises(ConfigError, match="at least 6 px"):
         Validation(method, ALONE)
-
-
-def command(recipe: str, images: Path, output: Path, *more: str) -> list[str]:
-    """12 steps, 3 an epoch, each validated."""
-    return [
-        "pretrain", recipe, f"--data.path={images / 'train'}", f"--output={output}",
-        "--data.workers=0", "--train.steps=12", "--checkpoint.every_steps=3",
-        f"--validate.path={images / 'val'}", "--validate.pictures=2", "--validate.batch_size=3",
-        *more,
-    ]  # fmt: skip
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "validations.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("recipe", ["smoke", "tokens_smoke"])
-def test_a_run_leaves_numbers_and_pictures(recipe: str, images: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    assert cli.main(command(recipe, images, output, "--log.tensorboard=true")) == 0
-    found = rows(output)
-    assert [row["step"] for row in found] == [3, 6, 9, 12]
-    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
-    assert all(row["images"] == 6 for row in found)
-    assert found[-1]["loss"] < found[0]["loss"]
-    assert found[-1]["psnr"] > 8
-    assert 0 < found[-1]["ssim"] < 1
-    pictures = sorted((output / "validation").glob("*.png"))
-    assert [p.name for p in pictures] == [f"step_{step:08d}.png" for step in (3, 6, 9, 12)]
-    with Image.open(pictures[-1]) as picture:
-        assert np.asarray(picture).std() > 20
-    log = (output / "log.txt").read_text()
-    assert f"step 12: validation loss {found[-1]['loss']:.4f}, PSNR {found[-1]['psnr']:.2f}" in log
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    seen = events.EventAccumulator(str(output / "tensorboard"))
-    seen.Reload()
-    shown = [event.value for event in seen.Scalars("validations/ssim")]
-    assert shown == pytest.approx([row["ssim"] for row in found], rel=1e-6)
-    assert seen.Images(seen.Tags()["images"][0])
-
-
-def test_a_signal_during_a_validation_leaves_it_for_later(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert cli.main(command("tokens_smoke", images, whole)) == 0
-    real, calls = validation.validate, list[int]()
-
-    def interrupted(*given: Any, **named: Any) -> Measured:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)  # the handler does not let this end
-        return real(*given, **named)
-
-    monkeypatch.setattr(validation, "validate", interrupted)
-    assert cli.main(command("tokens_smoke", images, stopped)) == 75
-    assert [row["step"] for row in rows(stopped)] == [3]
-    assert (stopped / "checkpoints" / "step_00000006").is_dir()
-    assert cli.main(command("tokens_smoke", images, stopped)) == 0
-    assert rows(stopped) == rows(whole)
-    assert len(calls) == 5  # one of step 6 that was cut short, and four
-
-
-def test_what_is_beyond_the_checkpoint_is_made_again(images: Path, tmp_path: Path) -> None:
-    """A killed process leaves rows of steps that were not saved, and half a row."""
-    killed, constant = tmp_path / "killed", "--schedule.name=constant"
-    arguments = command("tokens_smoke", images, killed, constant)
-    assert cli.main([*arguments, "--train.steps=6"]) == 0
-    saved = rows(killed)
-    assert [row["step"] for row in saved] == [3, 6]
-    with (killed / "validations.jsonl").open("a") as file:
-        file.write(json.dumps({**saved[-1], "step": 9, "loss": 0.0}) + "\n")
-        file.write('{"step": 12, "lo')
-    (killed / "model.safetensors").unlink()
-    assert cli.main(arguments) == 0
-    found = rows(killed)
-    assert [row["step"] for row in found] == [3, 6, 9, 12]
-    assert found[:2] == saved  # what was validated is not validated twice
-    assert found[2]["loss"] > 0.1
-
-
-def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert cli.main(command("tokens_smoke", images, one)) == 0
-    launched = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "simmim", *command("tokens_smoke", images, two),
-        ],
-        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr
-    for mine, other in zip(rows(one), rows(two), strict=True):
-        assert mine == {key: pytest.approx(value, rel=1e-4) for key, value in other.items()}
-    assert (two / "log.txt").read_text().count("02.png") == 4
-
-
-def test_numbers_that_are_not_finite(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        validation, "validate", lambda *given, **named: Measured(6, math.nan, math.inf, 0.5)
-    )
-    output = tmp_path / "run"
-    assert cli.main(command("tokens_smoke", images, output)) == 0
-    assert all(row["loss"] is None and row["psnr"] is None for row in rows(output))
 
 
 PIXELS = 6  # the smallest side that SSIM takes
@@ -463,3 +348,94 @@ def test_an_observer_measures_records_and_tells(
     assert given.pop() == (run, observer.samples.draw, run.model, place, "validation")
     observer.finish(run)
     assert given.pop() == (run, "reconstructions of held-out images", place)
+
+
+def command(recipe: str, images: Path, output: Path, *more: str) -> list[str]:
+    """12 steps, 3 an epoch, each validated."""
+    return [
+        "pretrain", recipe, f"--data.path={images / 'train'}", f"--output={output}",
+        "--data.workers=0", "--train.steps=12", "--checkpoint.every_steps=3",
+        f"--validate.path={images / 'val'}", "--validate.pictures=2", "--validate.batch_size=3",
+        *more,
+    ]  # fmt: skip
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "validations.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_numbers_and_pictures(images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert cli.main(command("tokens_smoke", images, output, "--log.tensorboard=true")) == 0
+    found = rows(output)
+    assert [row["step"] for row in found] == [3, 6, 9, 12]
+    assert [row["epoch"] for row in found] == [1, 2, 3, 4]
+    assert all(row["images"] == 6 for row in found)
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert found[-1]["psnr"] > 8
+    assert 0 < found[-1]["ssim"] < 1
+    pictures = sorted((output / "validation").glob("*.png"))
+    assert [p.name for p in pictures] == [f"step_{step:08d}.png" for step in (3, 6, 9, 12)]
+    with Image.open(pictures[-1]) as picture:
+        assert np.asarray(picture).std() > 20
+    log = (output / "log.txt").read_text()
+    assert f"step 12: validation loss {found[-1]['loss']:.4f}, PSNR {found[-1]['psnr']:.2f}" in log
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    seen = events.EventAccumulator(str(output / "tensorboard"))
+    seen.Reload()
+    shown = [event.value for event in seen.Scalars("validations/ssim")]
+    assert shown == pytest.approx([row["ssim"] for row in found], rel=1e-6)
+    assert seen.Images(seen.Tags()["images"][0])
+
+
+def test_a_signal_during_a_validation_leaves_it_for_later(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    short = "--train.steps=6"
+    assert cli.main(command("tokens_smoke", images, whole, short)) == 0
+    real, calls = validation.validate, list[int]()
+
+    def interrupted(*given: Any, **named: Any) -> Measured:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the handler does not let this end
+        return real(*given, **named)
+
+    monkeypatch.setattr(validation, "validate", interrupted)
+    assert cli.main(command("tokens_smoke", images, stopped, short)) == 75
+    assert [row["step"] for row in rows(stopped)] == [3]
+    assert (stopped / "checkpoints" / "step_00000006").is_dir()
+    assert cli.main(command("tokens_smoke", images, stopped, short)) == 0
+    assert rows(stopped) == rows(whole)
+    assert len(calls) == 3  # one of step 6 that was cut short, and two
+
+
+def test_what_is_beyond_the_checkpoint_is_made_again(images: Path, tmp_path: Path) -> None:
+    """A killed process leaves rows of steps that were not saved, and half a row."""
+    killed, constant = tmp_path / "killed", "--schedule.name=constant"
+    arguments = command("tokens_smoke", images, killed, constant)
+    assert cli.main([*arguments, "--train.steps=6"]) == 0
+    saved = rows(killed)
+    assert [row["step"] for row in saved] == [3, 6]
+    with (killed / "validations.jsonl").open("a") as file:
+        file.write(json.dumps({**saved[-1], "step": 9, "loss": 0.0}) + "\n")
+        file.write('{"step": 12, "lo')
+    (killed / "model.safetensors").unlink()
+    assert cli.main(arguments) == 0
+    found = rows(killed)
+    assert [row["step"] for row in found] == [3, 6, 9, 12]
+    assert found[:2] == saved  # what was validated is not validated twice
+    assert found[2]["loss"] > 0.1
+
+
+def test_two_processes_are_one(images: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    short = "--train.steps=3"
+    assert cli.main(command("tokens_smoke", images, one, short)) == 0
+    launched = finish("simmim", *command("tokens_smoke", images, two, short), processes=2)
+    assert launched.returncode == 0, launched.stderr
+    (mine,), (other,) = rows(one), rows(two)
+    assert mine == {key: pytest.approx(value, rel=1e-4) for key, value in other.items()}
+    assert (two / "log.txt").read_text().count("02.png") == 1

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from forked_command import finish
 from simmim import cli
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
@@ -176,8 +174,6 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
 SHARED = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[2])
-import torch
-torch.set_num_threads(1)
 from pathlib import Path
 from test_evaluate import make_classifier, opened
 from simmim import distributed
@@ -188,31 +184,19 @@ source, labels = opened(Path(sys.argv[1]))
 model = make_classifier()
 found = evaluate(model, source, labels, world, batch_size=4, workers=0, report=told.append)
 distributed.finish(world)
-print(json.dumps([found.counts.tolist(), found.loss, found.confusion.tolist(), told]))
+answer = json.dumps([found.counts.tolist(), found.loss, found.confusion.tolist(), told])
+Path(sys.argv[1]).with_name(f"answer{world.rank}.json").write_text(answer)
 """
 
 
 def test_processes_share_the_images(folder: Path) -> None:
     (folder / "bee" / "01.png").write_bytes(b"no image")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    script = folder.with_name("shared.py")
+    script.write_text(SHARED)
     here = [str(Path(__file__).parent), *filter(None, sys.path)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(folder), json.dumps(here)],
-            stdout=subprocess.PIPE,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]
-    answers = [json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for p in processes]
+    done = finish(script, str(folder), json.dumps(here), processes=2)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(folder.with_name(f"answer{rank}.json").read_text()) for rank in (0, 1)]
     source, labels = opened(folder)
     told: list[str] = []
     alone = evaluate(
