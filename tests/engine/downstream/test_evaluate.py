@@ -377,3 +377,14 @@ def test_unlabelled_images_are_passed_over(folder: Path) -> None:
     )
     assert found.counts[0].tolist() == np.bincount(values[values >= 0], minlength=7).tolist()
     assert done == [10, 5]  # they are not even decoded
+
+
+def test_classes_of_the_model_without_an_image_are_answers_too(folder: Path) -> None:
+    source, labels = opened(folder)
+    model = make_classifier((*CLASSES, "hen"))
+    with torch.no_grad():
+        model.head.bias[7] = 1e6  # it answers hen, whatever it sees
+    found = evaluate(model, source, labels, ALONE, batch_size=23, workers=0)
+    assert (found.num_classes, found.num_images, found.top1) == (8, 23, 0)
+    assert found.confusion is not None
+    assert found.confusion.view(8, 8)[:, 7].tolist() == [4, 4, 3, 3, 3, 3, 3, 0]

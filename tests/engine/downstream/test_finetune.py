@@ -1,8 +1,7 @@
 """Fine-tuning's parts: every setting reaches the part that it belongs to, without a run."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,24 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from simmim.backbone.build import build_encoder
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
-from simmim.command_line import load_finetuning
-from simmim.config.finetune import FinetuneConfig
 from simmim.data.batch import Batch
 from simmim.data.loader import Loader
 from simmim.distributed import World
 from simmim.downstream import finetune as finetuning
 from simmim.downstream.finetune import (
     ClassificationLoss,
-    Evaluations,
     build_classifier,
     classifier_spec,
-    finetune,
     soft_cross_entropy,
 )
 from simmim.downstream.metrics import ClassificationMetrics
@@ -37,44 +31,14 @@ from simmim.model.classifier import Classifier
 from simmim.model.weights_file import save_weights
 from simmim.run_folder import RunFolder
 from simmim.training.run import Run
-from simmim.training.step import TrainState
 from simmim.weights.load import Weights
+from small_finetuning import OF_WEIGHTS, Start, configure, write_classes
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 SWIN = SwinSpec(
     image_size=(16, 16), patch_size=4, embed_dim=8, depths=(1,), num_heads=(1,), window_size=2
 )
-VIT = (
-    "--model.name=vit_tiny", "--model.embed_dim=8", "--model.num_heads=[1]", "--model.depths=[2]",
-    "--model.patch_size=8",
-)  # fmt: skip
-OF_WEIGHTS = ("--pretrained=x",)
-
-
-@dataclass
-class Started:
-    """What a run handed to the loop, and what the loop makes of it."""
-
-    state: TrainState
-    source: Any
-    loader: Loader
-    observer: Evaluations
-    folder: RunFolder
-    log: Any
-
-
-Start = Callable[..., Started]
-
-
-def write_classes(folder: Path, per_class: int, classes: str = "ab") -> Path:
-    """Class folders of grey images; an image's brightness tells its class and number."""
-    for place, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for number in range(per_class):
-            value = 20 * number + 10 * place
-            Image.new("RGB", (20, 20), (value, value, value)).save(folder / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture
@@ -85,36 +49,12 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def configure(*flags: str, model: tuple[str, ...] = VIT) -> FinetuneConfig:
-    """Of images of 16 pixels, with a small ViT unless the weights tell the architecture."""
-    here = ("--data.path=x", "--output=x", "--data.image_size=16", "--data.workers=0")
-    return load_finetuning(["finetune_smoke", *here, *model, *flags])
-
-
 @pytest.fixture
 def start(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Start a run with flags; the loop takes what it is given, and makes no step."""
-
-    def start(*flags: str, model: tuple[str, ...] = VIT) -> Started:
-        given: list[Started] = []
-
-        def loop(
-            state: Any, source: Any, loader: Any, begin: Any, folder: Any, log: Any, _: Any
-        ) -> int:
-            made = loader()
-            given.append(Started(state, source, made, begin(made), folder, log))
-            return 75
-
-        monkeypatch.setattr(finetuning, "train", loop)
-        places = f"--data.path={images}", f"--output={tmp_path / 'run'}"
-        config = configure(*places, *flags, model=model)
-        assert finetune(config) == 75
-        return given[0]
-
-    return start
+    return Start(images, tmp_path / "run", monkeypatch)
 
 
-def a_batch(state: TrainState, ids: list[int]) -> Batch:
+def a_batch(ids: list[int]) -> Batch:
     image = torch.rand(len(ids), 3, 16, 16, generator=torch.Generator().manual_seed(1))
     numbers = torch.tensor(ids)
     return Batch(image, numbers, torch.zeros_like(numbers), int((numbers >= 0).sum()))
@@ -123,7 +63,7 @@ def a_batch(state: TrainState, ids: list[int]) -> Batch:
 def test_the_loss_smooths_labels_as_configured_and_leaves_out_empty_slots(start: Start) -> None:
     state = start("--augment.smoothing=0.3", "--model.drop_path=0").state
     state.model.head.weight.data.normal_()  # type: ignore[union-attr, operator]
-    batch = a_batch(state, [0, -1, 6, 3])
+    batch = a_batch([0, -1, 6, 3])
     with torch.no_grad():
         found = float(state.loss_of(state, batch, 0))
     logits = state.model(batch.image[[0, 2, 3]]).detach()

@@ -392,3 +392,13 @@ def test_pictures_in_memory_of_too_many_pixels_are_refused(
     module._encode(np.zeros((3, 4, 3), np.uint8))
     with pytest.raises(OSError, match="5×3 pixels, more than 12"):
         module._encode(np.zeros((3, 5, 3), np.uint8))
+
+
+def test_paths_may_begin_at_home_and_images_may_come_as_a_tuple(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_picture().save(tmp_path / "a.png")
+    model = make_classifier()
+    one, other = predict(model, ("~/a.png", make_picture()))
+    assert one == other
