@@ -316,9 +316,8 @@ class _Parquet:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise RunError(
-                f"{path.suffix} files need pyarrow: pip install 'simmim[parquet]'"
-            ) from None
+            # the file that is written here has a temporary name
+            raise RunError(".parquet files need pyarrow: pip install 'simmim[parquet]'") from None
         self._pa = pa
         fields = [("id", pa.int64()), ("name", pa.string())]
         fields += [] if labels is None else [("label", pa.int64())]

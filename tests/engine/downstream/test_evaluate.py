@@ -2,11 +2,10 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from forked_command import finish
 from simmim import cli
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
+from simmim.data.decode import MAX_PIXELS
 from simmim.data.labels import Labels, labels_of
 from simmim.data.open import open_source
 from simmim.data.source import Source
 from simmim.distributed import World
+from simmim.downstream import evaluate as module
 from simmim.downstream.evaluate import evaluate, evaluation_view, load_classifier, match_to_model
 from simmim.errors import DataError
 from simmim.method.simmim import SimMIM
@@ -172,8 +174,6 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
 SHARED = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[2])
-import torch
-torch.set_num_threads(1)
 from pathlib import Path
 from test_evaluate import make_classifier, opened
 from simmim import distributed
@@ -184,31 +184,19 @@ source, labels = opened(Path(sys.argv[1]))
 model = make_classifier()
 found = evaluate(model, source, labels, world, batch_size=4, workers=0, report=told.append)
 distributed.finish(world)
-print(json.dumps([found.counts.tolist(), found.loss, found.confusion.tolist(), told]))
+answer = json.dumps([found.counts.tolist(), found.loss, found.confusion.tolist(), told])
+Path(sys.argv[1]).with_name(f"answer{world.rank}.json").write_text(answer)
 """
 
 
 def test_processes_share_the_images(folder: Path) -> None:
     (folder / "bee" / "01.png").write_bytes(b"no image")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    script = folder.with_name("shared.py")
+    script.write_text(SHARED)
     here = [str(Path(__file__).parent), *filter(None, sys.path)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(folder), json.dumps(here)],
-            stdout=subprocess.PIPE,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]
-    answers = [json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for p in processes]
+    done = finish(script, str(folder), json.dumps(here), processes=2)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(folder.with_name(f"answer{rank}.json").read_text()) for rank in (0, 1)]
     source, labels = opened(folder)
     told: list[str] = []
     alone = evaluate(
@@ -318,3 +306,85 @@ def test_the_best_weights_of_a_run(tmp_path: Path) -> None:
     assert load_classifier(tmp_path).head.weight.unique().tolist() == [0.25]
     assert load_classifier(tmp_path / "model.safetensors").head.weight.unique().numel() > 1
     assert not load_classifier(tmp_path).training
+
+
+def test_a_view_has_the_models_size_and_statistics_and_what_it_is_told() -> None:
+    spec = replace(SPEC, image_size=(32, 48))
+    model = Classifier(
+        build_encoder(spec), CLASSES, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], margin=1.25
+    )
+    view = evaluation_view(model, max_pixels=99, value_range=(3, 9))
+    pixels = view.pixels
+    assert pixels.size == (32, 48)
+    assert pixels.mean == pytest.approx([0.1, 0.2, 0.3])
+    assert pixels.std == pytest.approx([0.4, 0.5, 0.6])
+    assert (pixels.max_pixels, pixels.value_range, view.margin) == (99, (3, 9), 1.25)
+    assert evaluation_view(model).pixels.max_pixels == MAX_PIXELS
+    # a model that is pre-trained has no margin of its own
+    pretrained = SimMIM(build_encoder(replace(SPEC, image_size=(64, 64))))
+    assert evaluation_view(pretrained).margin == 256 / 224
+
+
+def test_every_option_reaches_the_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, given = module.one_pass, list[Any]()
+
+    def noted(source: Any, view: Any, world: Any, **named: Any) -> Any:
+        given.append({"source": source, "view": view, "world": world, **named})
+        return real(source, view, world, **{**named, "workers": 0})
+
+    monkeypatch.setattr(module, "one_pass", noted)
+    source, labels = opened(folder)
+    model, told = make_classifier(), list[str]()
+    view, tell = evaluation_view(model, margin=1.5), told.append
+    evaluate(
+        model, source, labels, ALONE, batch_size=9, view=view, workers=3, timeout_s=7, report=tell
+    )
+    evaluate(model, source, labels, ALONE, batch_size=9)
+    for named in given:
+        named.pop("note_problem")
+        assert named.pop("samples").tolist() == list(range(23))
+    rest = {"source": source, "world": ALONE, "batch_size": 9}
+    assert given[0] == rest | {"view": view, "workers": 3, "timeout_s": 7, "report": tell}
+    assert given[1].pop("view").margin == 1.0
+    assert given[1] == rest | {"workers": -1, "timeout_s": 120, "report": print}
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_model_computes_in_the_type_that_is_asked(
+    folder: Path, precision: str, dtype: torch.dtype
+) -> None:
+    source, labels = opened(folder)
+    model, seen = make_classifier(), set[torch.dtype]()
+    model.head.register_forward_hook(lambda _module, _inputs, out: seen.add(out.dtype))
+    evaluate(model, source, labels, ALONE, batch_size=12, workers=0, precision=precision)
+    assert seen == {dtype}
+
+
+def test_unlabelled_images_are_passed_over(folder: Path) -> None:
+    source, labels = opened(folder)
+    done: list[int] = []
+    values = np.where(np.arange(23) % 3 == 0, -1, labels.values)
+    found = evaluate(
+        make_classifier(),
+        source,
+        Labels(values, CLASSES),
+        ALONE,
+        batch_size=10,
+        workers=0,
+        advance=done.append,
+    )
+    assert found.counts[0].tolist() == np.bincount(values[values >= 0], minlength=7).tolist()
+    assert done == [10, 5]  # they are not even decoded
+
+
+def test_classes_of_the_model_without_an_image_are_answers_too(folder: Path) -> None:
+    source, labels = opened(folder)
+    model = make_classifier((*CLASSES, "hen"))
+    with torch.no_grad():
+        model.head.bias[7] = 1e6  # it answers hen, whatever it sees
+    found = evaluate(model, source, labels, ALONE, batch_size=23, workers=0)
+    assert (found.num_classes, found.num_images, found.top1) == (8, 23, 0)
+    assert found.confusion is not None
+    assert found.confusion.view(8, 8)[:, 7].tolist() == [4, 4, 3, 3, 3, 3, 3, 0]

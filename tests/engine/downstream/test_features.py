@@ -1,10 +1,10 @@
 """Features of every layer, of a batch and of whole sources, in memory and in files."""
 
 import csv
-import json
-import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,22 +12,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from simmim.backbone.build import build_encoder
+from simmim.backbone.resnet import ResNetSpec
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.commands import features as command
-from simmim.data.labels import labels_of
 from simmim.data.open import open_source
-from simmim.data.source import PackedStrings
-from simmim.downstream import feature_files
+from simmim.distributed import World
+from simmim.downstream import features as module
 from simmim.downstream.evaluate import evaluation_view
-from simmim.downstream.feature_files import write_features
 from simmim.downstream.features import (
+    bytes_of,
+    count_not_finite,
     extract_features,
+    feature_batches,
     feature_shapes,
     layer_features,
     layer_names,
@@ -39,6 +39,7 @@ from simmim.method.simmim import SimMIM
 from simmim.model import weights_file
 from simmim.model.classifier import Classifier
 from simmim.model.image_model import ImageModel
+from simmim.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,135 +254,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def load(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], list[str], list[int]]:
-    """ids, features, names and labels of a file of one layer."""
-    if path.suffix == ".parquet":
-        table = pq.read_table(path)
-        flat = table["feature"].combine_chunks().flatten()
-        return (
-            table["id"].to_numpy(),
-            flat.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1),
-            table["name"].to_pylist(),
-            table["label"].to_pylist(),
-        )
-    rows = read_table(path.with_name(f"{path.name}.csv"))
-    assert [int(row["row"]) for row in rows] == list(range(len(rows)))
-    ids = np.array([int(row["id"]) for row in rows])
-    names, labels = [row["name"] for row in rows], [int(row["label"]) for row in rows]
-    if path.suffix == ".npy":
-        return ids, np.load(path, mmap_mode="r"), names, labels
-    tensors = load_file(path)
-    assert tensors["ids"].tolist() == ids.tolist()
-    assert tensors["labels"].tolist() == labels
-    return ids, tensors["features"].numpy(), names, labels
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".parquet"])
-def test_a_file_holds_the_readable_images(folder: Path, suffix: str, dtype: str) -> None:
-    model, path = vit(), folder.parent / f"out{suffix}"
-    source = open_source(str(folder))
-    count = write_features(
-        path,
-        model,
-        source,
-        labels_of(source),
-        dtype=dtype,
-        layers=["output"],
-        batch_size=2,
-        workers=0,
-        report=lambda line: None,
+def load(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32], list[int]]:
+    """ids, features and labels of a parquet file of one layer."""
+    table = pq.read_table(path)
+    flat = table["feature"].combine_chunks().flatten()
+    return (
+        table["id"].to_numpy(),
+        flat.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1),
+        table["label"].to_pylist(),
     )
-    assert count == 6
-    ids, features, names, labels = load(path)
-    assert ids.tolist() == READABLE
-    assert features.dtype == dtype
-    assert names == [source.names[sample] for sample in READABLE]
-    assert labels == [0, 0, 0, 1, 1, 1]
-    expected = torch.stack(list(embeddings(model, folder).values())).numpy()
-    np.testing.assert_allclose(
-        features,
-        expected,
-        rtol=2e-3 if dtype == "float16" else 1e-5,
-        atol=1e-3 if dtype == "float16" else 1e-6,
-    )
-    assert not list(folder.parent.glob(".*tmp*"))
-
-
-@pytest.mark.parametrize("chunk", [7, 2**26])
-def test_all_layers_in_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(feature_files, "CHUNK_BYTES", chunk)  # several moves, several row groups
-    model, source = swin(), open_source(str(folder))
-    options = {"batch_size": 2, "workers": 0, "report": lambda line: None}
-    arrays, table = folder.parent / "a.safetensors", folder.parent / "a.parquet"
-    for path in (arrays, table):
-        assert write_features(path, model, source, **options) == 6
-    expected = extract_features(model, source, **options).layers
-    tensors, columns = load_file(arrays), pq.read_table(table)
-    assert set(tensors) == {"ids", *expected}
-    assert columns.column_names == ["id", "name", *expected]
-    for name, values in expected.items():
-        torch.testing.assert_close(tensors[name], values)
-        flat = columns[name].combine_chunks().flatten().to_numpy()
-        np.testing.assert_array_equal(flat.reshape(values.shape), tensors[name].numpy())
-    assert pq.ParquetFile(table).num_row_groups == (4 if chunk == 7 else 1)
-    with safe_open(arrays, "pt") as reader:
-        about = json.loads(reader.metadata()["simmim.features"])
-    assert about == {"layers": list(expected), "pool": "mean"}
-    with pytest.raises(ValueError, match=r"an \.npy file holds one layer"):
-        write_features(folder.parent / "a.npy", model, source, **options)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".npy", ".parquet"])
-def test_patch_tokens_in_a_file(folder: Path, suffix: str) -> None:
-    model, source, path = vit(), open_source(str(folder)), folder.parent / f"out{suffix}"
-    options = {"layers": ["block 1"], "pool": "none", "workers": 0, "report": lambda line: None}
-    write_features(path, model, source, **options)
-    expected = extract_features(model, source, **options).layers["block 1"].numpy()
-    assert expected.shape == (6, 32, 16)
-    if suffix == ".parquet":
-        found = np.array(pq.read_table(path)["feature"].to_pylist(), dtype=np.float32)
-    else:
-        found = load_file(path)["features"].numpy() if suffix != ".npy" else np.load(path)
-    assert np.array_equal(found, expected)
-
-
-def test_what_fails_leaves_the_old_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, source, path = vit(), open_source(str(folder)), folder.parent / "out.npy"
-    path.write_text("old")
-    table = path.with_name("out.npy.csv")
-    table.write_text("old table")
-
-    def interrupt(count: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_features(
-            path, model, source, layers=["output"], workers=0, batch_size=2, advance=interrupt
-        )
-    assert (path.read_text(), table.read_text()) == ("old", "old table")
-
-    def no_room(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", no_room)
-    with pytest.raises(OSError, match="No space left"):
-        write_features(path, model, source, layers=["output"], workers=0)
-    assert (path.read_text(), table.read_text()) == ("old", "old table")
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["images", "out.npy", "out.npy.csv"]
-
-
-def test_names_that_are_no_utf8_stand_as_escapes(folder: Path) -> None:
-    source = open_source(str(folder))
-    source.names = PackedStrings(["caf\udce9.png", *list(source.names)[1:]])  # type: ignore[misc]
-    source.read = lambda index: (folder / "cat" / "0.png").read_bytes()  # type: ignore[method-assign]
-    for suffix in (".npy", ".parquet"):
-        path = folder.parent / f"out{suffix}"
-        write_features(path, vit(), source, layers=["output"], workers=0)
-        if suffix == ".npy":
-            assert read_table(folder.parent / "out.npy.csv")[0]["name"] == "caf\\udce9.png"
-        else:
-            assert pq.read_table(path)["name"][0].as_py() == "caf\\udce9.png"
 
 
 def saved(model: ImageModel, folder: Path) -> str:
@@ -398,7 +279,7 @@ def test_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == f"{out}: block 2 of 6 images, 1 left out\n"
     assert captured.err.startswith("simmim: unreadable, left out: cat/2.png: ")
-    ids, features, _, labels = load(out)
+    ids, features, labels = load(out)
     assert (ids.tolist(), labels) == (READABLE, [0, 0, 0, 1, 1, 1])
     expected = torch.stack(list(embeddings(model, folder, "block 2").values())).numpy()
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
@@ -467,3 +348,96 @@ def test_a_larger_image_size_and_an_encoder_without_a_decoder(folder: Path) -> N
         torch.testing.assert_close(found[name], values)
     larger = load_for_features(path, (64, 128))
     assert feature_shapes(larger, ["output"], "none") == {"output": (8 * 16, 16)}
+
+
+def test_every_option_reaches_the_pass_and_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_pass, real, given = module.one_pass, module.layer_features, list[Any]()
+
+    def noted_pass(source: Any, view: Any, world: Any, **named: Any) -> Any:
+        given.append({"view": view, "world": world, **named})
+        return real_pass(source, view, world, **{**named, "workers": 0})
+
+    def noted(model: Any, image: Tensor, layers: Any, **named: Any) -> dict[str, Tensor]:
+        given.append((layers, named))
+        return real(model, image, layers, **named)
+
+    monkeypatch.setattr(module, "one_pass", noted_pass)
+    monkeypatch.setattr(module, "layer_features", noted)
+    model, source, told = vit(), open_source(str(folder)), list[str]()
+    view, tell = evaluation_view(model, margin=1.5), told.append
+    named = {"layers": ["block 1"], "pool": "cls", "precision": "bf16"}
+    options = {"batch_size": 9, "view": view, "workers": 3, "timeout_s": 7, "report": tell}
+    list(feature_batches(model, source, **named, **options, samples=[0, 1]))
+    list(feature_batches(model, source, report=tell))
+    world = World(0, 1, torch.device("cpu"))
+    for passed in given[::2]:
+        passed.pop("note_problem")
+    assert given[0] == options | {"samples": [0, 1], "world": world}
+    assert given[1] == (["block 1"], {"pool": "cls", "precision": "bf16"})
+    assert given[2].pop("view").margin == 256 / 224
+    assert given[2] == {
+        "batch_size": 64, "workers": -1, "samples": None, "timeout_s": 120, "report": tell,
+        "world": world,
+    }  # fmt: skip
+    assert given[3] == (None, {"pool": "mean", "precision": "float32"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_features_are_kept_in_the_type_that_is_asked(folder: Path, dtype: torch.dtype) -> None:
+    model, options = vit(), {"workers": 0, "report": lambda line: None}
+    source = open_source(str(folder))
+    found = extract_features(model, source, dtype=dtype, layers=["block 1"], pool="none", **options)
+    exact = extract_features(model, source, layers=["block 1"], pool="none", **options)
+    assert found.layers["block 1"].dtype == dtype
+    assert found.layers["block 1"].shape == (6, 32, 16)
+    assert torch.equal(found.layers["block 1"], exact.layers["block 1"].to(dtype))
+
+
+def test_a_runs_folder_gives_its_best_weights_and_a_classifier_its_head(tmp_path: Path) -> None:
+    spec = ViTSpec(image_size=(16, 16), patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    for value, path in (
+        (0.5, tmp_path / "model.safetensors"),
+        (2.0, RunFolder(tmp_path).best_weights),
+    ):
+        model = Classifier(build_encoder(replace(spec, final_norm=False)), ["a", "b"])
+        torch.nn.init.constant_(model.fc_norm.weight, value)
+        weights_file.save_weights(model, path)
+    loaded = load_for_features(tmp_path)
+    assert isinstance(loaded, Classifier)
+    assert loaded.fc_norm.weight.unique().tolist() == [2.0]
+    assert not loaded.training
+    pretrained = load_for_features(saved(SimMIM(build_encoder(spec)), tmp_path))
+    assert type(pretrained).__name__ == "ImageModel"
+
+
+def test_rows_that_are_not_finite_are_counted_once() -> None:
+    rows = torch.zeros(9000, 2, 2)
+    rows[[3, 4500, 8999], 1] = torch.nan
+    rows[3, 0, 0] = torch.inf
+    assert count_not_finite(rows) == 3
+    assert count_not_finite(rows[:3]) == 0
+
+
+def test_bytes_of_an_image_are_those_of_all_its_layers() -> None:
+    shapes = {"a": (4, 3), "b": (5,)}
+    assert bytes_of(shapes, torch.float16) == 34
+    assert bytes_of(shapes, torch.float32) == 68
+
+
+def test_the_maps_of_a_convnet_are_pooled_over_their_pixels() -> None:
+    spec = ResNetSpec(image_size=(64, 64), depths=(1, 1, 1, 1), bottleneck=False, width=4)
+    model = SimMIM(build_encoder(spec))
+    image = torch.randn(2, 3, 64, 64)
+    mean, whole = layer_features(model, image), layer_features(model, image, pool="none")
+    assert feature_shapes(model, ["block 1", "output"]) == {"block 1": (4,), "output": (32,)}
+    caught: list[Tensor] = []
+    handle = model.encoder.blocks_in_order()[0].register_forward_hook(
+        lambda _m, _i, out: caught.append(out)
+    )
+    with torch.no_grad():
+        model.eval().encode(image)
+    handle.remove()
+    torch.testing.assert_close(mean["block 1"], caught[0].mean((2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole["block 1"], caught[0].flatten(2).transpose(1, 2))

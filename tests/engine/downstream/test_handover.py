@@ -5,19 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
 
 from numerics import GOLDEN, INDEX, assert_close_to, with_prefix
 from simmim.backbone.build import Spec, build_encoder, spec_from_dict
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.vit import ViTSpec
 from simmim.downstream.handover import finetune_spec, hand_over, resize_positions
-from simmim.downstream.position_tables import remap_table, source_positions, spline_matrix
+from simmim.downstream.position_tables import remap_table
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.weights.load import Weights, read_model
@@ -109,69 +107,6 @@ def test_published_handover(name: str) -> None:
     )
     logits = model.eval()(tensors["input/image"])
     assert_close_to(logits, tensors["expect/logits"], entry["tolerance"]["logits"], "logits")
-
-
-@pytest.mark.parametrize(
-    ("sides", "entry", "key"),
-    [((6, 7), "handover-swin-w6-to-w7", "11->13"), ((4, 6), "handover-vit-4x4-to-6x6", "7->11")],
-)
-def test_positions_are_the_published_ones(sides: tuple[int, int], entry: str, key: str) -> None:
-    expected = INDEX[entry]["interpolation"]["per_table_size"][key]
-    positions = source_positions(*sides)
-    half = expected["source_positions_positive_half"]
-    assert positions[len(positions) // 2 :] == pytest.approx(half, rel=1e-12)
-    assert np.array_equal(positions, -positions[::-1])
-
-
-def test_the_published_ratio_of_the_large_model() -> None:
-    positions = source_positions(12, 14)
-    assert positions[-1] - positions[-2] == pytest.approx(1.032893**10, rel=1e-5)
-    assert positions[-1] == pytest.approx(13.0, abs=1e-4)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9])
-def test_splines_reproduce_cubics_and_their_own_points(n: int) -> None:
-    positions = np.cumsum(np.linspace(1.0, 2.0, n))
-    wanted = np.linspace(positions[0], positions[-1], 13)
-    degree = min(n - 1, 3)
-    values = np.polyval([0.3, -1.1, 0.7, 2.0][3 - degree :], positions)
-    expected = np.polyval([0.3, -1.1, 0.7, 2.0][3 - degree :], wanted)
-    np.testing.assert_allclose(spline_matrix(positions, wanted) @ values, expected, rtol=1e-9)
-    np.testing.assert_allclose(spline_matrix(positions, positions), np.eye(n), atol=1e-12)
-
-
-def table(window: tuple[int, int], seed: int = 0) -> Tensor:
-    rows = (2 * window[0] - 1) * (2 * window[1] - 1)
-    return torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("target", [(2, 2), (7, 7), (6, 9), (9, 4), (14, 14)])
-@pytest.mark.parametrize("source", [(6, 6), (4, 7), (2, 3), (1, 5)])
-def test_tables_of_any_window(source: tuple[int, int], target: tuple[int, int]) -> None:
-    moved = remap_table(table(source), source, target)
-    assert moved.shape == ((2 * target[0] - 1) * (2 * target[1] - 1), 3)
-    assert moved.isfinite().all()
-    assert torch.allclose(
-        remap_table(torch.full_like(table(source), 0.7), source, target), torch.tensor(0.7)
-    )
-    # the value of no offset stays, and mirrored tables stay mirrored
-    middle = moved.view(2 * target[0] - 1, 2 * target[1] - 1, 3)[target[0] - 1, target[1] - 1]
-    rows, columns = 2 * source[0] - 1, 2 * source[1] - 1
-    before = table(source).view(rows, columns, 3)
-    assert torch.allclose(middle, before[source[0] - 1, source[1] - 1], atol=1e-6)
-    mirrored = remap_table(before.flip(1).reshape(-1, 3), source, target)
-    shape = (2 * target[0] - 1, 2 * target[1] - 1, 3)
-    assert torch.allclose(mirrored.view(shape), moved.view(shape).flip(1), atol=1e-6)
-    transposed = remap_table(
-        before.transpose(0, 1).reshape(-1, 3), source[::-1], target[::-1]
-    ).view(shape[1], shape[0], 3)
-    assert torch.allclose(transposed.transpose(0, 1), moved.view(shape), atol=1e-6)
-
-
-def test_equal_windows_change_nothing() -> None:
-    assert torch.equal(remap_table(table((5, 3)), (5, 3), (5, 3)), table((5, 3)))
-    with pytest.raises(ValueError, match="is not of a window of 6×6"):
-        remap_table(table((5, 5)), (6, 6), (7, 7))
 
 
 def test_a_non_square_image_and_absolute_positions() -> None:
@@ -359,3 +294,108 @@ def test_a_swinv2_keeps_the_windows_it_was_trained_with() -> None:
     assert not report.remapped
     assert report.new == ["head.bias", "head.weight"]
     assert model.eval()(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_a_classifiers_vit_is_as_published() -> None:
+    spec = finetune_spec(replace(VIT, frozen_position=True, final_norm=True))
+    assert spec == replace(
+        VIT,
+        frozen_position=False,
+        final_norm=False,
+        shared_relative_position=False,
+        layer_relative_position=True,
+    )
+    plain = replace(VIT, shared_relative_position=False, layer_relative_position=False)
+    assert not finetune_spec(plain).layer_relative_position  # type: ignore[union-attr]
+    assert finetune_spec(SWIN, SWIN) == SWIN
+
+
+def test_a_layer_scale_of_one_model_alone_is_a_difference() -> None:
+    plain = replace(VIT, layer_scale=None)
+    scaled = weights_of(SimMIM(build_encoder(replace(VIT, layer_scale=0.1))))
+    with pytest.raises(ValueError, match=r"layer_scale 0\.1 ≠ None"):
+        hand_over(scaled, SimMIM(build_encoder(plain)))
+    # where both have one, its initial value does not matter
+    other = SimMIM(build_encoder(replace(VIT, layer_scale=1e-5)))
+    hand_over(scaled, other)
+    assert other.encoder.blocks[0].gamma_1.unique().tolist() == [pytest.approx(0.1)]
+
+
+def test_what_only_training_uses_may_differ() -> None:
+    before = weights_of(SimMIM(build_encoder(SWIN)))
+    report = hand_over(before, Classifier(build_encoder(replace(SWIN, drop_path=0.5)), "ab"))
+    assert not report.remapped
+    with pytest.raises(ValueError, match=r"mlp_ratio 4\.0 ≠ 2\.0"):
+        hand_over(before, Classifier(build_encoder(replace(SWIN, mlp_ratio=2.0)), "ab"))
+
+
+def test_a_head_without_names_is_kept_where_its_size_fits() -> None:
+    before = Classifier(build_encoder(SWIN), "abc")
+    fill(before)
+    weights = weights_of(before)
+    same, fewer = Classifier(build_encoder(SWIN), "xyz"), Classifier(build_encoder(SWIN), "xy")
+    assert not hand_over(weights, same).new
+    assert torch.equal(same.head.weight, before.head.weight)
+    assert hand_over(weights, fewer).new == ["head.bias", "head.weight"]
+
+
+def test_a_new_head_is_as_it_was_drawn() -> None:
+    before = SimMIM(build_encoder(VIT))
+    model = Classifier(build_encoder(finetune_spec(VIT)), "ab")
+    drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = hand_over(weights_of(before), model)
+    for name in report.new:
+        assert torch.equal(model.state_dict()[name], drawn[name]), name
+    # as published: a ViT's head begins a thousand times smaller
+    assert 0 < model.head.weight.abs().max() <= 0.02 * 0.001
+    weight = Classifier(build_encoder(SWIN), "ab").head.weight
+    assert 0.01 < float(weight.detach().std()) < 0.03
+
+
+def test_every_weight_is_told_of_and_dropped_ones_too() -> None:
+    weights = weights_of(SimMIM(build_encoder(SWIN)), dropped=["head.queue", "teacher.x"])
+    larger = replace(SWIN, image_size=(96, 96), window_size=12)
+    report = hand_over(weights, Classifier(build_encoder(larger), "ab"))
+    decoder = [name for name in weights.state if name.startswith("decoder.")]
+    mask_token = "encoder.mask_token"
+    assert report.unused == [mask_token, *decoder, "head.queue", "teacher.x"]
+    counts = len(report.loaded), len(report.remapped), len(report.new), len(report.unused)
+    assert report.summary() == (
+        "weights of x.safetensors: {} loaded, {} remapped, {} new, {} unused".format(*counts)
+    )
+    assert report.lines()[1:] == [
+        *(f"new       {name}" for name in report.new),
+        *(f"unused    {name}" for name in report.unused),
+        *(f"remapped  {name}: window 6×6 → 12×12" for name in report.remapped),
+        *(f"loaded    {name}" for name in report.loaded),
+    ]
+
+
+def test_heads_of_another_method_are_left_out_but_not_its_encoders_weights() -> None:
+    weights = weights_of(SimMIM(build_encoder(SWIN)))
+    foreign = replace(
+        weights, kind="simsiam", state=weights.state | {"projector.0": torch.zeros(2)}
+    )
+    assert "projector.0" in hand_over(foreign, Classifier(build_encoder(SWIN), "ab")).unused
+    for kind in ("simmim", "classifier", "encoder"):
+        with pytest.raises(ValueError, match=r"projector\.0 has no place in the model"):
+            hand_over(replace(foreign, kind=kind), Classifier(build_encoder(SWIN), "ab"))
+    foreign.state["encoder.more"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"encoder\.more has no place in the model"):
+        hand_over(foreign, Classifier(build_encoder(SWIN), "ab"))
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    weights = weights_of(SimMIM(build_encoder(SWIN)))
+    weights.state["encoder.norm.weight"] = torch.ones(3)
+    with pytest.raises(
+        ValueError, match=r"encoder\.norm\.weight is \(3,\), the model's is \(16,\)"
+    ):
+        hand_over(weights, Classifier(build_encoder(SWIN), "ab"))
+
+
+def test_resized_positions_keep_their_type() -> None:
+    positions = torch.randn(1, 16, 3, generator=torch.Generator().manual_seed(0)).half()
+    moved = resize_positions(positions, (4, 4), (6, 6))
+    assert moved.dtype == torch.float16
+    assert torch.equal(moved, resize_positions(positions.float(), (4, 4), (6, 6)).half())

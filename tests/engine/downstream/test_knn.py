@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from simmim.downstream import knn
 from simmim.downstream.knn import Nearest, nearest_in_pieces, score_neighbours, vote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,3 +140,52 @@ def test_what_cannot_vote_is_refused() -> None:
         score_neighbours(one, label, one, label, [1], temperature=0)
     with pytest.raises(ValueError, match="1 images and a bank of 0"):
         score_neighbours(one[:0], label[:0], one, label, [1])
+
+
+def test_similarities_are_computed_in_pieces_and_where_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, pieces = knn._normalised, list[tuple[int, object]]()
+
+    def noted(features: Tensor, device: torch.device | None) -> Tensor:
+        pieces.append((len(features), device))
+        return real(features, device)
+
+    monkeypatch.setattr(knn, "_normalised", noted)
+    device, labels = torch.device("cpu"), np.zeros(7, dtype=np.int64)
+    score_neighbours(
+        torch.randn(7, 2),
+        labels,
+        torch.randn(5, 2),
+        labels[:5],
+        [1],
+        device=device,
+        num_queries=3,
+        num_bank=4,
+    )
+    # the queries, then the bank for them: once for three, once for two
+    assert pieces == [(n, device) for n in (3, 4, 3, 2, 4, 3)]
+
+
+def test_the_temperature_weighs_near_neighbours() -> None:
+    # one neighbour of class 0 is nearer than two of class 1
+    bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    for temperature, right in ((0.07, 0), (1.0, 1)):
+        for answer in (0, 1):
+            (score,) = score_neighbours(
+                bank,
+                np.array([0, 1, 1]),
+                torch.tensor([[2.0, 0.0]]),
+                np.array([answer]),
+                [3],
+                temperature=temperature,
+            )
+            assert score.top1 == float(answer == right)
+
+
+def test_what_is_not_told_is_as_published() -> None:
+    assert (knn.TEMPERATURE, knn.NEIGHBOURS) == (0.07, (1, 5, 20, 200))
+    scores = score_neighbours(
+        torch.randn(300, 3), np.zeros(300, np.int64), torch.randn(2, 3), np.zeros(2, np.int64)
+    )
+    assert [score.k for score in scores] == [1, 5, 20, 200]

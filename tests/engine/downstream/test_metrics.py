@@ -1,7 +1,6 @@
 """Accuracy, counted without reading back: against a loop by hand, and what is written of it."""
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simmim.data.labels import Labels
 from simmim.distributed import World
 from simmim.downstream import metrics as module
-from simmim.downstream.metrics import REPORT_FILES, ClassificationMetrics, write_report
-from simmim.downstream.plots import MOST_CELLS, pool_cells, save_confusion, save_layers
+from simmim.downstream.metrics import (
+    REPORT_FILES,
+    ClassificationMetrics,
+    label_tensor,
+    write_report,
+)
 
 CPU = torch.device("cpu")
 
@@ -213,68 +216,50 @@ def test_too_many_classes_for_a_matrix(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["per_class.csv"]
 
 
-def test_many_classes_share_a_cell() -> None:
-    shares = np.random.default_rng(0).random((2 * MOST_CELLS + 1,) * 2)
-    cells, block = pool_cells(shares)
-    assert (block, cells.shape) == (3, (167, 167))
-    assert cells[0, 1] == shares[:3, 3:6].max()
-    assert cells[-1, 5] == shares[498:, 15:18].max()
-    same, block = pool_cells(shares[:MOST_CELLS, :MOST_CELLS])
-    assert block == 1
-    assert np.array_equal(same, shares[:MOST_CELLS, :MOST_CELLS])
-
-
-@pytest.mark.parametrize("classes", [1, 2, 20, 61, 300])
-def test_pictures(classes: int, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    logits, label = draw(8 * classes + 40, classes)
-    found = count(logits, label)
-    assert found.confusion is not None
-    confusion = found.confusion.view(classes, classes).numpy()
-    images = found.counts[0].numpy()
-    # mathematics that matplotlib could not set, and more than fits
-    names = [f"class $x_{k}^ of {{braces}} and more words" for k in range(classes)]
-    for name in ("a.png", "b.png"):
-        assert save_confusion(confusion, images, names, tmp_path / name) is None
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with Image.open(tmp_path / "a.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    height, width = pixels.shape[:2]
-    assert 400 <= height <= 1800
-    assert 400 <= width <= 1900
-    assert classes == 1 or pixels.mean(2).std() > 20
-    # nothing is cut off: the outermost pixels are the paper
-    border = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
-    assert all((edge == 255).all() for edge in border)
-
-
-def test_a_line_by_layer(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    layers = {"top-1": [0.2, 0.5, 0.4], "top-5": [0.5, 0.9, 0.8]}
-    assert save_layers(["block 1", "block 2", "output"], layers, "x", tmp_path / "l.png") is None
-    with Image.open(tmp_path / "l.png") as picture:
-        assert np.asarray(picture.convert("L")).std() > 10
-
-
 def test_a_whole_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert write_report(tmp_path, small(), "abc") == []
     assert all((tmp_path / name).is_file() for name in REPORT_FILES)
 
 
-def test_pictures_touch_no_global_state(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    script = """
-import sys
-sys.path[:0] = sys.argv[2:]
-import numpy as np, matplotlib
-from pathlib import Path
-from simmim.downstream.plots import save_confusion
-before = matplotlib.rcParams.copy()  # unlike dict(), which looks for a window system
-save_confusion(np.eye(2, dtype=np.int64), np.ones(2, dtype=np.int64), "ab", Path(sys.argv[1]))
-assert matplotlib.rcParams.copy() == before
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    arguments = [sys.executable, "-c", script, str(tmp_path / "a.png"), *filter(None, sys.path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_rows_are_true_classes_and_columns_answers() -> None:
+    found = ClassificationMetrics(3, CPU)
+    # class 0 is answered by 2 twice, class 2 by 1 once
+    found.add(torch.eye(3)[[2, 2, 1]], torch.tensor([0, 0, 2]))
+    assert found.confusion is not None
+    assert found.confusion.view(3, 3).tolist() == [[0, 0, 2], [0, 0, 0], [0, 1, 0]]
+
+
+def test_the_picture_gets_rows_of_true_classes_and_their_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(module, "save_confusion", lambda *arguments: given.append(arguments))
+    assert write_report(tmp_path, small(), "abc") == []
+    ((confusion, images, classes, path),) = given
+    assert confusion.tolist() == [[2, 0, 1], [0, 0, 0], [0, 0, 1]]
+    # one image of the last class got no answer
+    assert images.tolist() == [3, 0, 2]
+    assert (classes, path) == ("abc", tmp_path / "confusion.png")
+
+
+def test_right_answers_and_right_ones_of_five_stand_in_their_columns(tmp_path: Path) -> None:
+    found = ClassificationMetrics(7, CPU)
+    # of four images of class 6: first, second, fifth and sixth
+    order = torch.tensor([[6, 0, 1, 2, 3, 4, 5], [0, 6, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 4, 5],
+                          [0, 1, 2, 3, 4, 6, 5]])  # fmt: skip
+    logits = torch.zeros(4, 7).scatter_(1, order, torch.arange(7.0, 0, -1).expand(4, 7))
+    found.add(logits, torch.full((4,), 6))
+    assert found.counts[:, 6].tolist() == [4, 1, 3]
+    assert (found.top1, found.top5) == (0.25, 0.75)
+    write_report(tmp_path, found, "abcdefg")
+    assert rows(tmp_path / "per_class.csv")[7] == ["g", "4", "1", "0.25", "0.75"]
+
+
+def test_labels_are_numbers_by_image() -> None:
+    labels = Labels(np.array([2, -1, 0]), ("a", "b", "c"))
+    found = label_tensor(labels, CPU)
+    assert (found.dtype, found.tolist()) == (torch.int64, [2, -1, 0])
+    assert module.MOST_CONFUSED_CLASSES == 4096
+    assert ClassificationMetrics(4096, torch.device("meta")).confusion is not None
+    assert ClassificationMetrics(4097, torch.device("meta")).confusion is None

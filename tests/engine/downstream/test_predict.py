@@ -1,5 +1,6 @@
 """Predictions: the model's own answers, for whatever holds an image."""
 
+import io
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from PIL import Image
 from simmim import cli
 from simmim.backbone.build import build_encoder
 from simmim.backbone.vit import ViTSpec
+from simmim.downstream import predict as module
 from simmim.downstream.evaluate import evaluation_view
-from simmim.downstream.predict import Prediction, predict
+from simmim.downstream.predict import Prediction, classify, open_images, predict
 from simmim.method.simmim import SimMIM
 from simmim.model.classifier import Classifier
 from simmim.model.weights_file import save_weights
@@ -295,3 +297,108 @@ def test_what_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert err.startswith("simmim: error: ")
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_every_option_reaches_the_pass(monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    given: list[Any] = []
+    real = module.one_pass
+
+    def noted(source: Any, view: Any, world: Any, **named: Any) -> Any:
+        given.append((view.pixels.value_range, named["batch_size"], named["workers"]))
+        return real(source, view, world, **{**named, "workers": 0})
+
+    monkeypatch.setattr(module, "one_pass", noted)
+    model = make_classifier()
+    predict(model, photos, batch_size=3, workers=2, value_range=(0, 255))
+    predict(model, photos)
+    # in memory, images are decoded here; of a source, by as many processes as is best
+    list(classify(model, open_images([str(photos)])))
+    assert given == [((0, 255), 3, 2), (None, 64, 0), (None, 64, -1)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_model_computes_in_the_type_that_is_asked(precision: str, dtype: torch.dtype) -> None:
+    model, seen = make_classifier(), list[torch.dtype]()
+    model.head.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
+    (answer,) = predict(model, make_picture(), precision=precision)
+    assert seen == [dtype]
+    assert all(isinstance(p.probability, float) for p in answer)
+
+
+def test_answers_come_in_the_order_of_the_images_with_broken_ones_among_them(
+    tmp_path: Path,
+) -> None:
+    model = make_classifier()
+    for number in range(5):
+        make_picture(seed=number).save(tmp_path / f"{number}.png")
+    for number in (0, 3):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    files = [str(tmp_path / f"{number}.png") for number in (4, 0, 1, 3, 2)]
+    for batch_size in (1, 2, 5):
+        source = open_images(files)
+        found = list(classify(model, source, batch_size=batch_size, workers=0, top_k=7))
+        assert [sample for sample, _ in found] == [0, 1, 2, 3, 4]
+        for place, number in ((0, 4), (2, 1), (4, 2)):
+            answer = found[place][1]
+            assert not isinstance(answer, str)
+            assert_same(answer, probabilities(model, tmp_path / f"{number}.png"), 7)
+        assert [found[place][1] for place in (1, 3)] == [
+            "not a readable image (the file is empty)"
+        ] * 2
+    with pytest.raises(ValueError, match=r"0\.png: not a readable image"):
+        predict(model, files)
+
+
+def test_images_are_named_by_their_place(tmp_path: Path) -> None:
+    make_picture().save(tmp_path / "a.png")
+    (tmp_path / "folder").mkdir()
+    make_picture().save(tmp_path / "folder" / "b.png")
+    picture = np.zeros((4, 4, 3), np.uint8)
+    parts: list[Any] = [tmp_path / "folder", picture, np.stack([picture] * 2), tmp_path / "a.png"]
+    source = module.join_sources([module._open(part, n) for n, part in enumerate(parts)])
+    assert list(source.names) == [
+        f"{tmp_path}/folder/b.png",
+        "image 1",
+        "image 2[0]",
+        "image 2[1]",
+        f"{tmp_path}/a.png",
+    ]
+    assert source.read(4) == (tmp_path / "a.png").read_bytes()
+    assert source.read(0) == (tmp_path / "folder" / "b.png").read_bytes()
+
+
+def test_the_published_number_of_answers_is_five() -> None:
+    assert len(predict(make_classifier(), make_picture())[0]) == 5
+
+
+def test_values_beyond_8_bits_are_kept() -> None:
+    def read(image: Any) -> Any:
+        return np.load(io.BytesIO(module._encode(image)))
+
+    wide = Image.fromarray(np.array([[-5, 70000], [300, 65535]], dtype=np.int32))
+    assert read(wide).tolist() == [[0, 65535], [300, 65535]]
+    deep = Image.fromarray(np.array([[1, 65535]], dtype=np.uint16))
+    assert (read(deep).dtype, read(deep).tolist()) == (np.uint16, [[1, 65535]])
+    real = Image.fromarray(np.array([[0.25, -1.5]], dtype=np.float32))
+    assert read(real).tolist() == [[0.25, -1.5]]
+
+
+def test_pictures_in_memory_of_too_many_pixels_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_PIXELS", 12)
+    module._encode(np.zeros((3, 4, 3), np.uint8))
+    with pytest.raises(OSError, match="5×3 pixels, more than 12"):
+        module._encode(np.zeros((3, 5, 3), np.uint8))
+
+
+def test_paths_may_begin_at_home_and_images_may_come_as_a_tuple(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_picture().save(tmp_path / "a.png")
+    model = make_classifier()
+    one, other = predict(model, ("~/a.png", make_picture()))
+    assert one == other

@@ -1,5 +1,7 @@
 """Linear probes of frozen features: the optimiser, and the choice of a rate."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -180,3 +182,68 @@ def test_what_cannot_be_probed_is_refused() -> None:
     for wrong in ({"rates": ()}, {"rates": (0.1, float("nan"))}, {"epochs": 0}):
         with pytest.raises(ValueError, match=r"rates|epochs"):
             Training(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_not_told_is_as_published() -> None:
+    # MAE's probe, with rates half a decade apart
+    assert Training() == Training((0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 100, 256, 0)
+
+
+def test_the_first_of_equally_good_rates_and_layers_is_taken() -> None:
+    train, val = clusters(60, seed=1, spread=0.01), clusters(40, seed=2, spread=0.01)
+    layers = {"a": train[0], "b": train[0]}
+    found = list(
+        probe_layers(layers, train[1], {"a": val[0], "b": val[0]}, val[1], Training((0.3, 0.3), 5))
+    )
+    assert found[0].picked == (1.0, 1.0)
+    assert found[0].score == found[1].score
+    assert best_layer(found) is found[0]
+
+
+def test_rates_are_picked_on_a_tenth_drawn_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def noted(labels: Labels, count: int, seed: int) -> tuple[object, object]:
+        asked.append((count, seed))
+        return holdout(labels, count, seed)
+
+    monkeypatch.setattr(probe, "holdout", noted)
+    for count in (60, 4):
+        features, labels = clusters(count, seed=1)
+        training = Training((0.1, 1.0), 1, seed=5)
+        list(probe_layers({"x": features}, labels, {"x": features}, labels, training))
+    # of four images of three classes, one at least and one at most
+    assert asked == [(6, 5), (1, 5)]
+    empty = Labels(np.zeros(0, np.int64), NAMES)
+    with pytest.raises(ValueError, match=r"every image of a probe needs a label; .* or none"):
+        list(probe_layers({"x": features}, labels, {"x": features[:0]}, empty))
+
+
+def test_a_probe_trains_where_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Noted(Tensor):
+        def to(self, *arguments: object, **named: object) -> Tensor:  # type: ignore[override]
+            asked.append(arguments[0])
+            return self.as_subclass(Tensor)
+
+    features, labels = clusters(20, seed=1)
+    device, noted = torch.device("cpu"), features.as_subclass(Noted)
+    training = Training((0.1,), 1)
+    list(probe_layers({"x": noted}, labels, {"x": noted}, labels, training, device=device))
+    assert asked == [device, device]
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"epochs": 0}, {"rates": (0.1, 0.0)}])
+def test_a_training_of_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        Training(**wrong)
+
+
+def test_a_class_that_is_the_fifth_of_equals_is_among_five() -> None:
+    classifiers = Linear(torch.zeros(1), torch.ones(1), torch.zeros(1, 9), torch.zeros(9), 1)
+    for label, top5 in ((4, 1.0), (5, 0.0)):
+        (found,) = score(
+            classifiers, Examples(torch.zeros(1, 1), torch.tensor([label]), torch.arange(1))
+        )
+        assert found.top5 == top5
