@@ -21,6 +21,7 @@ from simmim.backbone.build import Encoder, build_encoder
 from simmim.command_line import load
 from simmim.config.spec import resolve_spec
 from simmim.data.batch import Batch
+from simmim.data.distortion import distort, draw
 from simmim.errors import ConfigError
 from simmim.method.build import find_method
 from simmim.method.simsiam import SimSiam, SimSiamMethod, negative_cosine
@@ -506,3 +507,50 @@ def test_neighbours_vote_on_it(run: Path, photos: Path, tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert "top-1" in result.stdout
+
+
+def test_every_configured_value_arrives_in_the_model() -> None:
+    flags = ["--method.projector_width=12", "--method.projector_layers=2"]
+    flags += ["--method.predictor_width=5", "--data.mean=[0.1,0.2,0.3]", "--data.std=[0.4,0.5,0.6]"]
+    chosen = method(*flags)
+    model = chosen.build(build_encoder(resolve_spec(chosen.config)))
+    wanted = {"projector_width": 12, "projector_layers": 2, "predictor_width": 5}
+    assert model.settings == wanted
+    linear = [layer for layer in model.projector if isinstance(layer, nn.Linear)]
+    assert [layer.out_features for layer in linear] == [model.encoder.num_features, 12]
+    assert model.predictor[0].weight.shape == (5, 12)
+    assert model.predictor[3].weight.shape == (12, 5)
+    assert model.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.std.tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_every_configured_value_arrives_in_the_views() -> None:
+    flags = ["--data.crop_scale=[0.3,0.8]", "--data.crop_ratio=[0.9,1.2]", "--data.flip=0.25"]
+    chosen = method(*flags, "--data.max_pixels=5000000", "--seed=13")
+    view = chosen.view()
+    drawn = view.augmentation
+    assert (drawn.size, drawn.channels) == (chosen.config.image_size, 3)
+    assert (drawn.scale, drawn.ratio, drawn.flip) == ((0.3, 0.8), (0.9, 1.2), 0.25)
+    assert (view.seed, view.max_pixels) == (13, 5_000_000)
+    assert view.value_range == chosen.config.data.value_range
+
+
+def test_each_view_is_distorted_by_draws_of_its_own() -> None:
+    chosen, batch = method("--seed=3"), batch_of(3)
+    found = chosen.distorted(batch.image, batch.ids, batch.epochs)
+    for number, view in enumerate(found):
+        draws = draw(batch.ids, batch.epochs, number, 3, chosen.settings)
+        wanted = distort(batch.image[:, number], draws, chosen.settings.blur_sigma[1])
+        assert torch.equal(view, wanted)
+    others = method("--seed=4").distorted(batch.image, batch.ids, batch.epochs)
+    assert not torch.equal(found[0], others[0])
+
+
+def test_the_share_of_a_healthy_deviation_is_told_and_warned_of() -> None:
+    chosen = method("--method.projector_width=16")
+    model = chosen.build(build_encoder(resolve_spec(chosen.config)))
+    model.feature_std.fill_(0.05)
+    measures = {name: float(value) for name, value in chosen.measures(model).items()}
+    assert measures == pytest.approx({"feature_std": 0.05, "feature_std_share": 0.2})
+    assert "20% of that of healthy ones" in chosen.warning(measures)
+    assert chosen.warning({"feature_std_share": 0.3}) == ""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from numerics import GOLDEN, assert_close_to, with_prefix
 from simmim import command_line
@@ -18,6 +18,7 @@ from simmim.backbone.swin import Swin, SwinSpec
 from simmim.backbone.vit import ViT, ViTSpec, sine_cosine_positions
 from simmim.data.batch import Batch
 from simmim.errors import ConfigError
+from simmim.method import tokens
 from simmim.method.build import find_method
 from simmim.method.tokens import TokenMethod, TokenSimMIM, num_hidden_tokens
 from simmim.model.masking import sample_mask
@@ -468,3 +469,50 @@ def test_weights_files_tell_all(head: str, image: Tensor, tmp_path: Path) -> Non
     mask = hide(5)
     with torch.no_grad():
         assert torch.equal(again.reconstruct(image, mask), model.eval().reconstruct(image, mask))
+
+
+def test_every_configured_value_arrives_in_the_model() -> None:
+    flags = ["--method.head=mlp", "--method.mlp_hidden=24", "--method.mlp_depth=2"]
+    flags += ["--method.loss=l2", "--method.target=normalised"]
+    flags += ["--data.mean=[0.1,0.2,0.3]", "--data.std=[0.4,0.5,0.6]"]
+    model = find_method(command_line.load([*FLAGS, *flags])).build(ViT(PLAIN))
+    given = {"head": "mlp", "mlp_hidden": 24, "mlp_depth": 2}
+    assert model.settings == given | {"loss": "l2", "target": "normalised"}
+    assert model.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.std.tolist() == pytest.approx([0.4, 0.5, 0.6])
+    widths = [layer.out_features for layer in model.decoder if isinstance(layer, nn.Linear)]
+    assert widths[:-1] == [24, 24]
+    assert model.trained_mask({"unit": 48, "ratio": 0.5}) == {"unit": 8, "ratio": 0.5}
+
+
+def test_every_configured_value_reaches_the_drawing_of_masks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(tokens, "sample_mask", lambda *given, **options: seen.update(options))
+    flags = ["--mask.ratio=0.5", "--seed=11", "--kernels.backend=reference"]
+    find_method(command_line.load([*FLAGS, *flags])).draw_mask(torch.arange(2), torch.arange(2))
+    assert seen == {
+        "patch_size": 8,
+        "mask_unit": 8,
+        "ratio": 31.5 / 64,
+        "seed": 11,
+        "backend": "reference",
+    }
+
+
+def test_the_fused_loss_has_the_chosen_backend(
+    image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def noted(*given: Any, backend: str | None, **options: Any) -> Tensor:
+        seen.append(backend)
+        return torch.zeros(())
+
+    monkeypatch.setattr(tokens, "linear_masked_l1_loss", noted)
+    model = TokenSimMIM(ViT(PLAIN))
+    model.use_backend("reference", "native")
+    model(image, hide(5))
+    assert seen == ["reference"]
+    assert model.encoder.backends == ("reference", "native")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from simmim.model import masking
 from simmim.model.masking import sample_mask
 
 
@@ -19,3 +20,41 @@ def test_sample_mask() -> None:
     assert int(wide.sum()) == 13  # ceil(21 · 0.6)
     with pytest.raises(ValueError, match=r"units of 32 px do not tile 50×48 tokens of 4 px"):
         sample_mask(ids, epochs, (50, 48), **options)
+
+
+def test_masks_follow_seed_epoch_and_sample() -> None:
+    def mask(sample: int, epoch: int, seed: int) -> torch.Tensor:
+        ids, epochs = torch.tensor([sample]), torch.tensor([epoch])
+        return sample_mask(ids, epochs, (16, 16), patch_size=4, mask_unit=8, ratio=0.5, seed=seed)
+
+    first = mask(3, 1, 7)
+    assert torch.equal(first, mask(3, 1, 7))
+    for other in (mask(4, 1, 7), mask(3, 2, 7), mask(3, 1, 8)):
+        assert not torch.equal(first, other)
+
+
+def test_the_wanted_backend_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def noted(*given: object, backend: str | None, **options: object) -> torch.Tensor:
+        seen.append(backend)
+        return torch.ones(1, 8, 8, dtype=torch.bool)
+
+    monkeypatch.setattr(masking, "random_patch_mask", noted)
+    options = {"patch_size": 4, "mask_unit": 8, "ratio": 0.5, "seed": 5, "backend": "reference"}
+    sample_mask(torch.tensor([0]), torch.tensor([0]), (16, 16), **options)
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("unit", [6, 20])
+def test_units_that_are_not_whole_patches_or_do_not_tile_are_refused(unit: int) -> None:
+    with pytest.raises(ValueError, match=f"units of {unit} px do not tile 16×16"):
+        sample_mask(
+            torch.tensor([0]),
+            torch.tensor([0]),
+            (16, 16),
+            patch_size=4,
+            mask_unit=unit,
+            ratio=0.5,
+            seed=0,
+        )
