@@ -1,6 +1,5 @@
 """What changing a setting must change, and what it must leave alone: the lists in settings/."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,19 +114,16 @@ def check(case: Case, before: Fingerprint, after: Fingerprint) -> None:
     assert not spilt, f"{case}: changed {', '.join(spilt)} too"
 
 
-def mismatches(found: set[str], listed: set[str], where: str) -> list[str]:
+def mismatches(wanted: set[str], listed: set[str], where: str, known: set[str]) -> list[str]:
     """A line for every setting without a case, and for every case without a setting.
 
     Args:
-        found: the settings that there are.
+        wanted: the settings that need a case.
         listed: those that the list has.
         where: file and section of the list.
+        known: all settings that there are, beside `wanted`.
     """
     return [
-        *(f"{name} has no case: say in {where} what changes with it" for name in found - listed),
-        *(f"{name} is in {where}, and there is no such setting" for name in listed - found),
+        *(f"{name} has no case: say in {where} what changes with it" for name in wanted - listed),
+        *(f"{name} is in {where}, and is no setting" for name in listed - wanted - known),
     ]
-
-
-def all_of(sections: Sequence[Section]) -> tuple[Case, ...]:
-    return tuple(case for section in sections for case in section.cases)

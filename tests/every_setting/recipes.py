@@ -43,8 +43,8 @@ every_steps = 1
 picture_every_steps = -1
 """
 
-_SWIN = SIMMIM[SIMMIM.index("[model]") : SIMMIM.index("[data]")]
-_VIT = """\
+SWIN = SIMMIM[SIMMIM.index("[model]") : SIMMIM.index("[data]")]
+VIT = """\
 [model]
 name = "vit_tiny_plain"
 patch_size = 8
@@ -55,7 +55,7 @@ num_heads = [2]
 """
 
 TOKENS = (
-    SIMMIM.replace(_SWIN, _VIT).replace("unit = 8", "ratio = 0.6")
+    SIMMIM.replace(SWIN, VIT).replace("unit = 8", "ratio = 0.6")
     + """
 [method]
 name = "tokens"
@@ -109,3 +109,12 @@ every_steps = 2
 [log]
 every_steps = 1
 """
+
+# The published recipe, of which the tests' stand-in for timm draws nothing.
+FINETUNE_WITH_TIMM = FINETUNE[: FINETUNE.index("[augment]")] + FINETUNE[FINETUNE.index("[optim]") :]
+
+_FROM_WEIGHTS = 'pretrained = "$pretrained"\n'
+FROM_SCRATCH_SWIN = FINETUNE.replace(_FROM_WEIGHTS, SWIN).replace(
+    "[data]", "[data]\nimage_size = 32"
+)
+FROM_SCRATCH_VIT = FROM_SCRATCH_SWIN.replace(SWIN, VIT)

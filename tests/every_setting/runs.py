@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from every_setting import fingerprint, stand_ins
-from every_setting.case import Case, Fingerprint, check
+from every_setting.case import EXIT_CODE, Case, Fingerprint, check
 from simmim import cli, command_line
 from simmim.config.values import leaves
 
@@ -31,8 +30,38 @@ class Made:
     settings: dict[str, Any]
 
 
-class Runs:
-    """Makes runs of a command from a recipe, and keeps the fingerprints of those to compare with.
+class Pairs(ABC):
+    """Makes what the cases of a list compare, and keeps what several of them compare with."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, ...], Made] = {}
+
+    @abstractmethod
+    def make(self, settings: Sequence[str]) -> Made:
+        """Make a run with settings, such as "train.steps=4", beside those of every run."""
+
+    def check(self, case: Case) -> None:
+        """Make both runs of a case, and compare them; see `case.check`."""
+        if case.beside not in self.known:
+            self.known[case.beside] = self.make(case.beside)
+        before = self.known[case.beside]
+        after = self.make([*case.beside, f"{case.setting}={case.value}"])
+        differing = {
+            key
+            for key in before.settings.keys() & after.settings.keys()
+            if before.settings[key] != after.settings[key]
+        }
+        # a run with another method has another table [method]
+        differing -= {"method.name"} - {case.setting}
+        # one that is refused at once has no settings
+        assert differing == {case.setting} or not after.settings, (
+            f"{case}: the two runs differ in {', '.join(sorted(differing)) or 'nothing'}"
+        )
+        check(case, before.fingerprint, after.fingerprint)
+
+
+class Runs(Pairs):
+    """Makes runs of a command that trains.
 
     Args:
         command: "pretrain" or "finetune".
@@ -42,63 +71,31 @@ class Runs:
     """
 
     def __init__(self, command: str, recipe: str, folder: Path, inputs: Mapping[str, Path]) -> None:
+        super().__init__()
         self.command, self.folder, self.inputs = command, folder, inputs
         folder.mkdir()
         self.recipe = folder / "recipe.toml"
-        self.recipe.write_text(self._filled(recipe))
-        self.known: dict[tuple[str, ...], Made] = {}
+        self.recipe.write_text(filled(recipe, inputs))
         self.count = 0
 
-    def _filled(self, value: str) -> str:
-        return re.sub(r"\$(\w+)", lambda match: str(self.inputs[match[1]]), value)
-
-    def check(self, case: Case) -> None:
-        """Make both runs of a case, and compare them; see `case.check`."""
-        if case.beside not in self.known:
-            self.known[case.beside] = self.run(case.beside)
-        before = self.known[case.beside]
-        after = self.run([*case.beside, f"{case.setting}={case.value}"])
-        differing = {
-            key
-            for key in before.settings.keys() & after.settings.keys()
-            if before.settings[key] != after.settings[key]
-        }
-        # a run with another method has another table [method]
-        differing -= {"method.name"} - {case.setting}
-        assert differing == {case.setting}, (
-            f"{case}: the two runs differ in {', '.join(sorted(differing)) or 'nothing'}"
-        )
-        check(case, before.fingerprint, after.fingerprint)
-
-    def run(self, settings: Sequence[str]) -> Made:
-        """Make a run with settings, such as "train.steps=4", beside those of the recipe."""
+    def make(self, settings: Sequence[str]) -> Made:
+        """See `Pairs`."""
         self.count += 1
         work = self.folder / f"run{self.count}"
         work.mkdir()
-        flags = [f"--{self._filled(setting)}" for setting in settings]
-        command = import_module(f"simmim.commands.{self.command}")
-        load, loaded = (
-            (command.load, "load")
-            if self.command == "pretrain"
-            else (command.load_finetuning, "load_finetuning")
-        )
-        configs: list[Any] = []
+        flags = [f"--{filled(setting, self.inputs)}" for setting in settings]
         seen: Fingerprint = {}
-
-        def record(arguments: list[str]) -> Any:
-            configs.append(load(arguments))
-            return configs[0]
-
+        configs: list[Any] = []
         with pytest.MonkeyPatch.context() as patch, inside(work), captured() as (_, error):
-            patch.setattr(command_line, "make_parser", _parser)
-            patch.setattr(command, loaded, record)
+            patch.setattr(command_line, "make_parser", make_parser_once)
+            _record_configuration(patch, self.command, configs)
             stand_ins.watch(patch, seen)
             code = cli.main([self.command, str(self.recipe), *flags])
         lines = [line.replace(str(work), "WORK") for line in error.getvalue().splitlines()]
         found = {
             **seen,
             **fingerprint.of_run(work),
-            "exit code": code,
+            EXIT_CODE: code,
             "error": [line for line in lines if line.startswith("simmim: error")],
             "notes": [line for line in lines if " has no effect " in line],
         }
@@ -106,8 +103,25 @@ class Runs:
         return Made(found, leaves(configs[0]) if configs else {})
 
 
+def _record_configuration(patch: pytest.MonkeyPatch, command: str, configs: list[Any]) -> None:
+    module = import_module(f"simmim.commands.{command}")
+    name = "load" if command == "pretrain" else "load_finetuning"
+    load = getattr(module, name)
+
+    def record(arguments: list[str]) -> Any:
+        configs.append(load(arguments))
+        return configs[0]
+
+    patch.setattr(module, name, record)
+
+
+def filled(text: str, inputs: Mapping[str, Path]) -> str:
+    """A text with the paths of inputs in place of their $NAMES."""
+    return re.sub(r"\$(\w+)", lambda match: str(inputs[match[1]]), text)
+
+
 # a parser is made anew for every command line, and making one takes longer than a run here
-_parser = cache(command_line.make_parser)
+make_parser_once = cache(command_line.make_parser)
 
 
 @contextlib.contextmanager
@@ -126,29 +140,6 @@ def captured() -> Iterator[tuple[io.StringIO, io.StringIO]]:
     out, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         yield out, error
-
-
-def write_images(folder: Path, count: int, seed: int, sizes: tuple[tuple[int, int], ...]) -> Path:
-    """Smooth random pictures, of the sizes (width, height) in turn."""
-    draw = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        small = draw.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-        picture = Image.fromarray(small).resize(
-            sizes[number % len(sizes)], Image.Resampling.BICUBIC
-        )
-        picture.save(folder / f"{number:02d}.png")
-    return folder
-
-
-def write_deep_images(folder: Path, count: int, seed: int) -> Path:
-    """Arrays of 16 bits, most of whose range is empty."""
-    draw = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        values = draw.integers(0, 4096, (40, 44, 3))
-        np.save(folder / f"{number:02d}.npy", values.astype(np.uint16))
-    return folder
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,12 +128,12 @@ def _watch_timm(patch: pytest.MonkeyPatch, seen: Fingerprint) -> None:
     class Transform:
         def __init__(self, **values: Any) -> None:
             seen.update({f"timm's {name}": value for name, value in values.items()})
-            self.size, self.transforms = values["input_size"], []
+            self.size, self.transforms = values["input_size"], [None]
 
         def __call__(self, picture: Any) -> torch.Tensor:
             height, width = self.size
-            values = torch.tensor(list(picture.resize((width, height)).getdata()))
-            return values.float().div(255).T.reshape(3, height, width)
+            pixels = np.array(picture.resize((width, height)), dtype=np.float32)
+            return torch.from_numpy(pixels / 255).movedim(-1, 0)
 
     class Mixup:
         def __init__(self, **values: Any) -> None:
@@ -142,6 +143,9 @@ def _watch_timm(patch: pytest.MonkeyPatch, seen: Fingerprint) -> None:
         def __call__(self, image: torch.Tensor, label: torch.Tensor) -> Any:
             return image, torch.nn.functional.one_hot(label, self.classes).float()
 
-    timm = SimpleNamespace(create_transform=Transform, Mixup=Mixup)
+    def shift(size: tuple[int, int], padding: int) -> None:
+        seen["timm's RandomCrop"] = size, padding
+
+    timm = SimpleNamespace(create_transform=Transform, Mixup=Mixup, RandomCrop=shift)
     for module in (views, mixing):
         patch.setattr(module, "import_timm", lambda name: timm)

@@ -6,7 +6,8 @@ import pytest
 
 from every_setting import recipes
 from every_setting.case import Case, read_sections
-from every_setting.runs import Runs, one_thread, write_deep_images, write_images
+from every_setting.inputs import write_deep_images, write_images
+from every_setting.runs import Runs, one_thread
 from simmim_kernels import native
 
 SECTIONS = read_sections("pretrain.txt")
@@ -24,9 +25,8 @@ def _one_thread() -> Iterator[None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
     folder = tmp_path_factory.mktemp("pretraining")
     inputs = {
-        # some have more than 2000 pixels, and some fewer
-        "images": write_images(folder / "images", 12, 0, ((44, 40), (50, 44))),
-        "others": write_images(folder / "others", 5, 1, ((44, 40), (50, 44))),
+        "images": write_images(folder / "images", 12, 0),
+        "others": write_images(folder / "others", 5, 1),
         "deep": write_deep_images(folder / "deep", 12, 2),
     }
     return {
@@ -58,5 +58,5 @@ def test_simsiam(runs: dict[str, Runs], case: Case) -> None:
 
 def test_the_same_run_has_the_same_fingerprint(runs: dict[str, Runs]) -> None:
     settings = ["validate.path=$others", "log.picture_every_steps=0", "log.tensorboard=true"]
-    one, other = (runs["simmim"].run(settings).fingerprint for _ in range(2))
+    one, other = (runs["simmim"].make(settings).fingerprint for _ in range(2))
     assert {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)} == set()

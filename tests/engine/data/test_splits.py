@@ -1,12 +1,15 @@
 """Subsets and held-out images, by class."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from simmim.data.labels import Labels
-from simmim.data.splits import holdout, subset
+from simmim.data.splits import holdout, open_labelled_sets, subset
+from simmim.errors import DataError
 
 LABELLED = Labels(np.repeat([3, 0, 1, -1, 2], [1000, 1, 40, 17, 300]), ("a", "b", "c", "d", "e"))
 
@@ -79,3 +82,13 @@ def test_splits_of_nothing() -> None:
     empty = Labels(np.empty(0, dtype=np.int64), ())
     assert len(subset(empty, 0.5, 0)) == 0
     assert [len(part) for part in holdout(empty, 0, 0)] == [0, 0]
+
+
+def test_labels_of_validation_images_that_are_held_out_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    assert len(open_labelled_sets(str(tmp_path), seed=0, num_held_out=2)[1].labels.values) == 2
+    with pytest.raises(DataError, match=r"^val_labels=list\.csv is the label file of validation"):
+        open_labelled_sets(str(tmp_path), seed=0, num_held_out=2, val_labels="list.csv")
