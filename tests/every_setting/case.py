@@ -124,6 +124,9 @@ def mismatches(wanted: set[str], listed: set[str], where: str, known: set[str]) 
         known: all settings that there are, beside `wanted`.
     """
     return [
-        *(f"{name} has no case: say in {where} what changes with it" for name in wanted - listed),
-        *(f"{name} is in {where}, and is no setting" for name in listed - wanted - known),
+        *(
+            f"{name} has no case: say in {where} what changes with it"
+            for name in sorted(wanted - listed)
+        ),
+        *(f"{name} is in {where}, and is no setting" for name in sorted(listed - wanted - known)),
     ]

@@ -1,17 +1,23 @@
 """Every setting that there is, by reflection; the lists in settings/ must have each of them."""
 
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
 
+from every_setting.calls import actions_of, parser_of
 from every_setting.case import LISTS, mismatches, read_sections
 from every_setting.models import keys_of
 from simmim.backbone.build import SPEC_TYPES
+from simmim.cli import COMMANDS
 from simmim.config.finetune import FinetuneConfig
 from simmim.config.sections import Config, MethodConfig
 from simmim.config.values import config_class, leaf_types
 from simmim.method.build import methods
 
 ROOT = Path(__file__).parents[2]
+
+# The commands that train: their flags are the keys of a configuration, and any other is refused.
+TRAIN = ("pretrain", "finetune")
 
 # The method whose runs try the keys that all methods have.
 MAIN = "simmim"
@@ -56,6 +62,23 @@ def problems_of_finetuning(config: type[FinetuneConfig] = FinetuneConfig) -> lis
     """The same of the keys of fine-tuning."""
     listed = {s for section in read_sections("finetune.txt").values() for s in section.settings}
     return mismatches(set(leaf_types(config)), listed, "finetune.txt", set())
+
+
+def problems_of_flags(parsers: Mapping[str, ArgumentParser] | None = None) -> list[str]:
+    """The same of the arguments of every command that does not train.
+
+    Args:
+        parsers: of the commands that do not train; None takes those that there are.
+    """
+    parsers = parsers or {
+        command: parser_of(command) for command in COMMANDS if command not in TRAIN
+    }
+    sections, problems = read_sections("flags.txt"), list[str]()
+    for command, parser in parsers.items():
+        listed = sections[command].settings if command in sections else set()
+        wanted = set(actions_of(parser))
+        problems += mismatches(wanted, listed, f"[{command}] of flags.txt", set())
+    return problems + _sections_of_nothing(sections, parsers, "flags.txt")
 
 
 def _sections_of_nothing(

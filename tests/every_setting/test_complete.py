@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from every_setting import found, recipes
+from every_setting.calls import parser_of
 from every_setting.case import Case, check
 from every_setting.inputs import write_images
 from every_setting.runs import Runs, one_thread
 from simmim import command_line
+from simmim.cli import COMMANDS
 from simmim.config.bounds import bounded
 from simmim.config.finetune import FinetuneConfig, FinetuneTrainConfig
 from simmim.config.sections import TrainConfig
@@ -25,6 +27,7 @@ from simmim.training import build
         found.problems_of_pretraining,
         found.problems_of_models,
         found.problems_of_finetuning,
+        found.problems_of_flags,
         found.problems_of_reasons,
     ],
     ids=lambda function: function.__name__,
@@ -51,6 +54,21 @@ def test_a_new_key_needs_a_case() -> None:
 
     (line,) = found.problems_of_finetuning(Finetune)
     assert line.startswith("train.planted has no case: say in finetune.txt")
+
+
+def test_a_new_flag_needs_a_case() -> None:
+    parsers = {name: parser_of(name) for name in COMMANDS if name not in found.TRAIN}
+    parsers["knn"].add_argument("--planted", action="store_true")
+    (line,) = found.problems_of_flags(parsers)
+    assert line == "--planted has no case: say in [knn] of flags.txt what changes with it"
+    parsers["knn"] = parser_of("predict")
+    assert "--temperature is in [knn] of flags.txt, and is no setting" in (
+        found.problems_of_flags(parsers)
+    )
+    del parsers["knn"]
+    assert found.problems_of_flags(parsers) == [
+        "[knn] is in flags.txt, and there is nothing of this name"
+    ]
 
 
 def _others(*left_out: str) -> dict[str, Any]:
