@@ -4,6 +4,7 @@ Each is a stand-in that is cheap and tells, under a name of its own, the values 
 The tests of the thing itself show that these values act.
 """
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,8 @@ def watch(patch: pytest.MonkeyPatch, seen: Fingerprint) -> None:
     _watch_model(patch, seen)
     _watch_timm(patch, seen)
     patch.setattr(torch.cuda, "is_available", lambda: False)
+    # plots, which follow no setting, take longer than all else
+    patch.setitem(sys.modules, "matplotlib.figure", None)
     # a test needs no file to outlive a crash of the machine, and no description of it
     patch.setattr(files.os, "fsync", lambda descriptor: None)
     patch.setattr(claim.environment, "describe", lambda device, size: {})
