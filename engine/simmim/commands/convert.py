@@ -33,16 +33,15 @@ installed (pip install 'simmim[convert]'); elsewhere names and shapes are compar
 _PICKLED = (".pth", ".pt", ".bin")
 
 
-@one_line_errors
-def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `simmim convert`."""
+    made = argparse.ArgumentParser(
         prog="simmim convert",
         description="Convert checkpoints to and from the layouts of other programs, with proof.",
         epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("source", metavar="IN", help="checkpoint")
     add("target", metavar="OUT", type=Path, help="file to write (.safetensors, .pth); hf: a folder")
     add("--to", choices=LAYOUTS, required=True, help="layout to write")
@@ -52,11 +51,18 @@ def main(arguments: list[str]) -> int:
     add("--window-size", type=int, help="of a SwinV2 without buffers, in tokens")
     add("--no-proof", action="store_true", help="write without checking")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
-    options = parser.parse_args(arguments)
+    return made
+
+
+@one_line_errors
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    reader = parser()
+    options = reader.parse_args(arguments)
     _check_target(options.target, options.to, options.overwrite)
     size = options.image_size
     if size is not None and len(size) > 2:
-        parser.error("--image-size takes one or two numbers")
+        reader.error("--image-size takes one or two numbers")
     weights = read_model(
         options.source,
         size if size is None or len(size) == 2 else size[0],
@@ -64,6 +70,7 @@ def main(arguments: list[str]) -> int:
         window_size=options.window_size,
         layout=options.layout,
     )
+    _check_hints(weights, num_heads=options.num_heads, window_size=options.window_size)
     try:
         export = to_layout(weights, options.to)
         lines = _proofs(weights, export) if not options.no_proof else ["not checked"]
@@ -95,6 +102,18 @@ def _check_target(target: Path, layout: str, overwrite: bool) -> None:
             f"{target} holds other files ({', '.join(others[:3])}), which --overwrite would "
             "remove; choose another OUT"
         )
+
+
+def _check_hints(weights: Weights, **hints: int | None) -> None:
+    """Raise ValueError for a hint that the architecture, which the file tells, does not follow."""
+    for name, value in hints.items():
+        own = getattr(weights.spec, name, None)
+        if value is not None and value != own:
+            has = f"no {name}" if own is None else f"{name}={own}"
+            flag = f"--{name.replace('_', '-')}={value}"
+            raise ValueError(
+                f"{weights.source}: {flag}, but its {weights.spec.arch} has {has}; leave it out"
+            )
 
 
 def _proofs(weights: Weights, export: Export) -> list[str]:

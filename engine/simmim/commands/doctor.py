@@ -61,12 +61,17 @@ def data_lines() -> list[str]:
     ]
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `simmim doctor`."""
+    return argparse.ArgumentParser(
         prog="simmim doctor",
         description="Versions, devices, and the backend each op would use and why not another.",
-    ).parse_args(arguments)
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser().parse_args(arguments)
     print(report())
     return 0
 

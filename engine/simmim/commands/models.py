@@ -17,22 +17,28 @@ Any convolutional model of timm is a backbone too: simmim models timm:NAME
 """
 
 
-@one_line_errors
-def main(arguments: list[str]) -> int:
-    """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `simmim models`."""
+    made = argparse.ArgumentParser(
         prog="simmim models",
         description="Every backbone × method: parameters, MACs, checkpoint layouts.",
         epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("names", nargs="*", metavar="NAME", help="backbones (default: all)")
     add("--image-size", type=int, metavar="PIXELS", help="side (default: each one's own)")
     add("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    return made
+
+
+@one_line_errors
+def main(arguments: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    reader = parser()
+    options = reader.parse_args(arguments)
     if options.image_size is not None and options.image_size < 1:
-        parser.error(f"--image-size={options.image_size} must be at least 1")
+        reader.error(f"--image-size={options.image_size} must be at least 1")
     entries = model_table(options.names, options.image_size)
     if options.json:
         print(json.dumps([entry.as_dict() for entry in entries], indent=1))

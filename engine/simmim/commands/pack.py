@@ -33,6 +33,10 @@ MAX_PROBLEMS = 20
 # Between two lines of progress where there is no terminal.
 LINE_EVERY_S = 10.0
 
+# Flags that act where shards are made, and where images are read.
+OF_PACKING = ("short_side", "quality", "keep_originals", "images_per_shard", "labels", "shuffle")
+OF_READING = ("max_pixels", "channels", "value_range")
+
 DESCRIPTION = """\
 Decode, check and downscale images once, into tar shards that train fast: plain tar, webdataset and
 DALI read them too. The same command goes on where it was stopped.
@@ -112,8 +116,12 @@ def main(arguments: list[str]) -> int:
         reader.error("SOURCE is missing")
     if given.verify is None and given.folder is None and not given.stats:
         reader.error("DEST is missing: the folder to pack to (only --stats needs none)")
-    if given.keep_originals and given.short_side is not None:
-        reader.error("--keep-originals resizes nothing: leave out --short-side")
+    if given.verify is not None:
+        _refuse(reader, given, "--verify DEST packs nothing", *OF_PACKING, *OF_READING, "stats")
+    elif given.folder is None:
+        _refuse(reader, given, "--stats without DEST packs nothing", *OF_PACKING)
+    elif given.keep_originals:
+        _refuse(reader, given, "--keep-originals encodes nothing", "short_side", "quality")
     workers = given.workers or len(os.sched_getaffinity(0))
     try:
         if given.verify is not None:
@@ -129,6 +137,15 @@ def main(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         return end(error, place=str(given.verify or given.source))
+
+
+def _refuse(
+    reader: argparse.ArgumentParser, given: argparse.Namespace, reason: str, *names: str
+) -> None:
+    """End with an error where one of the flags has another value than its default."""
+    for name in names:
+        if getattr(given, name) != reader.get_default(name):
+            reader.error(f"{reason}: leave out --{name.replace('_', '-')}")
 
 
 def _pack(given: argparse.Namespace, workers: int) -> int:

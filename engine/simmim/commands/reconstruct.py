@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from simmim.commands.arguments import add_value_range
+from simmim.commands.arguments import add_value_range, positive
 from simmim.commands.errors import one_line_errors
 from simmim.model.image_model import MaskedImageModel
 from simmim.model.weights_file import trained_mask
@@ -28,10 +28,14 @@ def parser() -> argparse.ArgumentParser:
         help="PNG to write (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    add("--mask-unit", type=int, help="side of a mask unit, pixels (default: as trained, or 32)")
+    add(
+        "--mask-unit",
+        type=positive,
+        help="side of a mask unit, pixels (default: as trained, or 32)",
+    )
     add("--mask-ratio", type=float, help="share of units hidden (default: as trained, or 0.6)")
     add("--seed", type=int, default=0, help="seed of the masks (default: %(default)s)")
-    add("--image-size", type=int, help="side in pixels (default: the checkpoint's)")
+    add("--image-size", type=positive, help="side in pixels (default: the checkpoint's)")
     add_value_range(made)
     return made
 

@@ -62,6 +62,8 @@ IDLE = (
     ),
     Idle(("kernels.attention",), {CONVNET: (True,)}),
     Idle(("log.pictures", "log.picture_every_steps"), {FINETUNING: (True,)}),
+    # a classifier norms the mean, and its positions train
+    Idle(("model.final_norm", "model.frozen_position"), {FINETUNING: (True,)}),
     Idle(("data.classes", "data.first_number"), {"data.labels": ("",), "data.val_labels": ("",)}),
     Idle(("augment.color_jitter",), {"augment.auto_augment": SET}),
     Idle(("augment.mix_switch",), {"augment.mixup": (0,)}),

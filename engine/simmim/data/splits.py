@@ -28,6 +28,7 @@ class SettingNames:
         path: key of the training images' path, see `simmim.errors.from_setting`.
         val_path: key of the validation images' path.
         labels: what to give where nothing tells the classes.
+        val_labels: key of the label file of the validation images.
         num_held_out: the number of images to hold out.
         validation: what to give where there are too few images to hold some out.
     """
@@ -35,6 +36,7 @@ class SettingNames:
     path: str = ""
     val_path: str = ""
     labels: str = "a label file"
+    val_labels: str = "val_labels"
     num_held_out: str = "num_held_out"
     validation: str = "val_path or num_held_out"
 
@@ -111,6 +113,11 @@ def open_labelled_sets(
                 raise PathError(f"{val_path}: no labelled image to validate on")
         kept = np.flatnonzero(own.values >= 0)
     else:
+        if val_labels:
+            raise DataError(
+                f"{names.val_labels}={val_labels} is the label file of validation images, and "
+                f"those are held out of {path}: leave it out, or give {names.validation}"
+            )
         val_path, val_source, val_own = f"{path} (held out)", source, own
         with from_setting(names.path):
             kept, held = _hold_out(own, path, num_held_out, seed, names)

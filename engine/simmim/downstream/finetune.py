@@ -39,6 +39,7 @@ from simmim.weights.load import Weights, read_model
 SETTINGS = SettingNames(
     path="data.path",
     val_path="data.val_path",
+    val_labels="data.val_labels",
     num_held_out="data.holdout",
     validation="data.val_path or data.holdout",
 )

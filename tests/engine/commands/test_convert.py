@@ -443,3 +443,15 @@ def test_published_checkpoints_go_everywhere(tmp_path: Path, run: Run) -> None:
             code, out, err = run(source, target, "--to", layout)
             assert (code, err) == (0, "")
             assert f"official → {layout}: read back bit for bit" in out
+
+
+def test_hints_that_the_architecture_does_not_follow_are_refused(
+    checkpoint: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "x.safetensors"
+    words = run.refused(checkpoint, out, "--to=official", "--window-size=4")
+    assert "--window-size=4, but its swin has window_size=2; leave it out" in words
+    words = run.refused(checkpoint, out, "--to=official", "--num-heads=2")
+    assert "--num-heads=2, but its swin has num_heads=(1, 2, 2); leave it out" in words
+    assert not out.exists()
+    assert run(checkpoint, out, "--to=official", "--window-size=2")[0] == 0

@@ -128,6 +128,13 @@ def test_what_a_user_must_not_overlook_is_refused(recipe: str, flag: str, messag
             "log.picture_every_steps=2",
             "in fine-tuning",
         ),
+        ("finetune_smoke", ["--model.final_norm=true"], "model.final_norm=True", "in fine-tuning"),
+        (
+            "finetune_smoke",
+            ["--model.name=vit_tiny_plain", "--model.frozen_position=true"],
+            "model.frozen_position=True",
+            "in fine-tuning",
+        ),
         (
             "finetune_smoke",
             ["--data.classes=names.txt"],

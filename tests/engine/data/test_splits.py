@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from simmim.data import splits
 from simmim.data.labels import Labels
@@ -269,3 +270,13 @@ def test_every_class_keeps_an_image_whatever_the_ties() -> None:
         kept, held = holdout(single, 25, seed)
         assert len(held) == 25
         assert set(single.values[kept]) == set(range(10))
+
+
+def test_labels_of_validation_images_that_are_held_out_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    assert len(open_labelled_sets(str(tmp_path), seed=0, num_held_out=2)[1].labels.values) == 2
+    with pytest.raises(DataError, match=r"^val_labels=list\.csv is the label file of validation"):
+        open_labelled_sets(str(tmp_path), seed=0, num_held_out=2, val_labels="list.csv")
