@@ -1,4 +1,4 @@
-"""What is flushed to the disk and renamed, in order; and a disk that fails at one of these calls."""
+"""What is flushed to the disk and renamed, in order; and a disk that fails at one such call."""
 
 import os
 from pathlib import Path
