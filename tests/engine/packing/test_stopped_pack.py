@@ -242,6 +242,7 @@ def test_files_that_cannot_grow(
     assert run(*arguments) == 0
 
 
+@pytest.mark.slow  # what a file that cannot grow shows, on a disk of its own
 def test_a_full_disk(small: Path, tmp_path: Path) -> None:
     """A tiny file system in a mount namespace of its own; then the same, enlarged."""
     folder = tmp_path / "packed"
