@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from mmap import mmap
 from pathlib import Path
@@ -57,3 +58,11 @@ def expected_statistics(images: list[np.ndarray]) -> list[str]:
         f"--data.{name}=[{','.join(f'{x:.6f}' for x in numbers)}]"
         for name, numbers in (("mean", values.mean(0)), ("std", values.std(0)))
     ]
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for another process; fails where it never comes to it."""
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

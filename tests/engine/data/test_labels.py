@@ -390,3 +390,23 @@ def test_numbers_mean_the_training_sets_order() -> None:
         0,
         3,
     ]
+
+
+def test_class_names_are_numbered_in_sorted_order(write: Callable[[str, str], Path]) -> None:
+    path = write("l.csv", "a.jpg,owl\nb.jpg,Cat\nc.jpg,dog\nd.jpg,owl\n")
+    labels = labels_of(listed("a.jpg", "b.jpg", "c.jpg", "d.jpg"), path)
+    assert labels is not None
+    assert labels.classes == ("Cat", "dog", "owl")
+    assert numbered(labels) == [2, 0, 1, 2]
+
+
+def test_a_given_first_number_wins_over_that_of_the_class_file(
+    write: Callable[[str, str], Path],
+) -> None:
+    class_file = write("kit.txt", "owl 1 x\ncat 2 x\ndog 3 x\n")
+    path = write("l.txt", "a.jpg 0\nb.jpg 2\n")
+    labels = labels_of(listed("a.jpg", "b.jpg"), path, class_file=class_file, first_number=0)
+    assert labels_by_name(labels) == ["owl", "dog"]
+    assert "0 is out of range, 1 to 3" in refusal(
+        listed("a.jpg", "b.jpg"), path, class_file=class_file
+    )

@@ -150,7 +150,12 @@ def test_every_difference_between_members_and_index_is_told(tmp_path: Path) -> N
     assert told(label=None) == ["00000000.cls: not in the index", "00000001.cls: not in the index"]
     assert told(offset=[512, 2048])[0] == "00000001.jpg: is at (2560, 600)"
     assert told(size=[5, 599])[0] == "00000001.jpg: is at (2560, 600)"
-    assert told(name=["00000000.jpg", "9.jpg"])[0] == "9.jpg: missing"
+    assert told(name=["00000000.jpg", "9.jpg"]) == [
+        "9.jpg: missing",
+        "9.jpg: its label is not 12",
+        "00000001.jpg: not in the index",
+        "00000001.cls: not in the index",
+    ]
     assert told(sha256=[index.sha256[0]] * 2) == [
         "00000001.jpg: damaged, its bytes have another sha256"
     ]

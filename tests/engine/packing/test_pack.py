@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from packed_folders import contents, expected_statistics, index_of, run, skipped
+from packed_folders import contents, expected_statistics, index_of, run, skipped, wait_until
 from simmim.data.decode import decode
 from simmim.data.folder import FolderSource
 from simmim.data.labels import Labels, labels_of
@@ -267,8 +266,7 @@ def test_workers_do_not_hold_the_lock_and_are_as_many_as_asked(
 
     def write_shard(self: plan.Plan, folder: Path, number: int, tally: Tally) -> None:
         (processes / str(os.getpid())).touch()
-        while len(list(processes.iterdir())) < 3:
-            time.sleep(0.001)
+        wait_until(lambda: len(list(processes.iterdir())) == 3)
         held = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
         if str(folder) in held:
             raise RunError("a worker holds the lock")

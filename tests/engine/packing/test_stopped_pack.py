@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packed_folders import FORK, contents, count_calls, run
+from packed_folders import FORK, contents, count_calls, run, wait_until
 from simmim.data.folder import FolderSource
 from simmim.data.labels import Labels
 from simmim.data.open import open_source
@@ -124,13 +124,6 @@ def test_killed_again_and_again(
     assert process.exitcode == 0
     wait_until(lambda: not list(folder.glob(".*")))  # an orphan's last file
     assert contents(folder) == contents(tmp_path / "whole")
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def until_orphaned() -> None:
@@ -242,6 +235,7 @@ def test_files_that_cannot_grow(
     assert run(*arguments) == 0
 
 
+@pytest.mark.slow  # what a file that cannot grow shows, on a disk of its own
 def test_a_full_disk(small: Path, tmp_path: Path) -> None:
     """A tiny file system in a mount namespace of its own; then the same, enlarged."""
     folder = tmp_path / "packed"

@@ -3,11 +3,11 @@
 import errno
 import os
 import signal
-import time
 from typing import Any
 
 import pytest
 
+from packed_folders import wait_until
 from simmim.errors import RunError
 from simmim.packing import tasks
 from simmim.packing.tasks import Tally, Tasks
@@ -37,8 +37,7 @@ def test_one_worker_does_the_tasks_in_order() -> None:
 def test_as_many_processes_work_as_there_are_workers() -> None:
     def work(number: int, tally: Tally) -> int:
         tally.add(done=1)
-        while tally.total()[0] < 3:  # the others have begun as well
-            time.sleep(0.001)
+        wait_until(lambda: tally.total()[0] == 3)  # the others have begun as well
         return os.getpid()
 
     made = Tasks(work, 3, "task {}")
@@ -48,8 +47,7 @@ def test_as_many_processes_work_as_there_are_workers() -> None:
 def test_the_tally_is_the_sum_over_the_processes() -> None:
     def work(number: int, tally: Tally) -> list[list[int]]:
         tally.add(done=number, skipped=1)
-        while tally.total()[1] < 2:
-            time.sleep(0.001)
+        wait_until(lambda: tally.total()[1] == 2)
         return [list(map(int, row)) for row in tally._counts]
 
     seen: list[tuple[int, int]] = []
@@ -64,8 +62,7 @@ def test_progress_is_told_while_a_task_goes_on(monkeypatch: pytest.MonkeyPatch) 
 
     def work(number: int, tally: Tally) -> None:
         tally.add(done=1)
-        while tally.total()[1] == 0:
-            time.sleep(0.001)
+        wait_until(lambda: tally.total()[1])
 
     def tick(tally: Tally) -> None:
         if tally.total()[0]:

@@ -43,3 +43,25 @@ def test_choice_of_dali() -> None:
         name, reason = choose_backend(requested, device, channels=1)
         assert name == "dali"
         assert reason.startswith("DALI ")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("no driver"), "no driver"), (OSError(), "OSError"), (ImportError("x"), "x")],
+)
+def test_a_dali_that_breaks_while_it_is_imported_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def broken(module: str) -> None:
+        raise error
+
+    backend.import_dali.cache_clear()
+    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    try:
+        assert backend.import_dali() == (None, reason)
+        assert choose_backend("auto", torch.device("cuda")) == (
+            "cpu", f"NVIDIA DALI is missing ({reason})",
+        )  # fmt: skip
+    finally:
+        monkeypatch.undo()
+        backend.import_dali.cache_clear()

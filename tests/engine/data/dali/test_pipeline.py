@@ -5,6 +5,7 @@ import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ from dali_pipelines import (
 from simmim.data.dali import backend
 from simmim.data.dali import pipeline as pipeline_module
 from simmim.data.dali.decoder import Decoder
+from simmim.data.dali.memory import largest_sub_batch
 from simmim.data.dali.samples import PreparedSample
 from simmim.data.loader import Loader
 from simmim.data.open import open_source
 from simmim.data.order import MicroBatches, SampleOrder
-from simmim.data.views import CroppedView
+from simmim.data.views import CroppedView, RandomCrops
 from simmim.distributed import World
 from simmim.errors import DataError
 
@@ -265,3 +267,59 @@ def test_a_machine_that_fails_is_not_the_images_fault(
         np.testing.assert_array_equal(np.stack(views[start : start + 4]), next(made).image)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"batch after batch \(out of memory\).*data.backend=cpu"):
         next(made)
+
+
+class Idle:
+    """Stands in for the decoder and the pass: keeps what they are given."""
+
+    made: "list[tuple[tuple[Any, ...], dict[str, Any]]]"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.made.append((arguments, options))
+
+    def run(self, places: Any) -> list[Any]:
+        return list(places)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def test_every_setting_arrives_at_the_decoder_and_the_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoders: list[Any] = []
+    passes: list[Any] = []
+    said: list[str] = []
+    monkeypatch.setattr(pipeline_module, "choose_backend", lambda *_: ("dali", ""))
+    monkeypatch.setattr(pipeline_module, "Decoder", type("Decoder", (Idle,), {"made": decoders}))
+    monkeypatch.setattr(pipeline_module, "Pass", type("Pass", (Idle,), {"made": passes}))
+    monkeypatch.setattr(
+        pipeline_module,
+        "agreeing_orientations",
+        lambda decoder, report: report("compared") or frozenset({1, 3}),
+    )
+    source = object()
+    device = torch.device("cuda", 1)
+    tested = pipeline_module.DaliPipeline(
+        source, AUGMENTATION, 7, device=device, micro_batch=6, threads=3, prefetch=4,
+        memory_bytes=2**28, max_pixels=999, value_range=(0, 5), timeout_s=12.0, report=said.append,
+    )  # type: ignore[arg-type] # fmt: skip
+    assert list(tested.batches([[(0, 1)]])) == [[(0, 1)]]
+    pixels = largest_sub_batch(2**28, AUGMENTATION, micro_batch=6, threads=3)
+    assert decoders == [
+        (
+            (AUGMENTATION, device),
+            {"micro_batch": 6, "threads": 3, "largest_pixels": int(pixels / 4)},
+        )
+    ]
+    [((preparation, readers, _), options)] = passes
+    assert options == {
+        "sub_batch_pixels": pixels, "prefetch": 4, "timeout_s": 12.0, "report": said.append,
+    }  # fmt: skip
+    assert len(readers.threads) == 3
+    assert readers.closed
+    assert preparation.source is source
+    assert preparation.crops == RandomCrops(AUGMENTATION, 7, 999, (0, 5))
+    assert preparation.largest_pixels == int(pixels / 4)
+    assert preparation.orientations == {1, 3}
+    assert said == ["compared"]
