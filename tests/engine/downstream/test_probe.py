@@ -247,3 +247,11 @@ def test_a_class_that_is_the_fifth_of_equals_is_among_five() -> None:
             classifiers, Examples(torch.zeros(1, 1), torch.tensor([label]), torch.arange(1))
         )
         assert found.top5 == top5
+
+
+def test_of_equally_right_rates_that_of_the_lower_loss_is_picked() -> None:
+    train, val = clusters(60, seed=1, spread=0.01), clusters(40, seed=2, spread=0.01)
+    for rates in ((0.01, 0.3), (0.3, 0.01)):
+        training = Training(rates, epochs=5)
+        (found,) = probe_layers({"x": train[0]}, train[1], {"x": val[0]}, val[1], training)
+        assert (found.picked, found.rate) == ((1.0, 1.0), 0.3)
