@@ -166,3 +166,30 @@ def test_settings_that_do_not_fit(change: dict[str, Any], message: str) -> None:
 def test_examples_that_do_not_fit(example: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskCollator(**SMALL)([example])
+
+
+def test_configured_crops_reach_the_augmentation() -> None:
+    collator = MaskCollator(
+        **SMALL,
+        crop_scale=(0.2, 0.3),
+        crop_ratio=(0.9, 1.1),
+        flip=1.0,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    )
+    found = collator(examples(5))["pixel_values"][0].permute(1, 2, 0).numpy()
+    drawn = Augmentation((64, 64), (0.2, 0.3), (0.9, 1.1), 1.0, 3)
+    view = augment(np.asarray(photo(5)), sample_key(0, 0, 5), drawn)
+    np.testing.assert_allclose(found, view / 255, atol=1e-6)
+
+
+def test_the_orientation_of_a_photo_is_heeded() -> None:
+    image, file = photo(8), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    image.save(file, "png", exif=exif)
+    turned = Image.open(io.BytesIO(file.getvalue()))
+    wanted = image.transpose(Image.Transpose.ROTATE_270)
+    collator = MaskCollator(**SMALL)
+    found, expected = (collator([{"image": one, "id": 8}]) for one in (turned, wanted))
+    assert same(found, expected)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from simmim.data.open import open_source
 from simmim.distributed import World
 from simmim.errors import ConfigError
 from simmim.method.build import find_method
+from simmim.model.weights_file import trained_mask
 from simmim.pretrain import build_state
 from simmim.training.step import train_step
 
@@ -259,3 +261,79 @@ def test_without_lightning_one_line_names_the_extra() -> None:
     )
     assert result.returncode == 1
     assert "pip install 'simmim[lightning]'" in result.stderr.splitlines()[-1]
+
+
+class Strategy:
+    """What the adapters ask of a Trainer's strategy."""
+
+    root_device = torch.device("cpu")
+
+    def reduce(self, share: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "mean"
+        return share * 0.5  # as if another process had no image
+
+
+def trainer_of(world: int, accumulate: int = 1) -> Any:
+    return SimpleNamespace(
+        accumulate_grad_batches=accumulate, global_rank=1, world_size=world, strategy=Strategy()
+    )
+
+
+def test_a_process_is_known_by_its_rank_and_their_number(adapters: Any) -> None:
+    assert adapters.world_of(trainer_of(3)) == World(1, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("world", "wanted", "joined"), [(1, True, 0), (2, False, 0), (2, True, 1)])
+def test_batch_norms_are_joined_over_processes_if_they_are_to_be(
+    adapters: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    wanted: bool,
+    joined: int,
+) -> None:
+    config = configured(
+        folder, f"--train.sync_batch_norm={str(wanted).lower()}", recipe="simsiam_smoke"
+    )
+    converted: list[Any] = []
+    checked: list[Any] = []
+    monkeypatch.setattr(adapters, "convert", converted.append)
+    monkeypatch.setattr(adapters, "check_backends", lambda *given: checked.append(given))
+    module = adapters.MethodModule(config, adapters.MethodDataModule(config).schedule)
+    module._trainer = trainer_of(world)
+    module.setup("fit")
+    assert converted == [module.model] * joined
+    assert checked == [(config.kernels, module.model.encoder.spec, torch.device("cpu"))]
+
+
+def test_lightning_s_own_batch_norms_are_refused(adapters: Any, folder: Path) -> None:
+    config = configured(folder, recipe="simsiam_smoke")
+    module = adapters.MethodModule(config, adapters.MethodDataModule(config).schedule)
+    module.on_fit_start()
+    module.extra = torch.nn.SyncBatchNorm(2)
+    with pytest.raises(ConfigError, match=r"set train\.sync_batch_norm=true"):
+        module.on_fit_start()
+
+
+def test_gradients_are_divided_by_the_share_of_images_in_all_processes(
+    adapters: Any, folder: Path
+) -> None:
+    config = configured(folder)
+    module = adapters.MethodModule(config, adapters.MethodDataModule(config).schedule)
+    module._trainer = trainer_of(2)
+    weight = module.model.encoder.mask_token
+    weight.grad = torch.ones_like(weight)
+    module._shares = [1.0, 0.5]
+    module.on_before_optimizer_step(None)
+    assert weight.grad.unique().tolist() == pytest.approx([1 / (0.75 * 0.5)])
+    assert module._shares == []
+
+
+def test_weights_state_their_mask_and_rates_change_by_the_step(
+    adapters: Any, folder: Path, tmp_path: Path
+) -> None:
+    config = configured(folder, "--mask.ratio=0.3", "--mask.unit=16")
+    module = adapters.MethodModule(config, adapters.MethodDataModule(config).schedule)
+    module.save_weights(tmp_path / "weights.safetensors")
+    assert trained_mask(tmp_path / "weights.safetensors") == {"unit": 16, "ratio": 0.3}
+    assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"

@@ -58,3 +58,10 @@ def test_units_that_are_not_whole_patches_or_do_not_tile_are_refused(unit: int) 
             ratio=0.5,
             seed=0,
         )
+
+
+@pytest.mark.parametrize(("ratio", "hidden"), [(0.25, 16), (0.26, 17), (1.0, 64)])
+def test_the_share_of_units_is_rounded_up(ratio: float, hidden: int) -> None:
+    options = {"patch_size": 2, "mask_unit": 4, "ratio": ratio, "seed": 5}
+    mask = sample_mask(torch.tensor([0]), torch.tensor([0]), (16, 16), **options)
+    assert int(mask.sum()) == hidden

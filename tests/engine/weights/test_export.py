@@ -1,5 +1,7 @@
 """Exports: refused where no model of the target computes the same, read back bit for bit."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from layout_cases import (
 )
 from simmim.backbone.build import build_encoder
 from simmim.method.simmim import SimMIM
-from simmim.weights.export import to_layout, write
+from simmim.method.simsiam import SimSiam
+from simmim.model.weights_file import read_notes
+from simmim.weights.export import strange_files, to_layout, write
 from simmim.weights.load import Weights, read_model
 from simmim.weights.proof import prove
 
@@ -94,3 +98,47 @@ def test_norms_of_another_epsilon_are_refused() -> None:
     with pytest.raises(ValueError, match="timm's norms have an epsilon of 1e-06, these 1e-12"):
         to_layout(other, "timm")
     assert to_layout(other, "hf").config["layer_norm_eps"] == 1e-12
+
+
+def test_heads_that_nobody_else_knows_are_named_as_left_out() -> None:
+    model = SimSiam(build_encoder(SWIN), projector_width=8, predictor_width=4)
+    weights = Weights("x", "simmim", "simsiam", dict(model.state_dict()), SWIN, {})
+    export = to_layout(weights, "timm")
+    heads = {name for name in weights.state if not name.startswith("encoder.")}
+    assert heads
+    assert set(export.left_out) == heads
+    assert export.kind == "encoder"
+
+
+def test_a_folder_that_cannot_be_replaced_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make_weights("swin", "simmim")
+    export = to_layout(weights, "hf")
+    write(export, tmp_path / "out", {})
+    replaced = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(target).name == "out":
+            raise OSError("full")
+        replaced(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        write(export, tmp_path / "out", {})
+    assert [len(list(folder.iterdir())) for folder in tmp_path.iterdir()] == [3]
+
+
+def test_files_say_what_they_are_and_wrap_their_tensors_as_expected(tmp_path: Path) -> None:
+    weights = make_weights("swin", "classifier")
+    for layout, wrapper in (("official", "model"), ("mmpretrain", "state_dict"), ("timm", None)):
+        export = to_layout(weights, layout)
+        write(export, tmp_path / "a.pth", {})
+        content = torch.load(tmp_path / "a.pth", weights_only=True)
+        assert (content if wrapper is None else content[wrapper]).keys() == export.state.keys()
+        write(export, tmp_path / "a.safetensors", {"mean": [0.1, 0.2, 0.3]})
+        notes = read_notes(tmp_path / "a.safetensors")
+        assert json.loads(notes["simmim"])["mean"] == [0.1, 0.2, 0.3]
+        assert json.loads(notes.get(layout, "{}")) == export.config
+    (tmp_path / "strange.txt").touch()
+    assert strange_files(tmp_path) == ["a.pth", "a.safetensors", "strange.txt"]

@@ -85,3 +85,29 @@ def test_parts_that_only_transformers_has_are_named(tmp_path: Path) -> None:
         read_model(bare)
     with pytest.raises(ValueError, match=r"weights unknown: vit\.extra"):
         read_model(export.state | {"vit.extra": torch.ones(1)})
+
+
+def test_classes_and_statistics_of_the_configuration_are_taken() -> None:
+    export = to_layout(make_weights("swin", "classifier"), "hf")
+    names = {str(number): f"class {number}" for number in range(11)}
+    config = {"id2label": names, "image_mean": [0.1], "image_std": [0.2]}
+    metadata = hf_layout.to_ours(export.state, config).metadata
+    assert metadata == {
+        "classes": [f"class {number}" for number in range(11)],  # in order of their numbers
+        "mean": [0.1],
+        "std": [0.2],
+    }
+
+
+def test_query_key_and_value_lie_in_this_order() -> None:
+    weights = make_weights("swin", "simmim")
+    state = to_layout(weights, "hf").state
+    stem = "swin.encoder.layers.1.blocks.1.attention.self"
+    for kind in ("weight", "bias"):
+        parts = [state[f"{stem}.{part}.{kind}"] for part in ("query", "key", "value")]
+        assert torch.equal(
+            torch.cat(parts), weights.state[f"encoder.layers.1.blocks.1.attn.qkv.{kind}"]
+        )
+    del state[f"{stem}.key.bias"]
+    with pytest.raises(ValueError, match="query, key and value do not come together"):
+        hf_layout.to_ours(state, {})

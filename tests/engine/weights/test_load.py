@@ -116,3 +116,61 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         simmim.nothing  # noqa: B018
+
+
+def test_the_window_of_the_target_is_the_given_one_or_the_file_s(
+    official: dict, tmp_path: Path
+) -> None:
+    from simmim.model.weights_file import save_weights
+
+    save_weights(load_model(official, norm_target=47), tmp_path / "model.safetensors")
+    assert load_model(tmp_path).norm_target == 47
+    assert load_model(tmp_path, norm_target=5).norm_target == 5
+
+
+def test_given_facts_stand_above_the_file_s(official: dict[str, Tensor]) -> None:
+    assert load_encoder(official, qk_scale=0.3).encoder.spec.qk_scale == 0.3
+    assert load_encoder(official, image_size=[64, 128]).encoder.spec.image_size == (64, 128)
+    assert not load_model(official).training
+    assert not load_encoder(official).training
+
+
+def test_statistics_and_settings_of_the_file_reach_every_kind(tmp_path: Path) -> None:
+    from simmim.backbone.vit import ViTSpec
+    from simmim.method.tokens import TokenSimMIM
+    from simmim.model.classifier import Classifier
+    from simmim.model.image_model import ImageModel
+    from simmim.model.weights_file import save_weights
+
+    spec = ViTSpec((16, 16), patch_size=8, embed_dim=8, depth=1, num_heads=2)
+    values = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    models = [
+        simmim.SimMIM(spec.build(), **values),
+        Classifier(spec.build(), ["a"], **values),
+        TokenSimMIM(spec.build(), loss="l2", **values),
+        ImageModel(spec.build(), **values),
+    ]
+    for number, model in enumerate(models):
+        path = tmp_path / f"{number}.safetensors"
+        save_weights(model, path)
+        back = (load_encoder if type(model) is ImageModel else load_model)(path)
+        assert type(back) is type(model)
+        assert back.settings == model.settings
+        assert back.mean.tolist() == pytest.approx(values["mean"])
+        assert back.std.tolist() == pytest.approx(values["std"])
+
+
+def test_more_blocks_than_weights_are_refused_before_memory_is_taken(
+    official: dict[str, Tensor], tmp_path: Path
+) -> None:
+    spec = replace(read_model(official).spec, depths=(1, 1, 1_000_000))
+    save_file(official, tmp_path / "a.safetensors", weights_metadata("simmim", spec, {}))
+    with pytest.raises(ValueError, match="has 1000002 blocks, more than there are weights"):
+        read_model(tmp_path / "a.safetensors")
+
+
+def test_of_many_wrong_names_four_are_told(official: dict[str, Tensor]) -> None:
+    extra = {f"encoder.extra{number}": torch.zeros(1) for number in range(6)}
+    message = r"weights unknown: encoder\.extra0, .*extra1, .*extra2, .*extra3 and 2 more$"
+    with pytest.raises(ValueError, match=message):
+        load_model(official | extra)

@@ -1,14 +1,18 @@
 """Models of timm: plain ViTs, and folders of the Hub."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layout_cases import assert_same, is_here, make_weights
+from layout_cases import PLAIN_VIT, SPECS, SWIN, TUNED_VIT, assert_same, is_here, make_weights
+from simmim.backbone.vit import ViTSpec
+from simmim.weights import timm_layout
 from simmim.weights.export import to_layout
 from simmim.weights.load import load_model, read_model
 
@@ -66,3 +70,63 @@ def test_timm_folders_of_the_hub(tmp_path: Path) -> None:
     told["global_pool"] = "token"
     (tmp_path / "config.json").write_text(json.dumps(told))
     assert read_model(tmp_path).kind == "encoder"
+
+
+def test_a_swin_s_fields_arrive_in_the_arguments() -> None:
+    spec = replace(SWIN, image_size=(32, 64), channels=2, mlp_ratio=1.5, drop_path=0.2)
+    state = {"head.weight": torch.zeros(5, 32)}
+    _, config = timm_layout.from_ours(state, replace(spec, qkv_bias=False), "classifier", {})
+    assert config == {
+        "architecture": "swin_base_patch4_window7_224",
+        "model_args": {
+            "img_size": [32, 64],
+            "patch_size": 4,
+            "in_chans": 2,
+            "embed_dim": 8,
+            "mlp_ratio": 1.5,
+            "qkv_bias": False,
+            "num_classes": 5,
+            "drop_path_rate": 0.2,
+            "depths": [1, 2, 1],
+            "num_heads": [1, 2, 2],
+            "window_size": 2,
+        },
+    }
+    v2 = SPECS["swinv2-from-w3"]
+    arguments = timm_layout.from_ours({}, v2, "encoder", {})[1]["model_args"]
+    assert arguments["pretrained_window_sizes"] == [3, 3, 3]
+    assert arguments["num_classes"] == 0
+
+
+def test_a_vit_s_norms_pooling_and_positions_arrive_in_the_arguments() -> None:
+    def arguments(spec: ViTSpec, kind: str) -> dict[str, Any]:
+        state = {"head.weight": torch.zeros(5, 12)}
+        return dict(timm_layout.from_ours(state, spec, kind, {})[1]["model_args"])
+
+    beit = arguments(replace(TUNED_VIT, layer_scale=0.3), "classifier")
+    wanted = {
+        "depth": 2,
+        "num_heads": 2,
+        "global_pool": "avg",
+        "init_values": 0.3,
+        "use_abs_pos_emb": False,
+        "use_rel_pos_bias": True,
+        "use_shared_rel_pos_bias": False,
+        "use_fc_norm": True,
+    }
+    assert {key: beit[key] for key in wanted} == wanted
+    plain = arguments(replace(PLAIN_VIT, final_norm=False, layer_scale=0.3), "classifier")
+    assert (plain["fc_norm"], plain["final_norm"], plain["init_values"]) == (True, True, 0.3)
+    bare = arguments(PLAIN_VIT, "encoder")
+    assert (bare["fc_norm"], bare["final_norm"], bare["global_pool"]) == (False, True, "token")
+    with pytest.raises(ValueError, match="no factor of q·k"):
+        arguments(replace(PLAIN_VIT, qk_scale=0.3), "encoder")
+
+
+def test_a_plain_vit_has_one_bias_whose_keys_are_zero() -> None:
+    weights = make_weights("plain-vit", "encoder")
+    state = to_layout(weights, "timm").state
+    q, k, v = state["blocks.1.attn.qkv.bias"].chunk(3)
+    assert torch.equal(q, weights.state["encoder.blocks.1.attn.q_bias"])
+    assert torch.equal(v, weights.state["encoder.blocks.1.attn.v_bias"])
+    assert not k.any()
