@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | format | bench | bench-gpu | clean — everything lives in .venv
+# make demo | test | test-all | coverage | check | format | bench | bench-gpu | clean — everything lives in .venv
 PYTHON ?= python3
 # The release that CI runs; any torch that pyproject.toml allows works: make test TORCH='torch==2.14.1'
 TORCH ?= torch==2.13.0
@@ -16,7 +16,7 @@ SHELL := /bin/bash
 # each process begins with its own part of the list, so that fixtures of a file are mostly made once
 SHARED := -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: demo test test-all check format bench bench-gpu native-test clean
+.PHONY: demo test test-all coverage check format bench bench-gpu native-test clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/skimage_photos.py $(RUN)-photos
@@ -32,6 +32,15 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(SHARED)
 	@$(MAKE) --no-print-directory native-test
+
+# Lines and branches of engine/ that the tests of every commit run, in all of their processes
+coverage: $(INSTALLED)
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest -m "not slow" -p no:cacheprovider $(SHARED)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+	@$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
+	@$(BIN)/python tests/coverage_floors.py build/coverage/coverage.json
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
