@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from simmim import distributed
 from simmim.distributed import World
@@ -38,3 +39,45 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RunError, match=r"process 2 .* there are 2; lower --nproc-per-node"):
         distributed.init("cuda")
+
+
+def test_collectives_span_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second of two processes hears them."""
+    world, sources = World(1, 2, CPU), list[int]()
+
+    def broadcast(box: list[object], src: int, device: torch.device) -> None:
+        sources.append(src)
+        box[0] = "of the first"
+
+    def gather(values: list[object], value: object) -> None:
+        values[:] = ["of the first", value]
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(3))
+    assert distributed.broadcast_object("own", world) == "of the first"
+    assert sources == [0]
+    assert distributed.gather_objects("own", world) == ["of the first", "own"]
+    assert distributed.all_reduce_sum(torch.tensor(1.0), world) == 4
+
+
+def test_several_processes_join_a_group_and_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, left = list[str](), list[bool]()
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **_: joined.append(name))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert distributed.init("cpu") == World(3, 4, CPU)
+    assert torch.backends.cudnn.allow_tf32
+    world = distributed.init("auto")
+    assert world == World(3, 4, torch.device("cuda", 1))
+    assert not torch.backends.cudnn.allow_tf32
+    assert joined == ["gloo", "nccl"]
+    distributed.finish(world)
+    assert left == [True]

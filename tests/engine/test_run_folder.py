@@ -41,3 +41,8 @@ def test_a_run_begins_with_its_lock(tmp_path: Path) -> None:
     assert (folder.is_claimed, folder.is_started) == (True, True)
     folder.lock.unlink()
     assert (folder.is_claimed, folder.is_started) == (True, False)
+
+
+def test_all_records_are_cut_back_on_resume() -> None:
+    names = [path.name for path in RunFolder(Path("x")).records]
+    assert names == ["metrics.jsonl", "validations.jsonl", "evaluations.jsonl"]

@@ -13,7 +13,8 @@ from simmim.command_line import load
 from simmim.config.sections import Config
 from simmim.distributed import World
 from simmim.errors import ConfigError
-from simmim.training.claim import claimed_folder, record_start
+from simmim.training import claim
+from simmim.training.claim import claimed_folder, claimed_run, record_start
 from small_run import CPU
 
 ALONE = World(0, 1, CPU)
@@ -73,6 +74,37 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         other.communicate()
     with claimed_folder(config_of(tmp_path), ALONE):
         pass
+
+
+def test_other_processes_claim_nothing_and_fail_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([None, "output=x: another process is training in this folder"])
+    monkeypatch.setattr(claim.distributed, "broadcast_object", lambda *_: next(answers))
+    with claimed_folder(config_of(tmp_path), World(1, 2, CPU)) as folder:
+        assert not folder.lock.exists()
+    with (
+        pytest.raises(ConfigError, match="another process is training"),
+        claimed_folder(config_of(tmp_path), World(1, 2, CPU)),
+    ):
+        pass
+
+
+def test_a_run_is_on_its_device_and_leaves_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, left = list[str](), list[World]()
+
+    def init(device: str) -> World:
+        devices.append(device)
+        return ALONE
+
+    monkeypatch.setattr(claim.distributed, "init", init)
+    monkeypatch.setattr(claim.distributed, "finish", left.append)
+    config = replace(config_of(tmp_path), device="cpu")
+    with claimed_run(config) as (world, folder, _):
+        assert (world, folder.root, left) == (ALONE, tmp_path, [])
+    assert (devices, left) == (["cpu"], [ALONE])
 
 
 def test_every_start_is_recorded(tmp_path: Path) -> None:

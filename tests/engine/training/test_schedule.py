@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from simmim.command_line import load
 from simmim.training.schedule import Schedule, resolve_schedule
@@ -47,23 +49,91 @@ def test_groups_scale_the_peak_or_keep_it() -> None:
     assert COSINE.rate_of({"fixed_lr": True, "lr_scale": 0.5}, 77) == 0.5
 
 
+def resolved(*flags: str) -> Schedule:
+    """The schedule of ten epochs of 1000 images in batches of 64: 15.625 steps each."""
+    length = ["--train.steps=0", "--train.epochs=10", "--train.batch_size=64"]
+    smoke = ["smoke", "--data.path=x", "--schedule.warmup_steps=0", *length]
+    return resolve_schedule(load([*smoke, *flags]), 1000)
+
+
 def test_epochs_become_steps_and_rates_follow_the_batch() -> None:
-    config = load(
-        [
-            "smoke",
-            "--data.path=x",
-            "--train.steps=0",
-            "--train.epochs=10",
-            "--train.batch_size=64",
-            "--optim.lr=0.1",
-            "--optim.lr_batch=256",
-            "--schedule.warmup_steps=0",
-            "--schedule.warmup_epochs=2",
-            "--schedule.warmup_lr=0.02",
-            "--schedule.min_lr=0.01",
-        ]
+    schedule = resolved(
+        "--optim.lr=0.1",
+        "--optim.lr_batch=256",
+        "--schedule.warmup_epochs=2",
+        "--schedule.warmup_lr=0.02",
+        "--schedule.min_lr=0.01",
     )
-    schedule = resolve_schedule(config, 1000)
     assert (schedule.total_steps, schedule.warmup_steps) == (156, 31)
     rates = (schedule.lr, schedule.warmup_lr, schedule.min_lr)
     assert rates == pytest.approx((0.025, 0.005, 0.0025))
+
+
+def test_rates_without_a_batch_of_their_own_are_not_scaled() -> None:
+    schedule = resolved(
+        "--optim.lr=0.1", "--optim.lr_batch=0", "--schedule.warmup_lr=0.02",
+        "--schedule.min_lr=0.01",
+    )  # fmt: skip
+    assert (schedule.lr, schedule.warmup_lr, schedule.min_lr) == (0.1, 0.02, 0.01)
+
+
+def test_the_warm_up_has_the_configured_length() -> None:
+    """Its length in steps stands above that in epochs."""
+    schedule = resolved("--schedule.warmup_steps=7", "--schedule.warmup_epochs=2")
+    assert schedule.warmup_steps == 7
+    assert schedule.value_at(6) < schedule.lr
+    assert resolved("--schedule.warmup_epochs=0").warmup_steps == 0
+    assert resolved("--schedule.warmup_epochs=0").value_at(0) == schedule.lr
+
+
+def test_the_run_has_the_configured_length() -> None:
+    assert resolved("--train.steps=9").total_steps == 9  # above that in epochs
+    assert resolved("--train.epochs=0.001").total_steps == 1
+
+
+def test_every_setting_of_the_schedule_arrives() -> None:
+    schedule = resolved(
+        "--schedule.name=multistep",
+        "--schedule.warmup_epochs=0",
+        "--schedule.milestones=[2,4]",
+        "--schedule.step_epochs=3",
+        "--schedule.gamma=0.5",
+        "--schedule.warmup_prefix=true",
+    )
+    assert schedule.name == "multistep"
+    assert schedule.milestones == (31.25, 62.5)
+    assert schedule.decay_steps == 46  # 46.875, cut off as published
+    assert schedule.gamma == 0.5
+    assert schedule.warmup_prefix
+    plain = resolved("--schedule.step_epochs=0.001")
+    assert (plain.name, plain.decay_steps, plain.warmup_prefix) == ("cosine", 1, False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["cosine", "multistep", "linear", "step", "constant"]),
+    total=st.integers(1, 300),
+    warmup=st.integers(0, 40),
+    prefix=st.booleans(),
+    scale=st.sampled_from([1.0, 0.25]),
+)
+def test_rates_stay_between_the_configured_ones(
+    name: str, total: int, warmup: int, prefix: bool, scale: float
+) -> None:
+    """They begin at the warm-up's rate, never rise above the peak, and never fall below the end."""
+    warmup = min(warmup, total - 1)
+    schedule = Schedule(
+        name, total, warmup, lr=1.0, warmup_lr=0.001, min_lr=0.01, milestones=(total / 2,),
+        decay_steps=total, warmup_prefix=prefix,
+    )  # fmt: skip
+    rates = [schedule.lr_at(step, scale) for step in range(total + 1)]
+    assert rates[0] == (0.001 if warmup else rates[1])
+    assert max(rates) <= scale
+    assert min(rates[warmup + 1 :]) >= min(0.01 * scale, 0.01)
+    climb = rates[1 : warmup + 1]
+    assert climb == sorted(climb)
+    after = rates[warmup + 1 :]
+    assert after == sorted(after, reverse=True)
+    ends = {"cosine": 0.01, "linear": 0.01 * scale, "constant": scale}
+    if name in ends:
+        assert schedule.value_at(total, scale) == pytest.approx(ends[name])

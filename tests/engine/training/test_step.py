@@ -3,7 +3,9 @@
 import copy
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +14,17 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simmim.data.batch import Batch
+from simmim.distributed import World
 from simmim.method import simsiam
 from simmim.method.build import find_method
+from simmim.training import step as step_module
 from simmim.training.optim import build_optimizer
-from simmim.training.precision import GROWTH_INTERVAL, LossScale
-from simmim.training.step import Metrics, TrainState, train_step
+from simmim.training.step import Metrics, TrainState, seed_step, train_step
 from small_run import CASES, CPU, Case, add_narrow_presets, make_batch, make_state, weights
 
 Make = Callable[..., TrainState]
+# What torch is seeded with in step 3 of process 1 in a run with --seed=11.
+SEED_PINNED = 14245408272080499594
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES, indirect=True)
 
 
@@ -201,13 +206,24 @@ def test_non_finite_gradients_skip_the_update(case: Case, make: Make, precision:
     train_step(state, [make_batch(0, 4, views=case.views)])
     before = weights(state)
     moments = {k: {n: v.clone() for n, v in s.items()} for k, s in state.optimizer.state.items()}
-    bias = last_bias(state)
-    with torch.no_grad():
-        kept = bias.clone()
-        bias.fill_(float("inf"))
-    for count in (1, 2):
+    bias, loss_of = last_bias(state), state.loss_of
+    kept = bias.detach().clone()
+
+    def infinite_slope(*given: Any) -> Tensor:
+        """The loss as it is, with an infinite gradient."""
+        return loss_of(*given) + (bias - bias.detach()).sum().sqrt()
+
+    def infinite_value(*given: Any) -> Tensor:
+        """An infinite loss, with the gradient as it is."""
+        return loss_of(*given) + float("inf")
+
+    for count, spoilt in enumerate((infinite_slope, infinite_value, loss_of), 1):
+        state.loss_of = spoilt
+        with torch.no_grad():
+            bias.copy_(torch.full_like(kept, float("inf")) if spoilt is loss_of else kept)
         metrics = train_step(state, [make_batch(4, 4, views=case.views)])
         assert not bool(metrics.finite)
+        assert bool(metrics.loss.isfinite()) == (spoilt is infinite_slope)
         assert int(state.bad_in_a_row) == count
     with torch.no_grad():
         bias.copy_(kept)
@@ -217,8 +233,8 @@ def test_non_finite_gradients_skip_the_update(case: Case, make: Make, precision:
             assert torch.equal(state.optimizer.state[parameter][name], value), name
     metrics = train_step(state, [make_batch(8, 4, views=case.views)])
     assert bool(metrics.finite)
-    assert (int(state.skipped), int(state.bad_in_a_row), state.step) == (2, 0, 4)
-    assert float(state.loss_scale.scale) == (2.0**14 if precision == "fp16" else 1.0)
+    assert (int(state.skipped), int(state.bad_in_a_row), state.step) == (3, 0, 5)
+    assert float(state.loss_scale.scale) == (2.0**13 if precision == "fp16" else 1.0)
 
 
 @every_case
@@ -300,18 +316,6 @@ def test_fp16_is_near_float32() -> None:
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=2e-2, atol=0)
 
 
-def test_loss_scale_grows_and_halves() -> None:
-    scale = LossScale(CPU, "fp16")
-    for _ in range(GROWTH_INTERVAL):
-        scale.update(torch.tensor(True))
-    assert float(scale.scale) == 2.0**17
-    scale.update(torch.tensor(False))
-    assert float(scale.scale) == 2.0**16
-    other = LossScale(CPU, "fp16")
-    other.load(scale.state())
-    assert other.state() == scale.state()
-
-
 @every_case
 def test_random_state_is_a_function_of_the_step(case: Case, make: Make) -> None:
     """Stochastic depth draws the same whether the run came from step 0 or was resumed at 3."""
@@ -323,10 +327,113 @@ def test_random_state_is_a_function_of_the_step(case: Case, make: Make) -> None:
     resumed.optimizer.load_state_dict(copy.deepcopy(straight.optimizer.state_dict()))
     resumed.step = 3
     torch.rand(17)  # whatever else drew numbers in between
+    other = make(*flags)
+    other.model.load_state_dict(straight.model.state_dict())
+    other.step = 4
     last = make_batch(0, 8, 3, case.views)
-    a, b = train_step(straight, [last]), train_step(resumed, [last])
+    a, b, c = (train_step(state, [last]) for state in (straight, resumed, other))
     assert torch.equal(a.loss, b.loss)
     assert all(torch.equal(weights(straight)[k], v) for k, v in weights(resumed).items())
+    assert not torch.equal(a.loss, c.loss)  # the same weights and images in another step
+
+
+def test_every_seed_step_and_process_has_draws_of_its_own() -> None:
+    def drawn(seed: int, at: int, rank: int) -> tuple[float, ...]:
+        seed_step(seed, at, World(rank, 4, CPU))
+        return tuple(torch.rand(3).tolist())
+
+    keys = list(product((0, 1, 2), repeat=3))
+    draws = [drawn(*key) for key in keys]
+    assert len(set(draws)) == len(keys)
+    assert draws == [drawn(*key) for key in keys]
+    # runs of earlier versions resume with the same draws
+    seed_step(11, 3, World(1, 2, CPU))
+    assert torch.initial_seed() == SEED_PINNED
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_step_asks_for_its_loss_as_configured(precision: str) -> None:
+    """Each micro-batch by its number, in the run's precision, seeded by seed, step and process."""
+    state = make_state(f"--train.precision={precision}", "--seed=11")
+    state.step, state.world = 3, World(1, 1, CPU)
+    loss_of, asked = state.loss_of, list[tuple[Any, ...]]()
+
+    def watched(given: TrainState, batch: Batch, number: int) -> Tensor:
+        used = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        asked.append((given is state, int(batch.ids[0]), number, used, torch.initial_seed()))
+        return loss_of(given, batch, number)
+
+    state.loss_of = watched
+    train_step(state, [make_batch(0, 2), make_batch(2, 2)])
+    used = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert asked == [(True, 2 * n, n, used, SEED_PINNED) for n in (0, 1)]
+
+
+@pytest.mark.parametrize(("clip_norm", "clips"), [(0.0, False), (1e-3, True), (1e3, False)])
+def test_gradients_are_clipped_to_the_configured_norm(clip_norm: float, clips: bool) -> None:
+    """Plain SGD moves the weights by rate times gradient."""
+    state = make_state(
+        "--optim.name=sgd", "--optim.momentum=0", "--optim.weight_decay=0",
+        "--optim.nesterov=false", f"--train.clip_norm={clip_norm}",
+    )  # fmt: skip
+    before = [p.detach().clone() for p in state.parameters()]
+    metrics = train_step(state, [make_batch(0, 4)])
+    moved = torch.nn.utils.get_total_norm(
+        [p.detach() - b for p, b in zip(state.parameters(), before)]
+    )
+    norm = min(clip_norm, float(metrics.grad_norm)) if clips else float(metrics.grad_norm)
+    assert clip_norm == 0 or (float(metrics.grad_norm) > clip_norm) == clips
+    assert float(moved) / metrics.lr == pytest.approx(norm, rel=2e-3)
+
+
+@pytest.mark.parametrize("decay", [0.15, 0.9])
+def test_the_average_follows_by_its_decay_and_faster_while_it_is_young(decay: float) -> None:
+    state = make_state("--optim.lr=0.1")
+    state.ema_decay, state.averaged = decay, copy.deepcopy(state.model)
+    for at in range(4):
+        used = min(decay, (1 + at) / (10 + at))
+        old = [p.detach().clone() for p in state.averaged.parameters()]
+        train_step(state, [make_batch(0, 2, at)])
+        for average, before, new in zip(state.averaged.parameters(), old, state.model.parameters()):
+            torch.testing.assert_close(average, used * before + (1 - used) * new.detach())
+
+
+def test_the_average_has_the_running_statistics_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    add_narrow_presets(monkeypatch)
+    state = make_state(recipe=CASES["simmim-resnet"].write(tmp_path))
+    state.ema_decay, state.averaged = 0.9, copy.deepcopy(state.model)
+    old = [b.clone() for b in state.averaged.buffers()]
+    train_step(state, [make_batch(0, 4)])
+    found, wanted = list(state.averaged.buffers()), list(state.model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(found, old))
+
+
+def test_a_state_that_averages_begins_with_its_weights() -> None:
+    plain = make_state()
+    given = plain.optimizer, plain.config, plain.schedule, plain.world, plain.loss_of
+    state = TrainState(plain.model, plain.wrapped, *given, ema_decay=0.5)
+    assert (plain.averaged, state.ema_decay) == (None, 0.5)
+    assert state.averaged is not None
+    assert not state.averaged.training
+    pairs = zip(state.averaged.parameters(), state.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) and not a.requires_grad and a is not b for a, b in pairs)
+
+
+def test_a_step_counts_the_images_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes, one met an image that cannot be read; DDP has averaged their gradients."""
+    one, two = make_state(), make_state()
+    two.world = World(0, 2, CPU)
+    alone = train_step(one, [make_batch(0, 4)])
+    # the other's loss is 2 with a weight of 3 images in 4 slots
+    monkeypatch.setattr(
+        step_module, "all_reduce_sum", lambda s, world: s + torch.tensor([2 * 0.75, 0.75])
+    )
+    both = train_step(two, [make_batch(0, 4)])
+    torch.testing.assert_close(both.loss, (alone.loss + 1.5) / 1.75)
+    torch.testing.assert_close(both.grad_norm, alone.grad_norm / (1.75 / 2))
 
 
 @pytest.mark.parametrize(
