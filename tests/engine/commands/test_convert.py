@@ -6,6 +6,8 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -192,7 +194,8 @@ def test_every_flag_arrives(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    spec, metadata = SWIN, {"dropped": ("b", "a")}
+    spec: Any = SimpleNamespace(arch="any", num_heads=3, window_size=7)  # as the flags say
+    metadata = {"dropped": ("b", "a")}
     weights = Weights("in", "official", "simmim", {}, spec, metadata)
     export = Export("timm", "encoder", spec, {}, {}, ("d", "c"))
     read = record(monkeypatch, command, "read_model", lambda **given: weights)

@@ -153,7 +153,6 @@ def test_parquet_is_read_by_its_own_source(
     assert called.opened == []
     assert command.main(["photos", "packed", "--shuffle=0"]) == 2
     assert "photos: parquet has no random access" in capsys.readouterr().err
-    assert command.main(["photos", "--stats", "--shuffle=0"]) == 0  # nothing is packed
 
 
 def test_a_sound_pack(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
