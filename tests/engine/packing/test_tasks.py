@@ -107,15 +107,17 @@ def test_processes_hold_neither_the_callers_descriptors_nor_its_signals() -> Non
         return os.path.exists(f"/proc/self/fd/{descriptor}")
 
     def work(number: int, tally: Tally) -> Any:
-        signals = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+        signals = [signal.getsignal(kind) for kind in kinds]
         return is_open(held), is_open(kept), signals
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda *_: None) for kind in kinds]
     try:
         results = done(Tasks(work, 2, "task {}", to_close=[held]), [0, 1])
         assert is_open(held)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
         os.close(held)
         os.close(kept)
     assert set(map(repr, results.values())) == {
