@@ -14,11 +14,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from simmim_kernels import native
 
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+
+# The same examples everywhere, and no verdict that depends on how busy the machine is.
+settings.register_profile(
+    "suite",
+    max_examples=50,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "search", settings.get_profile("suite"), derandomize=False, max_examples=5000
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 # "native-bfloat16" multiplies matrices in bfloat16, as processors with such products do
 BACKENDS = [
