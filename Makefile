@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-mutants | check | format | bench | bench-gpu | clean — everything lives in .venv
+# make demo | test | test-all | test-mutants | coverage | check | format | bench | bench-gpu | clean — everything lives in .venv
 PYTHON ?= python3
 # The release that CI runs; any torch that pyproject.toml allows works: make test TORCH='torch==2.14.1'
 TORCH ?= torch==2.13.0
@@ -16,7 +16,7 @@ SHELL := /bin/bash
 # each process begins with its own part of the list, so that fixtures of a file are mostly made once
 SHARED := -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: demo test test-all test-mutants check format bench bench-gpu native-test clean
+.PHONY: demo test test-all test-mutants coverage check format bench bench-gpu native-test clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python examples/skimage_photos.py $(RUN)-photos
@@ -36,6 +36,15 @@ test-all: $(INSTALLED)
 # Minutes to an hour; it goes on where it was stopped
 test-mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants/run.py --jobs $(TEST_PROCESSES) --write
+
+# Lines and branches of engine/ that the tests of every commit run, in all of their processes
+coverage: $(INSTALLED)
+	@rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest -m "not slow" -p no:cacheprovider $(SHARED)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+	@$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
+	@$(BIN)/python tests/coverage_floors.py build/coverage/coverage.json
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
@@ -69,15 +70,20 @@ def to_toml(config: RunConfig) -> str:
     top, sections = [], []
     for key, value in asdict(config).items():
         if isinstance(value, dict):
-            lines = [
-                f"{k} = {json.dumps(v, ensure_ascii=False)}"
-                for k, v in value.items()
-                if v is not None
-            ]
+            lines = [f"{k} = {toml_value(v)}" for k, v in value.items() if v is not None]
             sections.append("\n".join([f"[{key}]", *lines]))
         elif value is not None:
-            top.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+            top.append(f"{key} = {toml_value(value)}")
     return "\n\n".join(["\n".join(top), *sections]) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A plain value in the notation of TOML: JSON's, but for infinite numbers and for DEL."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def from_dict(values: dict[str, Any], cls: type[ConfigT]) -> ConfigT:

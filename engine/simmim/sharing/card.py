@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.backbone.build import PRESETS, spec_to_dict
+from simmim.config.values import toml_value
 from simmim.files import write_text
 from simmim.method.build import methods
 from simmim.method.method import Method
@@ -283,7 +284,7 @@ def _validated_on(facts: RunFacts) -> str:
 
 def _toml_lines(values: Mapping[str, Any]) -> list[str]:
     top = [key for key, value in values.items() if not isinstance(value, Mapping)]
-    lines = [f"{key} = {json.dumps(values[key], ensure_ascii=False)}" for key in top]
+    lines = [f"{key} = {toml_value(values[key])}" for key in top]
     for key, value in values.items():
         if isinstance(value, Mapping):
             lines += ["", f"[{key}]", *_toml_lines(value)]
