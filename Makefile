@@ -40,8 +40,7 @@ test-mutants: $(INSTALLED)
 # Lines and branches of engine/ that the tests of every commit run, in all of their processes
 coverage: $(INSTALLED)
 	@rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest -m "not slow" -p no:cacheprovider $(SHARED)
-	@$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report= $(SHARED)
 	@$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
 	@$(BIN)/python tests/coverage_floors.py build/coverage/coverage.json
