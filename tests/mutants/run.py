@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
@@ -111,39 +111,44 @@ def plant(faults: list[Fault], known: Results, jobs: int, stop_at: str) -> None:
     slots: Queue[Slot] = Queue()
     for number in range(jobs):
         slots.put(Slot(FOLDER / f"copy{number}"))
+    unplanted = Unplanted()
 
     def work(fault: Fault) -> tuple[Fault, str, str]:
         slot = slots.get()
         try:
-            return fault, *noticed_by(slot, fault, stop_at)
+            return fault, *noticed_by(slot, fault, stop_at, unplanted)
         finally:
             slots.put(slot)
 
     with ThreadPoolExecutor(jobs) as pool:
-        check_unplanted(slots, faults)
         for number, done in enumerate(as_completed([pool.submit(work, f) for f in faults]), 1):
             fault, by, test = done.result()
-            if by != "nothing" or stop_at == "suite":
+            if by != "broken" and (by != "nothing" or stop_at == "suite"):
                 known.add(fault.name, by, test)
             print(f"{number}/{len(faults)} {by}: {fault.file}: {fault.name} {test}", flush=True)
     while not slots.empty():
         slots.get().close()
 
 
-def check_unplanted(slots: "Queue[Slot]", faults: list[Fault]) -> None:
-    """Tests that fail without a fault cannot notice one."""
-    slot = slots.get()
-    for test in sorted({test for fault in faults for test in fault.own_tests}):
-        code, output = slot.run((test,), TIMEOUTS_S["package"])
-        if code not in (0, NO_TESTS):
-            sys.exit(
-                f"{output[-3000:]}\n{test} fails (code {code}) without any fault; mend it first"
-            )
-    slots.put(slot)
+class Unplanted:
+    """Which tests pass without any fault: others cannot notice one. Each is tried once."""
+
+    def __init__(self) -> None:
+        self._pass: dict[str, bool] = {}
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def __call__(self, slot: Slot, test: str) -> bool:
+        """Whether a file or node id passes."""
+        with self._locks[test]:
+            if test not in self._pass:
+                self._pass[test] = slot.run((test,), TIMEOUTS_S["package"])[0] in (0, NO_TESTS)
+            return self._pass[test]
 
 
-def noticed_by(slot: Slot, fault: Fault, stop_at: str) -> tuple[str, str]:
+def noticed_by(slot: Slot, fault: Fault, stop_at: str, unplanted: Unplanted) -> tuple[str, str]:
     """The narrowest tests that notice a fault, and the first of them."""
+    if failing := [test for test in fault.own_tests if not unplanted(slot, test)]:
+        return "broken", f"{failing[0]} fails without any fault"
     wider = {"own tests": fault.own_tests, "package": fault.folder_tests, "suite": SUITE}
     for by, tests in wider.items():
         with slot.planted(fault):
@@ -153,7 +158,7 @@ def noticed_by(slot: Slot, fault: Fault, stop_at: str) -> tuple[str, str]:
             return by, "the run hung" if code == TIMED_OUT else f"signal {code - 128}"
         if code not in (0, FAILED, NO_TESTS):
             return "broken", output.strip().splitlines()[-1]
-        if code == FAILED and (by == "own tests" or slot.run((failed[0],), TIMEOUTS_S[by])[0] == 0):
+        if code == FAILED and (by == "own tests" or unplanted(slot, failed[0])):
             return by, failed[0]
         if by == stop_at:
             break
