@@ -38,10 +38,11 @@ test-all: $(INSTALLED)
 test-mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants/run.py --jobs $(TEST_PROCESSES) --write
 
-# Lines and branches of engine/ that the tests of every commit run, in all of their processes
+# Lines and branches of engine/ that the tests of every commit run, in all of their processes;
+# those of the kernels have no part in it
 coverage: $(INSTALLED)
 	@rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report= $(SHARED)
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels --ignore=tests/gpu_sim --cov --cov-report= $(SHARED)
 	@$(BIN)/python -m coverage report
 	@$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
 	@$(BIN)/python tests/coverage_floors.py build/coverage/coverage.json

@@ -73,6 +73,14 @@ def test_activation_memory_is_that_of_the_tensors_a_block_keeps() -> None:
     assert real == pytest.approx(short.saved_bytes, rel=0.005)
 
 
+def test_offsets_are_in_the_units_of_the_window_that_was_trained_with() -> None:
+    layers = build_encoder(replace(SPEC, pretrained_window_sizes=(12, 0))).layers
+    for layer, trained in zip(layers, (12, 6), strict=True):
+        attention = layer.blocks[0].attn
+        assert torch.equal(attention.offsets, log_offsets(6, trained))
+    assert not torch.equal(log_offsets(6, 12), log_offsets(6, 6))
+
+
 def test_specs_are_stored_and_configured() -> None:
     assert spec_from_dict(spec_to_dict(SPEC)) == SPEC
     config = load(["smoke", "--data.path=x", "--model.name=swinv2_tiny"])
