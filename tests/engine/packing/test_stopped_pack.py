@@ -26,7 +26,7 @@ from simmim.errors import DataError, RunError
 from simmim.packing import plan
 from simmim.packing.encode import Encoded, encode
 from simmim.packing.options import Options
-from simmim.packing.pack import pack
+from simmim.packing.pack import claimed, pack
 from simmim.packing.verify import verify
 
 
@@ -119,11 +119,21 @@ def test_killed_again_and_again(
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             assert process.exitcode == -signal.SIGKILL
+            wait_until(lambda: is_free(folder))  # orphans hold the lock until they end
     process = in_child(lambda: pack(source, folder, options, workers=2))
     process.join()
     assert process.exitcode == 0
     wait_until(lambda: not list(folder.glob(".*")))  # an orphan's last file
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+def is_free(folder: Path) -> bool:
+    """Whether another pack may begin in a folder."""
+    try:
+        with claimed(folder):
+            return True
+    except DataError:
+        return False
 
 
 def until_orphaned() -> None:

@@ -320,6 +320,8 @@ def test_fp16_is_near_float32() -> None:
 def test_random_state_is_a_function_of_the_step(case: Case, make: Make) -> None:
     """Stochastic depth draws the same whether the run came from step 0 or was resumed at 3."""
     flags = ["--model.drop_path=0.5", "--train.steps=10"]
+    if "convnext" in case.model.get("name", ""):
+        flags += ["--model.layer_scale=1.0"]  # branches of 1e-6 are lost in the rounding
     straight = make(*flags)
     run(straight, [[make_batch(0, 8, step, case.views)] for step in range(3)])
     resumed = make(*flags)
