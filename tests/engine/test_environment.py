@@ -1,6 +1,8 @@
 """The place of a process among torchrun's, and what is recorded of a machine."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +35,27 @@ def test_what_is_recorded_of_a_start() -> None:
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["threads"] == torch.get_num_threads()
     assert record["device_name"]
+
+
+def test_a_commit_tells_of_changes_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "environment.py"
+    file.write_text("one")
+    monkeypatch.setattr(environment, "__file__", str(file))
+    # a repository around the temporary folder would be found instead
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment.git_commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one", "--no-verify")
+    assert environment.git_commit() == git("rev-parse", "HEAD")
+    file.write_text("two")
+    assert environment.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert environment.git_commit() is None

@@ -5,13 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import Tensor
 
 from simmim.distributed import World
 from simmim.errors import RunError
 from simmim.run_folder import RunFolder
+from simmim.training import observer as observer_module
 from simmim.training.log import RunLog
-from simmim.training.observer import Observer, Observers, PeriodicObserver
+from simmim.training.observer import Observer, Observers, PeriodicObserver, draw_picture
 from simmim.training.run import Run
 from small_run import CPU, make_state
 
@@ -138,3 +143,71 @@ def test_several_observers_are_asked_in_order(make_run: MakeRun) -> None:
     second.busy = False
     drive(run, both, 1, 10)
     assert (first.steps, second.steps) == ([5, 10], [10])
+
+
+def test_every_observer_measures_hears_and_finishes(make_run: MakeRun) -> None:
+    heard: list[tuple[str, str, Any]] = []
+
+    class Listening(Observer):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def measures(self, run: Run) -> dict[str, Tensor]:
+            return {self.name: torch.ones(())}
+
+        def measured(self, run: Run, values: dict[str, float]) -> None:
+            heard.append((self.name, "measured", values))
+
+        def finish(self, run: Run) -> None:
+            heard.append((self.name, "finish", None))
+
+    both, run = Observers([Listening("a"), Listening("b")]), make_run(1)
+    assert list(both.measures(run)) == ["a", "b"]
+    both.measured(run, {"a": 1.0})
+    both.finish(run)
+    assert heard == [
+        ("a", "measured", {"a": 1.0}), ("b", "measured", {"a": 1.0}),
+        ("a", "finish", None), ("b", "finish", None),
+    ]  # fmt: skip
+
+
+def test_a_picture_is_drawn_at_the_precision_of_the_run(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, dtypes, shown = make_run(3), [], []
+    monkeypatch.setattr(run.log, "picture", lambda *given: shown.append(given))
+    red = Image.new("RGB", (4, 2), (255, 0, 0))
+
+    def draw(model: Any) -> Image.Image:
+        dtypes.append(torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype)
+        return red
+
+    for chosen in ("float32", "bf16"):
+        monkeypatch.setattr(
+            Run, "config", SimpleNamespace(train=SimpleNamespace(precision=chosen)), raising=False
+        )
+        draw_picture(run, draw, run.model, tmp_path / "pictures", "a picture")
+    assert dtypes == [torch.float32, torch.bfloat16]
+    with Image.open(tmp_path / "pictures" / "step_00000003.png") as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(red))
+    pixels, step, name = shown[0]
+    assert (pixels.shape, step, name) == ((2, 4, 3), 3, "a picture")
+    draw_picture(run, lambda model: None, run.model, tmp_path / "none", "a picture")
+    assert not (tmp_path / "none").exists()
+    assert len(shown) == 2
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(picture: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    warnings: list[str] = []
+    run = make_run(3)
+    monkeypatch.setattr(observer_module, "save_picture", fail)
+    monkeypatch.setattr(run.log, "warn", warnings.append)
+    draw_picture(run, lambda model: Image.new("RGB", (1, 1)), run.model, tmp_path, "x")
+    assert warnings == [
+        f"{tmp_path / 'step_00000003.png'}: could not be written: No space left on device"
+    ]
