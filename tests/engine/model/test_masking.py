@@ -46,18 +46,15 @@ def test_the_wanted_backend_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["reference"]
 
 
-@pytest.mark.parametrize("unit", [6, 20])
-def test_units_that_are_not_whole_patches_or_do_not_tile_are_refused(unit: int) -> None:
-    with pytest.raises(ValueError, match=f"units of {unit} px do not tile 16×16"):
-        sample_mask(
-            torch.tensor([0]),
-            torch.tensor([0]),
-            (16, 16),
-            patch_size=4,
-            mask_unit=unit,
-            ratio=0.5,
-            seed=0,
-        )
+@pytest.mark.parametrize(
+    ("unit", "grid"), [(6, (12, 12)), (8, (15, 16)), (8, (16, 15)), (20, (16, 20))]
+)
+def test_units_that_are_not_whole_patches_or_do_not_tile_are_refused(
+    unit: int, grid: tuple[int, int]
+) -> None:
+    first = torch.tensor([0])
+    with pytest.raises(ValueError, match=f"units of {unit} px do not tile {grid[0]}×{grid[1]}"):
+        sample_mask(first, first, grid, patch_size=4, mask_unit=unit, ratio=0.5, seed=0)
 
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(0.25, 16), (0.26, 17), (1.0, 64)])
