@@ -16,13 +16,12 @@ import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import Queue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants.fault import ROOT, Fault, all_faults
 from mutants.forked_pytest import TIMED_OUT
-from mutants.slot import Slot
+from mutants.slot import Slot, Slots
 
 FOLDER = ROOT / "build" / "mutants"
 RESULT = ROOT / "tests" / "mutants" / "result.txt"
@@ -110,17 +109,11 @@ def digest(fault: Fault) -> str:
 
 def plant(faults: list[Fault], known: Results, jobs: int, stop_at: str) -> None:
     """Find what notices each fault, several at once, and keep it in `known`."""
-    slots: Queue[Slot] = Queue()
-    for number in range(jobs):
-        slots.put(Slot(FOLDER / f"copy{number}"))
-    unplanted = Unplanted()
+    slots, unplanted = Slots(FOLDER, jobs), Unplanted()
 
     def work(fault: Fault) -> tuple[Fault, str, str]:
-        slot = slots.get()
-        try:
+        with slots.borrowed() as slot:
             return fault, *noticed_by(slot, fault, stop_at, unplanted)
-        finally:
-            slots.put(slot)
 
     with ThreadPoolExecutor(jobs) as pool:
         for number, done in enumerate(as_completed([pool.submit(work, f) for f in faults]), 1):
@@ -128,8 +121,7 @@ def plant(faults: list[Fault], known: Results, jobs: int, stop_at: str) -> None:
             if by != "broken" and (by != "nothing" or stop_at == "suite"):
                 known.add(fault.name, by, test)
             print(f"{number}/{len(faults)} {by}: {fault.file}: {fault.name} {test}", flush=True)
-    while not slots.empty():
-        slots.get().close()
+    slots.close()
 
 
 class Unplanted:

@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from queue import Queue
 
 import pytest
 
@@ -73,7 +74,7 @@ class Slot:
         return int(self._process.stdout.readline()), (self.folder / "output.txt").read_text()
 
     @contextlib.contextmanager
-    def planted(self, fault: Fault) -> Any:
+    def planted(self, fault: Fault) -> Iterator[None]:
         """The copy with the fault in it, and without it afterwards."""
         path = self.folder / fault.file
         text = path.read_text()
@@ -88,3 +89,26 @@ class Slot:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+class Slots:
+    """Several slots below a folder; each serves one user at a time."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._free: Queue[Slot] = Queue()
+        for number in range(count):
+            self._free.put(Slot(folder / f"copy{number}"))
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[Slot]:
+        """A slot that nobody uses; waits for one."""
+        slot = self._free.get()
+        try:
+            yield slot
+        finally:
+            self._free.put(slot)
+
+    def close(self) -> None:
+        """End the processes, once nobody uses them."""
+        while not self._free.empty():
+            self._free.get().close()

@@ -13,16 +13,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants.fault import ROOT, Fault, all_faults
-from mutants.slot import Slot
+from mutants.run import FOLDER, TIMEOUTS_S, Unplanted
+from mutants.slot import Slot, Slots
 
 FOLDERS = ("tests/engine", "tests/end_to_end")
 RESULT = ROOT / "tests" / "mutants" / "long_tests.txt"
-TIMEOUT_S = 300.0
 
 # A part of a test's name, and why it stays although it notices no fault of one line.
 REASONS: dict[str, str] = {}
@@ -38,27 +37,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="copies that work at once")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
     arguments = parser.parse_args()
-    slots: Queue[Slot] = Queue()
-    for number in range(arguments.jobs):
-        slots.put(Slot(ROOT / "build" / "mutants" / f"copy{number}"))
-    faults = all_faults()
+    slots, unplanted, faults = Slots(FOLDER, arguments.jobs), Unplanted(), all_faults()
 
     def weigh(timed: tuple[str, float]) -> str:
         test, seconds = timed
-        slot = slots.get()
-        try:
-            noticed = first_noticed(slot, test, nearest(test, faults)[: arguments.faults])
-        finally:
-            slots.put(slot)
+        with slots.borrowed() as slot:
+            fails = not unplanted(slot, test)
+            met = [] if fails else nearest(test, faults)[: arguments.faults]
+            noticed = first_noticed(slot, test, met)
         reason = next((why for part, why in REASONS.items() if part in test), "A CANDIDATE TO GO")
+        reason = "FAILS WITHOUT ANY FAULT" if fails else reason
         line = f"{seconds:5.1f} s  {test}: {f'notices “{noticed}”' if noticed else reason}"
         print(line, flush=True)
         return line
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         lines = list(pool.map(weigh, long_tests(arguments.seconds)))
-    while not slots.empty():
-        slots.get().close()
+    slots.close()
     if arguments.write:
         head = f"Tests of more than {arguments.seconds:g} s, and a fault that each notices: "
         RESULT.write_text("\n".join([head + "python tests/mutants/weigh.py", "", *lines, ""]))
@@ -98,7 +93,7 @@ def first_noticed(slot: Slot, test: str, faults: list[Fault]) -> str:
     """The name of the first fault that the test notices, or ""."""
     for fault in faults:
         with slot.planted(fault):
-            if slot.run((test,), TIMEOUT_S)[0] != 0:
+            if slot.run((test,), TIMEOUTS_S["own tests"])[0] != 0:
                 return fault.name
     return ""
 
