@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recorded_calls import record
+from recorded_calls import Bar, record
 from simmim.commands import evaluate as command
 from simmim.data.labels import Labels
 from simmim.downstream.metrics import ClassificationMetrics
@@ -24,7 +24,7 @@ def counted(images: list[int], right: list[int], top5: list[int]) -> Classificat
     return metrics
 
 
-class Recorded:
+class Recorded(Bar):
     """The command with everything that it calls recorded.
 
     Attributes:
@@ -34,6 +34,7 @@ class Recorded:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, metrics: ClassificationMetrics) -> None:
+        super().__init__()
         self.classes = tuple(f"class {n}" for n in range(metrics.num_classes))
         self.moved: list[torch.device] = []
         self.model = SimpleNamespace(to=self._move, classes=self.classes)
@@ -48,10 +49,8 @@ class Recorded:
         self.matching = record(patch, command, "match_to_model", lambda **given: self.matched)
         self.views = record(patch, command, "evaluation_view", lambda **given: "view")
         self.bars = record(patch, command, "progress", lambda **given: self)
-        self.advanced: list[tuple[int, int]] = []
         self.calls = record(patch, command, "evaluate", lambda **given: self._run(given, metrics))
         self.written = record(patch, command, "write_report", lambda **given: ["no picture"])
-        self.task_ids = [5]
 
     def _move(self, device: torch.device) -> Any:
         self.moved.append(device)
@@ -61,15 +60,6 @@ class Recorded:
         given["report"]("c: broken")
         given["advance"](2)
         return metrics
-
-    def advance(self, task: int, count: int) -> None:
-        self.advanced.append((task, count))
-
-    def __enter__(self) -> "Recorded":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 @pytest.mark.parametrize(

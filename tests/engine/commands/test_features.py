@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from recorded_calls import record
+from recorded_calls import Bar, record
 from simmim.commands import features as command
 from simmim.errors import DataError
 
 
-class Recorded:
+class Recorded(Bar):
     """The command with everything that it calls recorded."""
 
     def __init__(self, patch: pytest.MonkeyPatch, count: int = 3, layers: int = 1) -> None:
+        super().__init__()
         self.moved: list[torch.device] = []
         self.model = SimpleNamespace(to=self._move)
         self.source = SimpleNamespace(names=["a", "b", "c"])
@@ -28,9 +29,8 @@ class Recorded:
         self.picked = record(patch, command, "pick_layers", lambda **given: self.layers)
         self.views = record(patch, command, "evaluation_view", lambda **given: "view")
         self.bars = record(patch, command, "progress", lambda **given: self)
-        self.advanced: list[tuple[int, int]] = []
         self.calls = record(patch, command, "write_features", lambda **given: self._run(given))
-        self.count, self.task_ids = count, [5]
+        self.count = count
 
     def _move(self, device: torch.device) -> Any:
         self.moved.append(device)
@@ -40,15 +40,6 @@ class Recorded:
         given["report"]("c: broken")
         given["advance"](2)
         return self.count
-
-    def advance(self, task: int, count: int) -> None:
-        self.advanced.append((task, count))
-
-    def __enter__(self) -> "Recorded":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def test_defaults_arrive(
