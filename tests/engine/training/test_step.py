@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -369,6 +370,43 @@ def test_a_step_asks_for_its_loss_as_configured(precision: str) -> None:
     train_step(state, [make_batch(0, 2), make_batch(2, 2)])
     used = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert asked == [(True, 2 * n, n, used, SEED_PINNED) for n in (0, 1)]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_processes_share_gradients_once_a_step(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """Each backward pass but the last is made where DDP shares nothing."""
+    held, passes = list[bool](), list[bool]()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *given: Any) -> Any:
+            return self.module(*given)
+
+        @contextmanager
+        def no_sync(self) -> Iterator[None]:
+            held.append(True)
+            yield
+            held.pop()
+
+    class LossThatTells(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Tensor) -> Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            passes.append(bool(held))
+            return grads[0]
+
+    monkeypatch.setattr(step_module, "DistributedDataParallel", Wrapped)
+    state = make_state()
+    loss_of, state.wrapped = state.loss_of, Wrapped(state.wrapped)
+    state.loss_of = lambda *given: LossThatTells.apply(loss_of(*given))
+    train_step(state, [make_batch(2 * part, 2) for part in range(parts)])
+    assert passes == [True] * (parts - 1) + [False]
 
 
 @pytest.mark.parametrize(("clip_norm", "clips"), [(0.0, False), (1e-3, True), (1e3, False)])

@@ -72,6 +72,16 @@ def test_timm_folders_of_the_hub(tmp_path: Path) -> None:
     assert read_model(tmp_path).kind == "encoder"
 
 
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_a_merging_begins_the_next_stage(name: str) -> None:
+    weights = make_weights(name, "encoder")
+    theirs = to_layout(weights, "timm").state
+    for part in ("reduction.weight", "norm.weight", "norm.bias"):
+        ours = weights.state[f"encoder.layers.0.downsample.{part}"]
+        assert torch.equal(theirs[f"layers.1.downsample.{part}"], ours)
+    assert not any(key.startswith("layers.0.downsample") for key in theirs)
+
+
 def test_a_swin_s_fields_arrive_in_the_arguments() -> None:
     spec = replace(SWIN, image_size=(32, 64), channels=2, mlp_ratio=1.5, drop_path=0.2)
     state = {"head.weight": torch.zeros(5, 32)}
