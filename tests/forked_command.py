@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from multiprocessing import forkserver, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,15 @@ class Started:
         self.args = [str(program), *arguments]
         self._folder, self._texts = Path(tempfile.mkdtemp()), ["", ""]
         whole = dict(os.environ) | ENVIRONMENT | dict(environment or {})
-        given = (self.args, whole, str(self._folder))
+        leads, led = _context.Pipe(duplex=False)
+        given = (self.args, whole, str(self._folder), led)
         self._process = _context.Process(target=_run, args=given)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        led.close()
+        leads.recv()  # from here on, a signal to its group finds one
+        leads.close()
 
     @property
     def returncode(self) -> int | None:
@@ -126,8 +131,10 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _run(args: list[str], environment: dict[str, str], folder: str) -> None:
+def _run(args: list[str], environment: dict[str, str], folder: str, led: Connection) -> None:
     os.setsid()
+    led.send(True)
+    led.close()
     # a shell's background job inherits Ctrl-C as ignored, and Python then leaves it so
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(ROOT)
