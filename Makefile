@@ -38,6 +38,12 @@ test-all: $(INSTALLED)
 test-mutants: $(INSTALLED)
 	$(BIN)/python tests/mutants/run.py --jobs $(TEST_PROCESSES) --write
 
+# What only CUDA takes part in, over a stand-in for its libraries: no GPU is needed. torch's build
+# for CUDA is large, and gets an environment of its own
+test-cuda-host:
+	@$(MAKE) --no-print-directory VENV=.venv-cuda TORCH='torch==2.14.1' .venv-cuda/.installed
+	.venv-cuda/bin/python tests/gpu_sim/cuda_host/stand_in.py -m pytest tests/gpu_sim/test_host_run.py $(SHARED)
+
 # Lines and branches of engine/ that the tests of every commit run, in all of their processes;
 # those of the kernels have no part in it
 coverage: $(INSTALLED)
@@ -51,12 +57,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.cpp' '*.h')
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.c' '*.cpp' '*.h')
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ops.py -c pyproject.toml --rootdir=. --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -276,6 +276,12 @@ def _random_mask() -> Sample:
     return Sample(simmim_kernels.random_patch_mask, arguments)
 
 
+def _random_scales() -> Sample:
+    ids = torch.arange(3)
+    arguments = {"rate": 0.5, "branches": 2, "seed": 5, "ids": ids, "epochs": ids + 1}
+    return Sample(simmim_kernels.random_branch_scales, arguments, (), ("triton-interpreted",))
+
+
 # What makes the samples of an op, the one with most arguments first.
 SAMPLES: dict[str, list[Callable[[], Sample]]] = {
     "batch_norm_relu": [partial(_batch_norm, True), partial(_batch_norm, False)],
@@ -287,6 +293,7 @@ SAMPLES: dict[str, list[Callable[[], Sample]]] = {
     "merge_patches": [_merge],
     "post_norm_attention": [partial(_post_norm_attention, o) for o in ("full", "plain")],
     "post_norm_mlp": [partial(_post_norm_mlp, o) for o in ("full", "plain")],
+    "random_branch_scales": [_random_scales],
     "random_patch_mask": [_random_mask],
     "residual_attention": [partial(_residual_attention, o) for o in ("full", "plain")],
     "residual_mlp": [partial(_residual_mlp, o) for o in ("full", "plain")],

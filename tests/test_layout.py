@@ -23,7 +23,13 @@ A `*` is any one name. Where several match a module, the longest decides, then t
 FLOORS_OF_KERNELS: Floors = (
     (
         "what this machine has, and random numbers",
-        ("simmim_kernels.native", "simmim_kernels.splitmix", "simmim_kernels.triton_backend"),
+        (
+            "simmim_kernels.native",
+            "simmim_kernels.splitmix",
+            "simmim_kernels.triton_backend",
+            "simmim_kernels.triton_launch",
+            "simmim_kernels.weight_copies",
+        ),
     ),
     (
         "how an op is declared, and finds its backend and its dtypes",

@@ -25,7 +25,7 @@ from simmim.errors import ConfigError, from_setting
 from simmim.method.build import find_method
 from simmim.model.weights_file import save_weights
 from simmim.pretrain import build_model
-from simmim.training.build import check_backends
+from simmim.training.build import check_backends, to_channels_last
 from simmim.training.optim import build_optimizer
 from simmim.training.schedule import Schedule, resolve_schedule
 from simmim.training.step import seed_step
@@ -182,7 +182,7 @@ class MethodModule(LightningModule):
         if trainer.world_size > 1 and self.config.train.sync_batch_norm:
             convert(self.model)  # in place: the optimiser's parameters stay the same
         if self.config.channels_last_on(device.type):
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            to_channels_last(self.model)
 
     def on_fit_start(self) -> None:
         """Refuse Lightning's own batch norms: they would replace ours, and have no CPU kernels."""

@@ -7,6 +7,7 @@ from simmim_kernels.gradient_norm import gradient_norm
 from simmim_kernels.linear_masked_l1_loss import linear_masked_l1_loss
 from simmim_kernels.masked_l1_loss import masked_l1_loss, masked_l1_loss_from_tokens
 from simmim_kernels.merge_patches import merge_patches
+from simmim_kernels.random_branch_scales import random_branch_scales
 from simmim_kernels.random_patch_mask import random_patch_mask
 from simmim_kernels.substitute_mask_tokens import substitute_mask_tokens
 from simmim_kernels.transformer_block import (
@@ -28,6 +29,7 @@ __all__ = [
     "merge_patches",
     "post_norm_attention",
     "post_norm_mlp",
+    "random_branch_scales",
     "random_patch_mask",
     "residual_attention",
     "residual_mlp",

@@ -12,19 +12,29 @@ from simmim_kernels import native
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype of autocast where that is on."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.is_autocast_enabled(device):
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def in_float32(tensor: Tensor | None) -> Tensor | None:
     """The tensor in float32, if there is one."""
-    return None if tensor is None else tensor.float()
+    return tensor if tensor is None or tensor.dtype == torch.float32 else tensor.float()
 
 
-def of_kernels(parameters: tuple[Tensor | None, ...], dtype: torch.dtype) -> Any:
-    """Parameters as kernels take them: matrices in the dtype of products, all others float32."""
-    return [
-        None if p is None else p.to(dtype if p.dim() == 2 else torch.float32) for p in parameters
-    ]
+def of_kernels(parameters: tuple[Tensor | None, ...], backend: str, dtype: torch.dtype) -> Any:
+    """Parameters as kernels take them beside activations of `dtype`.
+
+    Native kernels take matrices in the dtype of their products. Triton's launchers take them as
+    they are: copies in `dtype` are theirs to find, and gradients come in the weights' own dtype.
+    Everything else is float32.
+    """
+    if backend == "native":
+        matrices = native.product_dtype(dtype)
+        return [None if p is None else p.to(matrices if p.dim() == 2 else torch.float32)
+                for p in parameters]  # fmt: skip
+    return [p if p is None or p.dim() == 2 else in_float32(p) for p in parameters]
 
 
 def of_reference(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Any:

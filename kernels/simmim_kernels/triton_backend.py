@@ -53,3 +53,13 @@ def reasons_against(*tensors: torch.Tensor | None) -> list[str]:
         if tensor.numel() >= 2**35:
             reasons.append(f"a tensor of {tensor.numel()} elements is beyond their 2^35")
     return reasons
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """The `input_precision` of a kernel's products: that of torch's own in float32.
+
+    It does not matter for 16-bit ones. torch tells it by this name whichever of its names set it;
+    `allow_tf32` raises once the other was used.
+    """
+    ieee = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if ieee else "tf32"

@@ -21,7 +21,7 @@ from simmim.data import finetune_views as views
 from simmim.data import loader, mixing, one_pass
 from simmim.data.producer import InlineProducer
 from simmim.errors import DataError
-from simmim.training import build, claim, loop
+from simmim.training import build, claim, graphed_steps
 from simmim_kernels.op import Op
 
 CHANNELS_LAST = torch.channels_last
@@ -106,7 +106,7 @@ def _watch_model(patch: pytest.MonkeyPatch, seen: Fingerprint) -> None:
         seen["synchronised"] = options["sync_batch_norm"]
         return original(model, world, **options)
 
-    def step(state: Any, batches: Any, original: Any = loop.train_step) -> Any:
+    def step(state: Any, batches: Any, original: Any = graphed_steps.train_step) -> Any:
         kernels = [p for p in state.model.parameters() if p.ndim == 4]
         # those with one pixel are in both formats at once
         kernels = [p for p in kernels if p.shape[1] > 1 and p.shape[2] > 1]
@@ -121,7 +121,7 @@ def _watch_model(patch: pytest.MonkeyPatch, seen: Fingerprint) -> None:
     patch.setattr(layers, "checkpoint", recomputed)
     patch.setattr(convnet, "checkpoint", recomputed)
     patch.setattr(build, "wrap", wrap)
-    patch.setattr(loop, "train_step", step)
+    patch.setattr(graphed_steps, "train_step", step)
     patch.setattr(Op, "__call__", run)
 
 

@@ -19,6 +19,8 @@ from simmim_kernels.masked_l1_loss.arguments import Target
 from simmim_kernels.merge_patches import reference as merge_reference
 from simmim_kernels.merge_patches import triton_kernel as merge
 from simmim_kernels.merge_patches.arguments import MergeParameters
+from simmim_kernels.random_branch_scales import reference as scales_reference
+from simmim_kernels.random_branch_scales import triton_kernel as random_scales
 from simmim_kernels.random_patch_mask import reference as mask_reference
 from simmim_kernels.random_patch_mask import triton_kernel as random_mask
 from simmim_kernels.report.ahead_of_time import Launch
@@ -67,6 +69,13 @@ def check_mask(grid: tuple[int, int], unit: int) -> None:
     arguments = (ids, epochs, key, *grid, unit, -(-units * 6 // 10))
     expected = mask_reference.random_patch_mask(*arguments)
     assert torch.equal(random_mask.forward(*arguments), expected)
+
+
+def check_scales(batch: int) -> None:
+    ids, epochs = torch.arange(batch) * 2**33 - 7, torch.arange(batch) % 3
+    arguments = (ids, epochs, 0x1234_5678_9ABC_DEF0, int(0.37 * 2**53), 1 / 0.63, 3)
+    expected = scales_reference.random_branch_scales(*arguments)
+    assert torch.equal(random_scales.forward(*arguments), expected)
 
 
 def check_substitute(dtype: torch.dtype, shape: tuple[int, int, int], position: bool) -> None:
@@ -161,7 +170,7 @@ def check_norm(dtype: torch.dtype, T: int, C: int) -> None:
     x, grad, dy = (torch.randn(T, C).to(dtype) for _ in range(3))
     weight, bias, scale = torch.rand(C) + 0.5, torch.randn(C), torch.tensor([2.0])
     y, *statistics = triton_norms.layer_norm(x, weight, bias, 1e-5)
-    found = triton_norms.layer_norm_backward(
+    dx, partial = triton_norms.layer_norm_backward(
         grad, y_again := dy.clone(), x, *statistics, weight, bias, scale, None, True
     )
 
@@ -171,7 +180,8 @@ def check_norm(dtype: torch.dtype, T: int, C: int) -> None:
     expected = gradients(exact, dy, x, weight, bias)
     expected[1] += grad
     assert torch.equal(y, y_again)
-    assert_as_exact_as([y, *found], [*expected, 2 * grad.double().sum(0)], dtype)
+    found = [y, dx, *triton_rows.added(partial)]
+    assert_as_exact_as(found, [*expected, 2 * grad.double().sum(0)], dtype)
 
 
 def check_gelu(dtype: torch.dtype, T: int, M: int) -> None:
@@ -181,8 +191,11 @@ def check_gelu(dtype: torch.dtype, T: int, M: int) -> None:
         return torch.nn.functional.gelu(hidden + bias)
 
     expected = gradients(exact, grad, hidden, bias)
-    out, grad_bias = triton_rows.gelu_backward(grad, hidden, bias, None, True)
+    out, partial = triton_rows.gelu_backward(grad, hidden, bias, None, True)
+    others = torch.randn(2, 130, 20)
+    *sums, grad_bias = triton_rows.added(others, partial)
     assert_as_exact_as([out, grad, grad_bias], expected, dtype)
+    torch.testing.assert_close(torch.stack(sums), others.sum(1))
 
 
 def check_attention(
@@ -192,14 +205,19 @@ def check_attention(
     shift: tuple[int, int],
     spread: float = 1.0,
     cosine: bool = False,
+    table: bool = False,
 ) -> None:
     S, D = window[0] * window[1], 32
     qkv, grad = torch.randn(1, *side, 3 * D).to(dtype), torch.randn(1, *side, D).to(dtype)
-    bias = torch.randn(1, S, S).to(dtype).float() * spread
+    offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+    bias = torch.randn(offsets, 1) if table else torch.randn(1, S, S)
+    bias = bias.to(dtype).float() * spread
     factors = [torch.tensor([5.0])] if cosine else []
     windows = Windows(1, window, shift, D**-0.5)
 
     def exact(qkv: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        if table:
+            bias = attention_reference.relative_position_bias(bias, window)
         return attention_reference.window_attention(qkv, bias, *windows, *factors)
 
     out, log_sums = attention.forward(qkv, bias, windows, *factors)
@@ -231,6 +249,21 @@ def check_merge(dtype: torch.dtype, shape: tuple[int, int, int, int], M: int = 2
 def test_random_patch_mask(target: str, grid: tuple[int, int], unit: int) -> None:
     with emulate(target):
         check_mask(grid, unit)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("window", "dtype"), [((6, 6), torch.bfloat16), ((5, 4), torch.float32)])
+def test_tables_of_positions(target: str, window: tuple[int, int], dtype: torch.dtype) -> None:
+    """The bias of pairs, and sums over pairs in a fixed order."""
+    with emulate(target):
+        check_attention(dtype, (window[0], 2 * window[1]), window, (1, 2), table=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("batch", [5, 200])
+def test_random_branch_scales(target: str, batch: int) -> None:
+    with emulate(target):
+        check_scales(batch)
 
 
 @pytest.mark.parametrize(

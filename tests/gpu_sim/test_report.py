@@ -195,17 +195,18 @@ def test_bytes_of_a_block(scaled: bool) -> None:
     ids=lambda attention: attention.model,
 )
 def test_bytes_of_window_attention(attention: Attention) -> None:
-    N, S = attention.num_heads, attention.window[0] * attention.window[1]
+    N = attention.num_heads
     qkv = torch.randn(attention.batch, *attention.side, 3 * N * attention.head_width).bfloat16()
-    bias = torch.randn(N, S, S, requires_grad=True) if attention.biased else None
+    offsets = math.prod(2 * side - 1 for side in attention.window)
+    bias = torch.randn(offsets, N, requires_grad=True) if attention.biased else None
     places = (N, attention.window, attention.shift)
     options = {"logit_scale": torch.zeros(N) if attention.cosine else None, "backend": "triton"}
     with interpret() as counted:
         out = window_attention(qkv.requires_grad_(), bias, *places, **options)
         out.backward(torch.ones_like(out))
-    copies = 2 * N * S * S * (4 + 2) if attention.biased else 0  # torch's, forward and backward
+    copies, tokens = 0, attention.batch * math.prod(attention.side)
     if attention.cosine:  # torch's sum over queries
-        copies += 4 * N * (attention.batch * math.prod(attention.side) + 1)
+        copies += 4 * N * (tokens + 1)
     assert moved(counted.launches) + copies == case_of_attention(attention).bytes_moved
 
 

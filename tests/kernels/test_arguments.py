@@ -179,6 +179,23 @@ REFUSED: dict[str, tuple[Callable[[], Arguments], list[Refusal]]] = {
             ({"x": zeros(2, 7, 100, dtype=torch.int32)}, "expected floating point"),
         ],
     ),
+    "random_branch_scales": (
+        partial(
+            dict,
+            rate=0.5,
+            branches=2,
+            seed=0,
+            ids=zeros(3, dtype=torch.int64),
+            epochs=zeros(3, dtype=torch.int64),
+        ),
+        [
+            ({"rate": 1.0}, "rate=1.0 is outside"),
+            ({"rate": -0.1}, "rate=-0.1 is outside"),
+            ({"branches": 17}, r"1 to 16 branches: .*branches 17"),
+            ({"epochs": zeros(2, dtype=torch.int64)}, r"epochs \(2,\)"),
+            ({"ids": zeros(3)}, "expected integers"),
+        ],
+    ),
     "random_patch_mask": (
         partial(dict, batch=2, seed=0),
         [

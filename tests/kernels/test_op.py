@@ -97,6 +97,8 @@ def test_outputs_and_gradients() -> None:
     x, line, *others = make()
     leaves = [t.clone().requires_grad_() for t in (x, *line)]
     out, square = cubed_line("native", leaves[0], Line(*leaves[1:]), *others)
+    assert square is None  # kept for the backward, and given to nobody
+    _, square = torch.ops.simmim.cubed_line(*flat([leaves[0], Line(*leaves[1:]), *others]))
     assert not square.requires_grad
     out.backward(torch.full_like(out, 0.5))
     found = [t.grad for t in leaves]

@@ -7,7 +7,7 @@ Source: Westlake-AI/openmixup openmixup/models/backbones/mim_resnet.py (where th
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simmim.backbone.encoder import Encoder, EncoderSpec
 from simmim.backbone.layers import Backends, check_image
+from simmim.backbone.stochastic_depth import DropPath
 from simmim_kernels import substitute_mask_tokens
 from simmim_kernels.masked_l1_loss.reference import normalise_pixels
 
@@ -159,13 +160,24 @@ class ConvNet(Encoder):
         return hidden.view(rows.shape).permute(0, 3, 1, 2)
 
     def run(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
-        """Run a block on x; `activation_checkpointing` has the backward pass compute it again."""
-        recompute = self.activation_checkpointing and self.training
-        return run_once_more(lambda x: block(x, *arguments), block, recompute, x)
+        """Run a block on x; `activation_checkpointing` has the backward pass compute it again.
+
+        Its stochastic depth is drawn here, once: `block` takes the factors of its branches last.
+        """
+        recompute, drop_path = self.activation_checkpointing and self.training, block.drop_path
+        scales = cast("DropPath", drop_path)(x)
+        return run_once_more(
+            lambda x: block(x, *arguments, scales), block, recompute, x, draws=False
+        )
 
 
 def run_once_more(
-    call: Callable[[Tensor], Tensor], owner: nn.Module, recompute: bool, x: Tensor
+    call: Callable[[Tensor], Tensor],
+    owner: nn.Module,
+    recompute: bool,
+    x: Tensor,
+    *,
+    draws: bool = True,
 ) -> Tensor:
     """Return call(x); with `recompute` the backward pass computes its activations again.
 
@@ -174,6 +186,7 @@ def run_once_more(
         owner: the module whose batch norms `call` runs: a batch counts once in their statistics.
         recompute: whether to compute the activations again.
         x: the input of `call`.
+        draws: whether `call` uses torch's generator, which the second run then finds as it was.
     """
     if not recompute:
         return call(x)
@@ -181,7 +194,9 @@ def run_once_more(
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), still_statistics(owner)
 
-    out: Tensor = checkpoint(call, x, use_reentrant=False, context_fn=contexts)
+    out: Tensor = checkpoint(
+        call, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=draws
+    )
     return out
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.backbone.convnet import ConvNet, ConvNetSpec, raise_problems
-from simmim.backbone.layers import DropPath, drop_path_rates, scale_branch
+from simmim.backbone.layers import scale_branch
+from simmim.backbone.stochastic_depth import DropPath, branch_of, drop_path_rates, number_blocks
 
 NORM_EPS = 1e-6
 
@@ -100,11 +101,11 @@ class Block(nn.Module):
         self.gamma = None if gamma is None else nn.Parameter(gamma)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scales: Tensor | None) -> Tensor:
         branch = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
         if self.gamma is not None:
             branch = branch * self.gamma.to(branch.dtype)
-        return x + scale_branch(branch, self.drop_path(x)).permute(0, 3, 1, 2)
+        return x + scale_branch(branch, branch_of(scales, 0)).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):
@@ -142,6 +143,7 @@ class ConvNeXt(ConvNet):
         self.stages = nn.ModuleList(
             Stage(spec, stage, rates[slice(*ends[stage : stage + 2])]) for stage in range(4)
         )
+        number_blocks(self)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -64,6 +64,8 @@ class Encoder(nn.Module):
         backends: the backends of its ops.
         activation_checkpointing: whether the backward pass computes activations again.
         no_decay: names of parameters that weight decay leaves alone.
+        fused_blocks: whether its blocks are ops of simmim_kernels, which torch.compile cannot fuse
+            any further.
     """
 
     spec: EncoderSpec
@@ -72,6 +74,7 @@ class Encoder(nn.Module):
     backends: Backends
     activation_checkpointing: bool
     no_decay: frozenset[str]
+    fused_blocks: bool = False
 
     def forward(
         self,

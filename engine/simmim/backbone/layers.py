@@ -1,9 +1,7 @@
 """Layers that several backbones share."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,35 +65,21 @@ class Mlp(MlpLayers):
         )
 
 
-class DropPath(nn.Module):
-    """Drops a residual branch per image with probability `rate`; scales the rest by 1/(1-rate)."""
+def run_block(block: nn.Module, recompute: bool, x: Tensor, *inputs: object) -> Tensor:
+    """Run a block on x; with `recompute` the backward pass computes its activations again.
 
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor | None:
-        """Factor of every image's branch, float32 [B]; None if all of them are 1."""
-        if self.rate == 0.0 or not self.training:
-            return None
-        scale = torch.empty(len(x), device=x.device)
-        return scale.bernoulli_(1.0 - self.rate).div_(1.0 - self.rate)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.4f}"
-
-
-def drop_path_rates(rate: float, num_blocks: int) -> list[float]:
-    """The rate of every block: from 0 to `rate`, evenly spaced, both ends included."""
-    return [rate * block / max(num_blocks - 1, 1) for block in range(num_blocks)]
-
-
-def run_block(block: Callable[..., Tensor], recompute: bool, *inputs: object) -> Tensor:
-    """Run a block; with `recompute` the backward pass computes its activations again."""
+    Its stochastic depth is drawn here, once: `block` takes the factors of its branches last.
+    A block that draws nothing from torch's generator says so by `draws = False`; the state of the
+    generator is then not saved for the second run, which no CUDA graph could hold.
+    """
+    drop_path: Any = block.drop_path
+    scales = drop_path(x)
+    out: Tensor
     if not recompute:
-        return block(*inputs)
-    # checkpoint itself saves and restores torch's generator, which the step has seeded
-    out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        out = block(x, *inputs, scales)
+        return out
+    saved = bool(getattr(block, "draws", True))
+    out = checkpoint(block, x, *inputs, scales, use_reentrant=False, preserve_rng_state=saved)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simmim.backbone.batch_norm import norm_relu
 from simmim.backbone.convnet import ConvNet, ConvNetSpec, raise_problems
-from simmim.backbone.layers import DropPath, drop_path_rates
+from simmim.backbone.stochastic_depth import DropPath, branch_of, drop_path_rates, number_blocks
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Block(nn.Module):
         """The norm before the sum."""
         return self.bn3 if self.bottleneck else self.bn2
 
-    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, backend: str | None, scales: Tensor | None) -> Tensor:
         """[B, inputs, …] → [B, outputs, …], smaller by the stride; `backend` runs the norms."""
         shortcut = x if self.downsample is None else self.downsample(x)
         branch = self.conv2(norm_relu(self.bn1, self.conv1(x), backend=backend))
         if self.bottleneck:
             branch = self.conv3(norm_relu(self.bn2, branch, backend=backend))
-        return norm_relu(self.last_norm, branch, shortcut, self.drop_path(x), backend=backend)
+        return norm_relu(self.last_norm, branch, shortcut, branch_of(scales, 0), backend=backend)
 
 
 class ResNet(ConvNet):
@@ -140,6 +140,7 @@ class ResNet(ConvNet):
                 blocks.append(Block(inputs, width, stride, spec.bottleneck, next(rates)))
                 inputs = width * spec.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        number_blocks(self)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from simmim.backbone.encoder import Encoder, EncoderSpec
 from simmim.backbone.layers import (
     Backends,
-    DropPath,
     Mlp,
     check_image,
-    drop_path_rates,
     init_linear,
     run_block,
 )
+from simmim.backbone.stochastic_depth import DropPath, branch_of, drop_path_rates, number_blocks
 from simmim_kernels import embed_patches, merge_patches, residual_attention
 
 NORM_EPS = 1e-5
@@ -195,19 +194,20 @@ class SwinBlock(nn.Module):
 
     attention_type: type[nn.Module] = WindowAttention
     mlp_type: type[nn.Module] = Mlp
+    draws = False
 
     def __init__(self, spec: SwinSpec, stage: int, block: int, drop_path: float) -> None:
         super().__init__()
         width = spec.embed_dim << stage
         self.norm1 = nn.LayerNorm(width, NORM_EPS)
         self.attn = self.attention_type(spec, stage, block)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, branches=2)
         self.norm2 = nn.LayerNorm(width, NORM_EPS)
         self.mlp = self.mlp_type(width, int(width * spec.mlp_ratio))
 
-    def forward(self, x: Tensor, backends: Backends) -> Tensor:
-        x = self.attn(x, self.norm1, self.drop_path(x), backends.attention)
-        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops)
+    def forward(self, x: Tensor, backends: Backends, scales: Tensor | None) -> Tensor:
+        x = self.attn(x, self.norm1, branch_of(scales, 0), backends.attention)
+        x = self.mlp(x, self.norm2, branch_of(scales, 1), backends.ops)
         return x
 
 
@@ -267,6 +267,7 @@ class Swin(Encoder):
 
     # as published; the optimiser's settings decide about position tables
     no_decay = frozenset({"absolute_pos_embed", "mask_token"})
+    fused_blocks = True
     spec: SwinSpec
     stage_type: type[SwinStage] = SwinStage
 
@@ -288,6 +289,7 @@ class Swin(Encoder):
             self.stage_type(spec, stage, [next(rates) for _ in range(depth)])
             for stage, depth in enumerate(spec.depths)
         )
+        number_blocks(self)
         self.norm = nn.LayerNorm(self.num_features, NORM_EPS)
         self._initialise()
 

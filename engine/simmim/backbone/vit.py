@@ -16,13 +16,12 @@ from simmim.backbone.attention import relative_position_bias_with_cls
 from simmim.backbone.encoder import Encoder, EncoderSpec
 from simmim.backbone.layers import (
     Backends,
-    DropPath,
     Mlp,
     check_image,
-    drop_path_rates,
     init_linear,
     run_block,
 )
+from simmim.backbone.stochastic_depth import DropPath, branch_of, drop_path_rates
 from simmim_kernels import embed_patches, residual_attention
 
 
@@ -227,12 +226,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with a LayerNorm, a LayerScale and a residual."""
 
+    draws = False
+
     def __init__(self, spec: ViTSpec, drop_path: float) -> None:
         super().__init__()
         width = spec.embed_dim
         self.norm1 = nn.LayerNorm(width, spec.norm_eps)
         self.attn = Attention(spec)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, branches=2)
         self.norm2 = nn.LayerNorm(width, spec.norm_eps)
         self.mlp = Mlp(width, int(width * spec.mlp_ratio))
         scaled = spec.layer_scale is not None
@@ -240,10 +241,12 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(gain.clone()) if scaled else None
         self.gamma_2 = nn.Parameter(gain.clone()) if scaled else None
 
-    def forward(self, x: Tensor, shared_bias: Tensor | None, backends: Backends) -> Tensor:
-        branch_scale, attention = self.drop_path(x), backends.attention
+    def forward(
+        self, x: Tensor, shared_bias: Tensor | None, backends: Backends, scales: Tensor | None
+    ) -> Tensor:
+        branch_scale, attention = branch_of(scales, 0), backends.attention
         x = self.attn(x, self.norm1, branch_scale, attention, self.gamma_1, shared_bias)
-        x = self.mlp(x, self.norm2, self.drop_path(x), backends.ops, self.gamma_2)
+        x = self.mlp(x, self.norm2, branch_of(scales, 1), backends.ops, self.gamma_2)
         return x
 
 
@@ -259,6 +262,7 @@ class ViT(Encoder):
 
     # as published: the ViT's mask token is decayed, the Swin's is not
     no_decay = frozenset({"pos_embed", "cls_token"})
+    fused_blocks = True
     spec: ViTSpec
 
     def __init__(self, spec: ViTSpec) -> None:

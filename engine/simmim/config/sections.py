@@ -130,6 +130,8 @@ class TrainConfig:
     """Batch norms take their statistics from the whole batch of all processes, not from the images of each process."""
     compile: bool = False
     """Run the model through torch.compile."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Launch a whole step at once, as a CUDA graph. With auto it is used on CUDA where the step allows it, and the log says why not. With on, a run whose steps do not allow it ends."""
     max_bad_steps: int = bounded(10, low=1)
     """Stop after this many steps in a row with a non-finite loss or gradient. Each of these steps is skipped."""
 

@@ -25,8 +25,8 @@ def make_loader(config: Config, source: Source, world: World, view: View) -> Loa
         view: makes the arrays, see `simmim.method.method.Method.view`.
 
     Raises:
-        DataError: DALI was asked for and is missing, cannot make the view, or cannot work within
-            its memory.
+        DataError: DALI was asked for and is missing, cannot make the view, cannot work within its
+            memory, or cannot build its pipeline.
     """
     data, batch = config.data, micro_batch(config, world.size)
     workers = default_workers(world) if data.workers < 0 else data.workers
@@ -57,6 +57,12 @@ def make_loader(config: Config, source: Source, world: World, view: View) -> Loa
             report=lambda line: loader.report(line),
         )
         producer = pipeline if crops.per_sample == 1 else DaliCrops(pipeline, crops)
+        try:
+            pipeline.build()
+        except DataError as error:
+            if data.backend == "dali":
+                raise DataError(f"data.backend=dali: {error}; use data.backend=cpu") from error
+            producer, backend, reason = None, "cpu", str(error)
     loader = Loader(
         source,
         view,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simmim import files
 from simmim.backbone.build import Spec, build_encoder
+from simmim.backbone.stochastic_depth import of_samples
 from simmim.config.check import micro_batch
 from simmim.config.finetune import FinetuneConfig
 from simmim.config.spec import make_spec
@@ -210,13 +211,20 @@ class ClassificationLoss:
     def __init__(self, labels: Any, mixing: Mixing, device: torch.device) -> None:
         self.labels, self.mixing = torch.from_numpy(labels).to(device), mixing
 
+    @property
+    def changes_on_host(self) -> str | None:
+        """What a CUDA graph of the step could not follow; see `graphed_steps`."""
+        return "mixup and CutMix are drawn by the host" if self.mixing.enabled else None
+
     def __call__(self, state: TrainState, batch: Batch, number: int) -> Tensor:
         """The mean over the images of a float32 micro-batch; see `TrainState`."""
         label = torch.where(batch.ids >= 0, self.labels[batch.ids.clamp(min=0)], -1)
         image, target = self.mixing(batch.image, label, state.step, state.world.rank, number)
         if state.config.channels_last_on(state.world.device.type):
             image = image.contiguous(memory_format=torch.channels_last)
-        return soft_cross_entropy(state.wrapped(image), target)
+        with of_samples(state.config.seed, batch.epochs, batch.ids):
+            logits = state.wrapped(image)
+        return soft_cross_entropy(logits, target)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.backbone.build import Encoder
+from simmim.backbone.stochastic_depth import of_samples
 from simmim.config.check import check_mask
 from simmim.config.sections import MethodConfig
 from simmim.data.batch import Batch
@@ -150,7 +151,9 @@ class SimMIMMethod(MaskingMethod):
         if batch.num_valid < len(batch.ids) and has_batch_norm(model):
             # they hide nothing, but batch norms see their zeros
             batch = batch.without_empty_slots()
-        loss: Tensor = model(self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs))
+        image, mask = self.arrange(batch.image), self.draw_mask(batch.ids, batch.epochs)
+        with of_samples(self.config.seed, batch.epochs, batch.ids):
+            loss: Tensor = model(image, mask)
         return loss
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
+from simmim.backbone.stochastic_depth import of_samples, of_view
 from simmim.config.bounds import Bounds, bounded
 from simmim.config.check import micro_batch
 from simmim.config.idle import SET, Idle
@@ -127,7 +128,9 @@ class SimSiam(ImageModel):
 
         The views go through every batch norm one after the other, as published.
         """
-        z_a, z_b = self.project(view_a), self.project(view_b)
+        z_a = self.project(view_a)
+        with of_view(1):
+            z_b = self.project(view_b)
         p_a, p_b = self.predictor(z_a), self.predictor(z_b)
         if self.training:
             self._measure(z_a.detach(), z_b.detach())
@@ -226,7 +229,9 @@ class SimSiamMethod(Method):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`; empty slots take no part in batch norms."""
         batch = batch.without_empty_slots(2)  # batch norms refuse one image alone
-        loss: Tensor = model(*self.distorted(batch.image, batch.ids, batch.epochs))
+        views = self.distorted(batch.image, batch.ids, batch.epochs)
+        with of_samples(self.config.seed, batch.epochs, batch.ids):
+            loss: Tensor = model(*views)
         # one image without others has nothing to differ from
         return loss if batch.num_valid > 1 else loss * 0.0
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.layers import init_linear
+from simmim.backbone.stochastic_depth import of_samples
 from simmim.config.bounds import bounded
 from simmim.config.idle import SET, Idle
 from simmim.config.sections import MethodConfig
@@ -328,5 +329,6 @@ class TokenMethod(MaskingMethod):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `Method`."""
         mask = self.draw_mask(batch.ids, batch.epochs)
-        loss: Tensor = model(self.arrange(batch.image), mask, self.num_hidden)
+        with of_samples(self.config.seed, batch.epochs, batch.ids):
+            loss: Tensor = model(self.arrange(batch.image), mask, self.num_hidden)
         return loss

@@ -8,7 +8,7 @@ import torch
 from simmim.backbone.encoder import EncoderSpec
 from simmim.config.sections import KernelsConfig, MaskConfig, RunConfig
 from simmim.distributed import World
-from simmim.errors import RunError
+from simmim.errors import ConfigError, RunError
 from simmim.model.image_model import ImageModel
 from simmim.training.optim import build_optimizer
 from simmim.training.parallel import wrap
@@ -31,8 +31,19 @@ def prepare_model(model: ModelT, config: RunConfig, device: torch.device) -> Mod
     model.encoder.activation_checkpointing = config.train.activation_checkpointing
     model.use_backend(config.kernels.backend, config.kernels.attention)
     if config.channels_last_on(device.type):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(model)
     return model.to(device)
+
+
+def to_channels_last(model: torch.nn.Module) -> None:
+    """Give the weights of convolutions the memory format of channels-last images, in place.
+
+    Those of 1×1 convolutions stay as they are: in memory nothing would change, but their strides
+    would no longer be those of the gradients of a fused head.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and parameter.shape[2:].numel() > 1:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def build_state(
@@ -58,9 +69,26 @@ def build_state(
         loss_of: see `TrainState`.
         ema_decay: see `TrainState`.
         mask: see `TrainState`.
+
+    Raises:
+        ConfigError: torch.compile was asked for where it makes steps slower.
     """
     train = config.train
-    wrapped = wrap(model, world, sync_batch_norm=train.sync_batch_norm, compile=train.compile)
+    fused = model.encoder.fused_blocks and config.kernels.backend != "reference"
+    if train.compile and fused and world.device.type == "cuda":
+        raise ConfigError(
+            f"train.compile=true: the blocks of {model.encoder.spec.arch} are fused kernels, which "
+            "leave torch.compile nothing to fuse: a compiled step costs the host 1.7 times as much "
+            "(bench/host_cost.py --compile), and no CUDA graph holds it. Leave it out, or set "
+            "kernels.backend=reference"
+        )
+    wrapped = wrap(
+        model,
+        world,
+        sync_batch_norm=train.sync_batch_norm,
+        compile=train.compile,
+        for_graph=train.cuda_graph != "off" and not train.compile,
+    )
     optimizer = build_optimizer(model, config.optim, parameter_groups(model))
     schedule = resolve_schedule(config, num_images)
     return TrainState(model, wrapped, optimizer, config, schedule, world, loss_of, ema_decay, mask)

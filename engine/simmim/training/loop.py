@@ -22,13 +22,14 @@ from simmim.model.weights_file import save_weights
 from simmim.run_folder import RunFolder
 from simmim.training import checkpoint
 from simmim.training.claim import record_start
+from simmim.training.graphed_steps import GraphedSteps
 from simmim.training.interrupts import EXIT_INTERRUPTED, Interrupts, StopWaiting
 from simmim.training.log import RunLog
 from simmim.training.observer import Observer
 from simmim.training.records import finite
 from simmim.training.resume import agreed_fingerprint, resume
 from simmim.training.run import Run
-from simmim.training.step import Metrics, TrainState, train_step
+from simmim.training.step import Metrics, TrainState
 
 # Steps between checkpoints if an epoch has fewer steps.
 SHORTEST_INTERVAL = 100
@@ -110,6 +111,9 @@ class Loop:
         self.state, self.loader, self.folder, self.log = run.state, run.loader, run.folder, run.log
         self.config, self.world = run.config, run.world
         self.pending: list[Metrics] = []
+        self.make_step = GraphedSteps(run.state, self.log.warn)
+        if self.world.device.type == "cuda":
+            self.log.info(f"train.cuda_graph: {self.make_step.describe()}")
         self.first_step, self.next_wait_warning = run.step, 0
 
     def drive(self, interrupts: Interrupts) -> int:
@@ -146,7 +150,7 @@ class Loop:
         # closed however the loop ends, so that no worker outlives it
         with closing(self.loader.steps(state.step, self.run.total)) as steps:
             for batches in steps:
-                self.pending.append(train_step(state, batches))
+                self.pending.append(self.make_step(batches))
                 last = state.step == self.run.total
                 due = last or state.step % config.log.every_steps == 0
                 # reading a scalar waits for the device: CUDA must not do so at every step

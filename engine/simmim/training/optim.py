@@ -122,4 +122,12 @@ def build_optimizer(
         for parameter in held if config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+        capturable=on_cuda,  # by a CUDA graph
+    )

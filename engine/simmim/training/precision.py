@@ -1,9 +1,12 @@
 """Compute types: autocast, and the loss scale of fp16, kept on the device."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from simmim_kernels.weight_copies import WeightCopies
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,6 +18,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def weight_copies(weights: Iterable[Tensor], device: torch.device, precision: str) -> WeightCopies:
+    """Copies in the compute type for the ops of a step on a GPU; elsewhere, of nothing."""
+    if device.type == "cpu" or precision == "float32":
+        return WeightCopies((), torch.float32)
+    return WeightCopies((w for w in weights if w.dim() <= 2), DTYPES[precision])
 
 
 class LossScale:
@@ -33,10 +43,11 @@ class LossScale:
         """Adapt to a step whose gradients were finite (bool scalar) or not."""
         if not self.dynamic:
             return
-        self.good_steps = torch.where(finite, self.good_steps + 1, 0.0)
-        grow = self.good_steps >= GROWTH_INTERVAL
-        self.scale = self.scale * torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+        good_steps = torch.where(finite, self.good_steps + 1, 0.0)
+        grow = good_steps >= GROWTH_INTERVAL
+        # in place: a CUDA graph reads and writes the same memory at every step
+        self.scale *= torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.good_steps.copy_(torch.where(grow, 0.0, good_steps))
 
     def state(self) -> dict[str, float]:
         """Plain values for a checkpoint; empty where the scale is constant."""

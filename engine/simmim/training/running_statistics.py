@@ -40,6 +40,11 @@ def settle(model: nn.Module, before: list[Tensor], finite: Tensor, world: World)
         torch._foreach_copy_(group, [part.view(b.shape) for part, b in zip(parts, group)])
 
 
+def has_any(model: nn.Module) -> bool:
+    """Whether a model has batch norms."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def _groups(model: nn.Module) -> list[list[Tensor]]:
     """The buffers of all batch norms, grouped by dtype."""
     groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)

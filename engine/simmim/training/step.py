@@ -3,6 +3,10 @@
 The optimiser is fused and takes two tensors, as in the protocol of torch.amp.GradScaler: it divides
 gradients by `grad_scale`, and it leaves weights and state unchanged if `found_inf` is not 0.
 Unscaling, clipping and skipping therefore need no extra pass and no synchronisation.
+
+A step has two halves. `begin_step` is the host's: it writes all numbers that differ from step to
+step to the device. `device_step` is the device's: it depends on no such number, and changes state
+in place, so that a CUDA graph can hold it (graphed_steps.py).
 """
 
 import copy
@@ -29,6 +33,42 @@ LossOf = Callable[["TrainState", Batch, int], Tensor]
 
 # Separates the step's draws (stochastic depth) from other uses of the same seed.
 STREAM = 0x73746570  # "step"
+
+
+class StepInputs:
+    """The numbers that differ from step to step, on the device, always at the same addresses.
+
+    Args:
+        num_groups: of the optimiser's parameters.
+        accumulation_steps: micro-batches of a step.
+        device: where they lie.
+
+    Attributes:
+        rates: [num_groups], learning rates; on a CPU float64, as which its fused optimisers read
+            them, elsewhere float32.
+        weights: float32 [accumulation_steps], the share of a micro-batch's slots with an image.
+        shares: weights / accumulation_steps.
+        to_average: float32 scalar, how far an average moves towards the weights.
+    """
+
+    def __init__(self, num_groups: int, accumulation_steps: int, device: torch.device) -> None:
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        self.rates = torch.zeros(num_groups, dtype=wide, device=device)
+        self._others = torch.zeros(2 * accumulation_steps + 1, device=device)
+        self._host_rates = torch.zeros(num_groups, dtype=wide)
+        self._host_others = torch.zeros(2 * accumulation_steps + 1)
+        self.weights = self._others[:accumulation_steps]
+        self.shares = self._others[accumulation_steps:-1]
+        self.to_average = self._others[-1]
+
+    def fill(self, rates: Sequence[float], weights: Sequence[float], to_average: float) -> None:
+        """Write the numbers of a step; the host does not wait."""
+        shares = (weight / len(weights) for weight in weights)
+        self._host_rates.numpy()[:] = rates
+        self._host_others.numpy()[:] = [*weights, *shares, to_average]
+        # a few bytes of memory that is not pinned are taken before the copy returns
+        self.rates.copy_(self._host_rates, non_blocking=True)
+        self._others.copy_(self._host_others, non_blocking=True)
 
 
 class TrainState:
@@ -70,11 +110,23 @@ class TrainState:
         if ema_decay:
             self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.loss_scale = LossScale(world.device, config.train.precision)
+        in_ops = () if config.kernels.backend == "reference" else self.parameters()
+        self.weight_copies = precision.weight_copies(in_ops, world.device, config.train.precision)
         self.step = 0
         # skipped steps so far; how many were skipped in a row up to now, and at most
         self.skipped = torch.zeros((), device=world.device)
         self.bad_in_a_row = torch.zeros((), device=world.device)
         self.longest_bad_run = torch.zeros((), device=world.device)
+        self._inputs: dict[int, StepInputs] = {}
+        self.has_batch_norms = running_statistics.has_any(model)
+
+    def inputs(self, accumulation_steps: int) -> StepInputs:
+        """What the host tells a step of so many micro-batches."""
+        if accumulation_steps not in self._inputs:
+            groups = len(self.optimizer.param_groups)
+            made = StepInputs(groups, accumulation_steps, self.world.device)
+            self._inputs[accumulation_steps] = made
+        return self._inputs[accumulation_steps]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train."""
@@ -112,31 +164,59 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> Metrics:
     Returns:
         The step's metrics, equal in every process.
     """
+    lr = begin_step(state, batches)
+    loss, grad_norm, finite = device_step(state, batches)
+    state.step += 1
+    return Metrics(loss, grad_norm, finite, lr)
+
+
+def begin_step(state: TrainState, batches: Sequence[Batch]) -> float:
+    """The host's half of a step: write what `device_step` reads; return the learning rate."""
+    seed_step(state.config.seed, state.step, state.world)
+    groups, schedule = state.optimizer.param_groups, state.schedule
+    inputs = state.inputs(len(batches))
+    # a young average follows faster
+    decay = min(state.ema_decay, (1 + state.step) / (10 + state.step))
+    inputs.fill(
+        rates=[schedule.rate_of(group, state.step) for group in groups],
+        weights=[batch.num_valid / len(batch.ids) for batch in batches],
+        to_average=1.0 - decay,
+    )
+    for group, rate in zip(groups, inputs.rates, strict=True):
+        group["lr"] = rate
+    return schedule.lr_at(state.step)
+
+
+def device_step(state: TrainState, batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """The device's half of a step; return loss, grad_norm and finite of `Metrics`."""
     config, world = state.config, state.world
-    seed_step(config.seed, state.step, world)
-    statistics = running_statistics.keep(state.model)
-    lr = state.schedule.lr_at(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = state.schedule.rate_of(group, state.step)
-    size = len(batches[0].ids)
+    inputs = state.inputs(len(batches))
+    statistics = running_statistics.keep(state.model) if state.has_batch_norms else []
     share = torch.zeros(2, device=world.device)  # Σ loss·weight, Σ weight; 1 = a full micro-batch
-    for number, batch in enumerate(batches):
-        weight = batch.num_valid / size
-        with _gradient_sync(state.wrapped, last=number == len(batches) - 1):
-            with precision.autocast(world.device, config.train.precision):
-                loss: Any = state.loss_of(state, batch, number)
-            (loss * (state.loss_scale.scale * (weight / len(batches)))).backward()
-        share += torch.stack([loss.detach() * weight, loss.new_full((), weight)])
+    with state.weight_copies.in_use():
+        for number, batch in enumerate(batches):
+            with _gradient_sync(state.wrapped, last=number == len(batches) - 1):
+                with precision.autocast(world.device, config.train.precision):
+                    loss: Any = state.loss_of(state, batch, number)
+                # in this thread: a handover to the engine's own costs more than it overlaps
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (state.loss_scale.scale * inputs.shares[number])).backward()
+            weight = inputs.weights[number]
+            share += torch.stack([loss.detach() * weight, weight])
     share = all_reduce_sum(share, world)
     present = share[1] / (len(batches) * world.size)  # exactly 1 when every slot held an image
-    metrics = _update(state, share[0] / share[1], present, lr)
-    running_statistics.settle(state.model, statistics, metrics.finite, world)
+    loss = share[0] / share[1]
+    grad_norm, finite = _update(state, loss, present, inputs.to_average)
+    if statistics:
+        running_statistics.settle(state.model, statistics, finite, world)
     if state.averaged is not None:
         _copy_buffers(state.averaged, state.model)
-    return metrics
+    return loss, grad_norm, finite
 
 
-def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metrics:
+def _update(
+    state: TrainState, loss: Tensor, present: Tensor, to_average: Tensor
+) -> tuple[Tensor, Tensor]:
     optimizer: Any = state.optimizer
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     # gradients still carry the loss scale, and count empty slots as images
@@ -148,32 +228,27 @@ def _update(state: TrainState, loss: Tensor, present: Tensor, lr: float) -> Metr
     if state.config.train.clip_norm:
         # as torch.nn.utils.clip_grad_norm_ does, with its 1e-6
         divisor = divisor * ((grad_norm + 1e-6) / state.config.train.clip_norm).clamp(min=1.0)
+    bad = (~finite).float()
     optimizer.grad_scale = divisor
-    optimizer.found_inf = (~finite).float()
+    optimizer.found_inf = bad
     optimizer.step()
     optimizer.zero_grad()
     if state.averaged is not None:
-        _average(state.averaged, state.model, state.ema_decay, state.step, finite)
+        _average(state.averaged, state.model, to_average, finite)
     state.loss_scale.update(finite)
-    bad = (~finite).float()
-    state.skipped = state.skipped + bad
-    state.bad_in_a_row = (state.bad_in_a_row + 1) * bad
-    state.longest_bad_run = torch.maximum(state.longest_bad_run, state.bad_in_a_row)
-    state.step += 1
-    return Metrics(loss, grad_norm, finite, lr)
+    state.skipped += bad
+    state.bad_in_a_row.add_(1).mul_(bad)
+    torch.maximum(state.longest_bad_run, state.bad_in_a_row, out=state.longest_bad_run)
+    return grad_norm, finite
 
 
 @torch.no_grad()
-def _average(
-    averaged: nn.Module, model: nn.Module, decay: float, step: int, finite: Tensor
-) -> None:
-    # a young average follows faster; a skipped step changes nothing
-    decay = min(decay, (1 + step) / (10 + step))
+def _average(averaged: nn.Module, model: nn.Module, to_average: Tensor, finite: Tensor) -> None:
     old: list[Tensor] = list(averaged.parameters())
     new: list[Tensor] = list(model.parameters())
     change = torch._foreach_sub(new, old)
-    # a factor of 0 would turn infinite changes into NaN
-    parts = [torch.where(finite, c * (1.0 - decay), 0.0) for c in change]
+    # a skipped step changes nothing; a factor of 0 would turn infinite changes into NaN
+    parts = [torch.where(finite, c * to_average, 0.0) for c in change]
     torch._foreach_add_(old, parts)
 
 

@@ -124,4 +124,5 @@ _normalise = Op(
     _gradient_shapes,
     gradients=("x", "weight", "bias", "residual"),
     context=_context,
+    all_outputs=True,
 )

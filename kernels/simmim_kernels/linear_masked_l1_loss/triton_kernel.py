@@ -16,8 +16,11 @@ from torch import Tensor
 from simmim_kernels.linear_masked_l1_loss.reference import hidden_cells
 from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
 from simmim_kernels.masked_l1_loss.triton_kernel import finish, plain_target, sign_words, signs_of
+from simmim_kernels.triton_backend import product_precision
+from simmim_kernels.triton_launch import cdiv, kernel
 
 
+@kernel
 @triton.jit
 def _linear_masked_l1(
     p_features,
@@ -122,6 +125,7 @@ def _sign_tile(
     return tl.reshape(signs_of(words[:, :, None], tl.arange(0, 16)[None, None, :]), (M, N))
 
 
+@kernel
 @triton.jit
 def _grad_features(
     p_step,
@@ -165,6 +169,7 @@ def _grad_features(
     tl.store(p_grad + o_grad, b_grad, mask=m_row[:, None] & m_feature[None, :])
 
 
+@kernel
 @triton.jit
 def _grad_weight(
     p_step,
@@ -218,12 +223,6 @@ def _grad_weight(
     tl.store(p_grad_bias + o_output, b_bias.to(p_grad_bias.dtype.element_ty), mask=m_bias)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """That of torch's own float32 matrix products; it does not matter for 16-bit ones."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 or dtype != torch.float32 else "ieee"
-
-
 def _order(mask: Tensor, grid: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
     """All cells, those to be projected first, and how many those are; int64 on the device."""
     cells = hidden_cells(mask, grid, stride).flatten()
@@ -243,7 +242,7 @@ def forward(
     signs = torch.zeros(shape, dtype=torch.int32, device=features.device)
     M, N, K = 64, 128, 64 if features.dtype != torch.float32 else 32
     columns = C * stride * (-(-stride // 16) * 16)
-    grid = (triton.cdiv(B * h * w, M), triton.cdiv(columns, N))
+    grid = (cdiv(B * h * w, M), cdiv(columns, N))
     partial = features.new_empty(grid[0] * grid[1], dtype=torch.float32)
     if partial.numel():
         _linear_masked_l1[grid](
@@ -269,7 +268,7 @@ def forward(
             HAS_BIAS=bias is not None,
             BYTES=is_bytes,
             KEEP_SIGNS=keep_signs,
-            PRECISION=_precision(features.dtype),
+            PRECISION=product_precision(features.dtype),
             M=M,
             N=N,
             K=K,
@@ -296,11 +295,11 @@ def backward(
     channels = weight.shape[0] // stride**2
     columns = channels * stride * (-(-stride // 16) * 16)
     order, count = _order(mask, (h, w), stride)
-    precision = _precision(features.dtype)
+    precision = product_precision(features.dtype)
     M, N, K = 64, 128, 64 if features.dtype != torch.float32 else 32
     grad_features = torch.zeros_like(features) if of_features else features.new_empty(0)
     if of_features and features.numel():
-        _grad_features[(triton.cdiv(B * h * w, M), triton.cdiv(D, N))](
+        _grad_features[(cdiv(B * h * w, M), cdiv(D, N))](
             step,
             signs,
             weight,
@@ -320,7 +319,7 @@ def backward(
     grad_weight = weight.new_empty(weight.shape if of_parameters else (0,))
     grad_bias = weight.new_empty(weight.shape[:1] if of_parameters else (0,))
     if of_parameters:
-        _grad_weight[(triton.cdiv(columns, M), triton.cdiv(D, N))](
+        _grad_weight[(cdiv(columns, M), cdiv(D, N))](
             step,
             signs,
             features,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simmim_kernels.masked_l1_loss import reference
 from simmim_kernels.masked_l1_loss.arguments import Loss, Target, signs_shape
+from simmim_kernels.triton_launch import cdiv, kernel
 
 # Groups of a tile: 2048 pixels, 16 bytes of a uint8 image for each of 128 threads.
 GROUPS_PER_PROGRAM = 128
@@ -33,6 +34,7 @@ def signs_of(word, o_lane):
     return (((word >> o_lane) & 1) - ((word >> (o_lane + 16)) & 1)).to(tl.float32)
 
 
+@kernel
 @triton.jit
 def _masked_l1(
     p_prediction,
@@ -110,6 +112,7 @@ def _masked_l1(
     tl.store(p_partial + tl.program_id(0), tl.sum(tl.sum(tl.abs(error), axis=1), axis=0))
 
 
+@kernel
 @triton.jit
 def _finish(
     p_partial, p_mask, p_loss, p_per_pixel, partials, cells, pixels_per_cell, C, N: tl.constexpr
@@ -127,6 +130,7 @@ def _finish(
     tl.store(p_per_pixel, per_pixel)
 
 
+@kernel
 @triton.jit
 def _masked_l1_backward(p_step, p_signs, p_grad, groups, RUN: tl.constexpr, R: tl.constexpr):
     GROUPS: tl.constexpr = (RUN + 15) // 16
@@ -190,7 +194,7 @@ def forward(prediction: Tensor, target: Target, keep_signs: bool) -> Loss:
     for size in shape[1:]:
         groups *= size
     signs = prediction.new_empty(shape if keep_signs else [0], dtype=torch.int32)
-    programs = triton.cdiv(groups, GROUPS_PER_PROGRAM)
+    programs = cdiv(groups, GROUPS_PER_PROGRAM)
     partial = prediction.new_empty(programs, dtype=torch.float32)
     if programs:
         _masked_l1[(programs,)](
@@ -225,7 +229,7 @@ def backward(
     grad = signs.new_empty(tuple(shape), dtype=dtype)
     groups = signs.numel()
     if groups:
-        _masked_l1_backward[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
+        _masked_l1_backward[(cdiv(groups, GROUPS_PER_PROGRAM),)](
             grad_out * per_pixel,
             signs,
             grad,

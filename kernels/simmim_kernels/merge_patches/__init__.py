@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels.dispatch import BACKENDS, choose, describe
-from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference, product_dtype
+from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference
 from simmim_kernels.merge_patches import reference
 from simmim_kernels.merge_patches.arguments import MergeParameters, Statistics
 from simmim_kernels.op import Op, gradients_like
@@ -73,7 +73,7 @@ def merge_patches(
     if chosen == "reference":
         norm_weight, norm_bias, weight = of_reference(x, parameters)
         return reference.merge_patches(x, norm_weight, norm_bias, weight, eps)
-    cast = of_kernels(parameters, product_dtype(chosen, x.dtype))
+    cast = of_kernels(parameters, chosen, x.dtype)
     return _merge(chosen, x, MergeParameters(*cast), eps).out
 
 

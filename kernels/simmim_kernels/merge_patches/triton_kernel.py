@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simmim_kernels.merge_patches.arguments import MergeParameters, Statistics
 from simmim_kernels.transformer_block import triton_rows
+from simmim_kernels.triton_launch import cdiv, kernel
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def _row_mean(b_tile, C):
     return (tl.sum(tl.sum(b_tile, axis=2), axis=1) / (4 * C))[:, None, None]
 
 
+@kernel
 @triton.jit
 def _merge_patches(
     p_x,
@@ -73,6 +75,7 @@ def _merge_patches(
     tl.store(p_rstd + o_row, tl.reshape(rstd, (R,)), mask=m_row)
 
 
+@kernel
 @triton.jit
 def _merge_patches_backward(
     p_dy,
@@ -128,7 +131,7 @@ def forward(x: Tensor, parameters: MergeParameters, eps: float) -> tuple[Tensor,
     norm_weight, norm_bias, weight = parameters
     B, H, W, _ = x.shape
     y, *norm = gather(x, norm_weight, norm_bias, eps)
-    out = triton_rows.product(y, weight.t()).view(B, H // 2, W // 2, len(weight))
+    out = triton_rows.forward_product(y, weight).view(B, H // 2, W // 2, len(weight))
     return out, Statistics(*norm)
 
 
@@ -138,10 +141,10 @@ def backward(
     """Gradients of x and of the parameters, None where it is not wanted."""
     norm_weight, norm_bias, weight = parameters
     grad_rows = grad_out.view(norm.mean.numel(), len(weight))
-    dy = triton_rows.product(grad_rows, weight)
+    dy = triton_rows.backward_product(grad_rows, weight)
     dx, *of_norm = scatter(dy, x, *norm, norm_weight, norm_bias, of_parameters)
     y = dy  # whose place it took
-    grad_weight = triton_rows.product(grad_rows.t(), y) if of_parameters else None
+    grad_weight = triton_rows.weight_gradient(grad_rows, y, weight) if of_parameters else None
     return dx, *of_norm, grad_weight
 
 
@@ -153,7 +156,7 @@ def gather(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor,
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     if T:
         R, K, num_warps = triton_rows.whole_rows(4 * C, 16)
-        _merge_patches[(triton.cdiv(T, R),)](
+        _merge_patches[(cdiv(T, R),)](
             x, weight, bias, y, mean, rstd, T, W // 2, C, eps, R=R, K=K // 4, num_warps=num_warps
         )
     return y, mean, rstd
@@ -176,7 +179,7 @@ def scatter(
     dx = x.new_empty(x.shape)
     R, K, num_warps = triton_rows.whole_rows(4 * C, 8)
     per_program = triton_rows.rows_per_program(T, 1)
-    programs = triton.cdiv(T, per_program)
+    programs = cdiv(T, per_program)
     partial = x.new_empty((2, programs, 4 * C) if of_parameters else 0, dtype=torch.float32)
     if T:
         _merge_patches_backward[(programs,)](

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.splitmix import GAMMA, signed
+from simmim_kernels.triton_launch import kernel, next_power_of_2
 
 # int64 with the bits of SplitMix64's constants, as in simmim_kernels/splitmix.py
 _GAMMA = tl.constexpr(signed(GAMMA))
@@ -35,6 +36,7 @@ def _fold(key, part):
     return _mix(_mix(part + _GAMMA) ^ (key + _GAMMA))
 
 
+@kernel
 @triton.jit(do_not_specialize=["key_high", "key_low", "num_hidden"])
 def _random_patch_mask(
     p_ids,
@@ -75,6 +77,11 @@ def _random_patch_mask(
         tl.store(p_mask + o_base + o_token, hidden.to(tl.int8), mask=o_token < TOKENS)
 
 
+def halves(value: int) -> tuple[int, int]:
+    """An int64 as two numbers that each fit an int32."""
+    return value >> 32, (value & 0xFFFFFFFF) - (1 << 32 if value & (1 << 31) else 0)
+
+
 def forward(
     ids: Tensor, epochs: Tensor, key: int, rows: int, columns: int, unit: int, num_hidden: int
 ) -> Tensor:
@@ -84,13 +91,12 @@ def forward(
     tokens = units * unit * unit
     if mask.numel() == 0:
         return mask
-    padded = max(16, triton.next_power_of_2(units))
+    padded = max(16, next_power_of_2(units))
     _random_patch_mask[(batch,)](
         ids,
         epochs,
         mask.view(torch.int8),
-        key >> 32,
-        (key & 0xFFFFFFFF) - (1 << 32 if key & (1 << 31) else 0),
+        *halves(key),
         num_hidden,
         EPOCH_PER_SAMPLE=epochs.dim() == 1,
         UNITS=units,
@@ -98,7 +104,7 @@ def forward(
         UNIT=unit,
         TOKENS=tokens,
         U=padded,
-        N=min(1024, max(16, triton.next_power_of_2(tokens))),
+        N=min(1024, max(16, next_power_of_2(tokens))),
         num_warps=1 if padded <= 128 else 4,
     )
     return mask

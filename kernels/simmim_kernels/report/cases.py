@@ -182,26 +182,28 @@ def block_cases(block: Block) -> list[Case]:
     gamma = torch.empty(vector) if block.scaled else None
     branch_scale = torch.empty(block.batch) if block.scaled else None
 
-    def norm_and_sum() -> None:
+    def norm_and_sum() -> torch.Tensor:
+        """Partial sums of what is summed over the tokens."""
         weight, bias = torch.empty(vector), torch.empty(vector)
         _, mean, rstd = norms.layer_norm(tokens, weight, bias, 1e-5)
         rows.add_branch(torch.empty_like(tokens), tokens, bias, gamma, branch_scale)
         grad_out, dy = torch.empty_like(tokens), torch.empty_like(tokens)
-        norms.layer_norm_backward(
+        _, partial = norms.layer_norm_backward(
             grad_out, dy, tokens, mean, rstd, weight, bias, branch_scale, None, True
         )
+        return partial
 
     def make_mlp() -> None:
-        norm_and_sum()
-        bias = torch.empty(M)
+        of_norm, bias = norm_and_sum(), torch.empty(M)
         rows.gelu(wide, bias)
-        rows.gelu_backward(torch.empty_like(wide), wide, bias, branch_scale, True)
+        _, of_bias = rows.gelu_backward(torch.empty_like(wide), wide, bias, branch_scale, True)
+        rows.added(of_norm, of_bias)
 
     def make_attention() -> None:
-        norm_and_sum()
+        of_norm = norm_and_sum()
         if branch_scale is not None:
             rows.scale_images(tokens, branch_scale)
-        rows.column_sum(torch.empty(T, 3 * C, dtype=BF16))
+        rows.added(of_norm, rows.column_partial(torch.empty(T, 3 * C, dtype=BF16)))
 
     def partial_bytes(columns: int, across: int) -> int:
         """Partial sums over the tokens, written and read."""
@@ -246,10 +248,11 @@ def post_norm_case(block: Block) -> Case:
         _, mean, rstd = norms.add_normalised(
             tokens, tokens, vector, vector, vector, branch_scale, 1e-5
         )
-        norms.add_normalised_backward(
+        _, of_norm = norms.add_normalised_backward(
             tokens, tokens, mean, rstd, vector, vector, branch_scale, True
         )
-        rows.gelu_backward(torch.empty_like(wide), wide, bias, None, True)
+        _, of_bias = rows.gelu_backward(torch.empty_like(wide), wide, bias, None, True)
+        rows.added(of_norm, of_bias)
 
     # branch and x to the output and statistics; grad_out, branch and statistics to the branch's;
     # hidden to a; hidden and da to a and dh
@@ -267,10 +270,11 @@ def attention_case(attention: Attention) -> Case:
     (H, W), N, S = attention.side, attention.num_heads, math.prod(attention.window)
     C = N * attention.head_width
     windows = Windows(N, attention.window, attention.shift, attention.head_width**-0.5)
+    offsets = math.prod(2 * side - 1 for side in attention.window)
 
     def make() -> None:
         qkv = torch.empty(attention.batch, H, W, 3 * C, dtype=BF16)
-        bias = torch.empty(N, S, S) if attention.biased else None
+        bias = torch.empty(offsets, N) if attention.biased else None
         factors = torch.empty(N) if attention.cosine else None
         out, log_sums = attention_kernel.forward(qkv, bias, windows, factors)
         attention_kernel.backward(out, qkv, bias, out, log_sums, windows, attention.biased, factors)
@@ -286,13 +290,13 @@ def attention_case(attention: Attention) -> Case:
     if attention.cosine:
         # what every query adds to the gradient of its head's factor is written and read
         moved += 2 * per_head + (4 * N if tiled and attention.biased else 0)
+    programs = attention_kernel.bias_programs(num_windows, N, S, BF16)
     if attention.biased:
         row = -(-S // 8) * 8
-        needed += 3 * 4 * N * S * S  # the bias twice, its gradient
-        # the copy that kernels read is made and read in the forward and the backward
-        moved += 2 * N * S * (4 * S + 2 * S + 2 * row) + 4 * N * S * S
-        if (programs := attention_kernel.bias_programs(num_windows, N, S, BF16)) > 1:
-            moved += 2 * 4 * programs * N * S * S
+        needed += 3 * 4 * offsets * N  # the table twice, its gradient
+        # the bias of pairs is made and read in the forward and the backward
+        moved += 3 * 4 * offsets * N + 2 * 2 * N * S * 2 * row
+        moved += 2 * 4 * programs * N * S * S
         if tiled:  # the gradient of the bias reads all that the others have read, and their sums
             moved += 2 * tokens * C * (3 + 1) + 3 * per_head + 2 * N * S * row
     return Case("window_attention", attention.model, "bfloat16", make, needed, moved)

@@ -7,8 +7,8 @@ from simmim_kernels.report.cards import SHARED_BYTES_EVERYWHERE
 # Bytes moved over the fewest possible.
 LARGEST_BYTES_RATIO = 1.05
 # Windows of more than 64 tokens with a bias: its gradient reads qkv and grad_out once more, since
-# no program can hold all of its sums.
-LARGEST_BYTES_RATIO_OF_TILED_BIAS = 1.37
+# no program can hold all of its sums. (The fewest are those of a table of positions, not of pairs.)
+LARGEST_BYTES_RATIO_OF_TILED_BIAS = 1.4
 # Registers and instructions over the golden ones.
 LARGEST_GROWTH = 1.10
 

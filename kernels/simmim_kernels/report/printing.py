@@ -74,5 +74,5 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def as_json(figures: Sequence[CaseFigures]) -> str:
     """The figures for machines, a case a line; a golden file is this."""
     head = json.dumps({"label": NOT_MEASURED, "triton": triton.__version__})
-    cases = ",\n".join(json.dumps(asdict(one)) for one in figures)
+    cases = ",\n".join(json.dumps(asdict(one), separators=(",", ":")) for one in figures)
     return f'{head[:-1]}, "cases": [\n{cases}\n]}}\n'

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simmim_kernels.triton_launch import cdiv, kernel, next_power_of_2
+
 # Elements of a tile; 16-byte accesses for each of 128 threads in every dtype.
 _TILE = 2048
 # Rows that one program of the backward sums before it writes a partial sum of the mask token: its
@@ -16,6 +18,7 @@ _TILE = 2048
 ROWS_PER_PROGRAM = 64
 
 
+@kernel
 @triton.jit
 def _substitute(
     p_tokens,
@@ -46,6 +49,7 @@ def _substitute(
     tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
 
 
+@kernel
 @triton.jit
 def _substitute_backward(
     p_grad_out,
@@ -75,6 +79,7 @@ def _substitute_backward(
     tl.store(p_partial + i_rows.to(tl.int64) * D + o_column, b_sum, mask=m_column)
 
 
+@kernel
 @triton.jit
 def _sum_rows(p_partial, p_out, rows, D, R: tl.constexpr, K: tl.constexpr):
     o_column = tl.program_id(0) * K + tl.arange(0, K)
@@ -90,7 +95,7 @@ def _sum_rows(p_partial, p_out, rows, D, R: tl.constexpr, K: tl.constexpr):
 
 def _tile(D: int) -> tuple[int, int]:
     """Rows and columns of a tile: columns that divide the width where a power of two does."""
-    columns = triton.next_power_of_2(D)
+    columns = next_power_of_2(D)
     while columns > 512 or (columns > 64 and D % columns):
         columns //= 2
     columns = max(columns, 16)
@@ -104,7 +109,7 @@ def forward(tokens: Tensor, mask: Tensor, mask_token: Tensor, pos_embed: Tensor 
     if out.numel() == 0:
         return out
     R, K = _tile(D)
-    _substitute[(triton.cdiv(B * L, R), triton.cdiv(D, K))](
+    _substitute[(cdiv(B * L, R), cdiv(D, K))](
         tokens,
         mask.view(torch.int8),
         mask_token,
@@ -129,9 +134,9 @@ def backward(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if grad_out.numel() == 0:
         return grad_tokens, grad_mask_token.zero_()
     R, K = _tile(D)
-    programs = triton.cdiv(B * L, ROWS_PER_PROGRAM)
+    programs = cdiv(B * L, ROWS_PER_PROGRAM)
     partial = torch.empty(programs, D, dtype=torch.float32, device=grad_out.device)
-    _substitute_backward[(programs, triton.cdiv(D, K))](
+    _substitute_backward[(programs, cdiv(D, K))](
         grad_out,
         mask.view(torch.int8),
         grad_tokens,
@@ -143,5 +148,5 @@ def backward(grad_out: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         K=K,
         num_warps=4,
     )
-    _sum_rows[(triton.cdiv(D, 64),)](partial, grad_mask_token, programs, D, R=32, K=64, num_warps=4)
+    _sum_rows[(cdiv(D, 64),)](partial, grad_mask_token, programs, D, R=32, K=64, num_warps=4)
     return grad_tokens, grad_mask_token

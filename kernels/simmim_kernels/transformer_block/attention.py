@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmim_kernels.dispatch import choose, describe
-from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference, product_dtype
+from simmim_kernels.dtypes import autocast, check_dtypes, in_float32, of_kernels, of_reference
 from simmim_kernels.op import Op, gradients_like
 from simmim_kernels.transformer_block import reference
 from simmim_kernels.transformer_block.arguments import (
@@ -21,10 +21,11 @@ from simmim_kernels.transformer_block.arguments import (
 from simmim_kernels.window_attention import (
     BACKENDS,
     COSINE_BACKENDS,
+    bias_of_kernels,
     both_ways,
+    check_bias,
     check_window,
     cosine_factors,
-    pair_bias,
     plain,
 )
 from simmim_kernels.window_attention.arguments import Windows
@@ -194,21 +195,25 @@ def _attention(
     check_vectors(x, parameters, parameters.proj_bias, branch_scale, error)
     bias, factors = parameters.bias, None
     if bias is not None:
-        bias = pair_bias(bias, num_heads, window, error)
+        check_bias(bias, num_heads, window, error)
     x = autocast(x)
     if logit_scale is not None:
         factors = cosine_factors(logit_scale, num_heads, x, error)
-    cast = parameters._replace(bias=bias, factors=factors)
+    cast = parameters._replace(factors=factors)
     check_dtypes(x, cast, error)
     windows = windows._replace(scale=scale or (C // num_heads) ** -0.5)
     backends = BACKENDS if logit_scale is None else COSINE_BACKENDS
     chosen = choose(op.name, backends, (x, *cast, branch_scale), backend)
+    bias = bias_of_kernels(bias, chosen, window)
+    cast = cast._replace(bias=bias)
     if chosen in ("reference", "xformers"):
         plain_parameters = AttentionParameters(*of_reference(x, cast))
         if logit_scale is not None:  # scores by cosines are float32 at least
             plain_parameters = plain_parameters._replace(bias=bias, factors=factors)
         return definition(x, plain_parameters, branch_scale, windows, eps, attend=plain(chosen))
-    cast = AttentionParameters(*of_kernels(cast, product_dtype(chosen, x.dtype)))
+    # the bias may be a table, which is no matrix of products
+    cast = AttentionParameters(*of_kernels(cast._replace(bias=None), chosen, x.dtype))
+    cast = cast._replace(bias=in_float32(bias))
     if branch_scale is not None:
         branch_scale = branch_scale.detach().float()
     out: Tensor = op(chosen, x, cast, branch_scale, windows, eps).out

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from simmim_kernels.dispatch import BACKENDS, choose, describe
-from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference, product_dtype
+from simmim_kernels.dtypes import autocast, check_dtypes, of_kernels, of_reference
 from simmim_kernels.op import Op, gradients_like
 from simmim_kernels.transformer_block import reference
 from simmim_kernels.transformer_block.arguments import (
@@ -145,7 +145,7 @@ def _mlp(
     chosen = choose(op.name, BACKENDS, (x, *parameters, branch_scale), backend)
     if chosen == "reference":
         return definition(x, MlpParameters(*of_reference(x, parameters)), branch_scale, eps)
-    cast = MlpParameters(*of_kernels(parameters, product_dtype(chosen, x.dtype)))
+    cast = MlpParameters(*of_kernels(parameters, chosen, x.dtype))
     if branch_scale is not None:
         branch_scale = branch_scale.detach().float()
     out: Tensor = op(chosen, x, cast, branch_scale, eps).out

@@ -15,7 +15,14 @@ from simmim_kernels.transformer_block.arguments import (
     NormalisedBranch,
     Statistics,
 )
-from simmim_kernels.transformer_block.triton_rows import product
+from simmim_kernels.transformer_block.triton_rows import (
+    added,
+    backward_product,
+    forward_product,
+    product,
+    weight_gradient,
+)
+from simmim_kernels.weight_copies import in_dtype
 from simmim_kernels.window_attention import triton_kernel as window_attention
 from simmim_kernels.window_attention.arguments import Windows
 
@@ -32,10 +39,10 @@ def residual_attention_forward(
     """The output and what is kept; all inputs contiguous."""
     p, rows = parameters, _rows(x)
     y, *norm = triton_norms.layer_norm(rows, p.norm_weight, p.norm_bias, eps)
-    qkv = product(y, p.qkv_weight.t(), p.qkv_bias)
+    qkv = forward_product(y, p.qkv_weight, p.qkv_bias)
     del y
     attention = _attend(qkv, x, p, windows)
-    out = product(_rows(attention.attended), p.proj_weight.t())
+    out = forward_product(_rows(attention.attended), p.proj_weight)
     triton_rows.add_branch(out, rows, p.proj_bias, p.gamma, branch_scale)
     return out.view(x.shape), attention, Statistics(*norm)
 
@@ -56,20 +63,25 @@ def residual_attention_backward(
     grad_branch = grad_rows
     if branch_scale is not None:
         grad_branch = triton_rows.scale_images(grad_rows, branch_scale)
-    folded, unit = _fold(p.gamma, p.proj_weight)
-    grad_qkv, *of_attention = _attention_gradient(
+    folded, unit = _fold(p.gamma, p.proj_weight, x.dtype)
+    grad_qkv, of_attention, of_columns = _attention_gradient(
         product(grad_branch, folded), attention, p, windows, of_parameters
     )
-    grad_y = product(grad_qkv, p.qkv_weight)
-    grad_x, y, *of_norm, branch_sum = _norm_gradient(
+    grad_y = backward_product(grad_qkv, p.qkv_weight)
+    grad_x, y, of_norm = _norm_gradient(
         grad_rows, grad_y, x, p, norm, branch_scale, unit, of_parameters
     )
     if not of_parameters:
         return grad_x, *(None,) * len(p)
-    of_qkv = product(grad_qkv.t(), y), _bias_gradient(p.qkv_bias, grad_qkv), *of_attention
-    of_weight = product(grad_branch.t(), _rows(attention.attended))
+    norm_weight, norm_bias, branch_sum, *qkv_bias = added(of_norm, of_columns)
+    of_qkv = (
+        weight_gradient(grad_qkv, y, p.qkv_weight),
+        qkv_bias[0] if qkv_bias else None,
+        *of_attention,
+    )
+    of_weight = weight_gradient(grad_branch, _rows(attention.attended), p.proj_weight)
     of_proj = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.proj_weight, p.proj_bias)
-    return grad_x, *of_norm, *_with_unit(unit, *of_qkv), *of_proj
+    return grad_x, norm_weight, norm_bias, *_with_unit(unit, *of_qkv), *of_proj
 
 
 def post_norm_attention_forward(
@@ -81,8 +93,8 @@ def post_norm_attention_forward(
 ) -> tuple[Tensor, Attended, NormalisedBranch]:
     """The output and what is kept; all inputs contiguous."""
     p, rows = parameters, _rows(x)
-    attention = _attend(product(rows, p.qkv_weight.t(), p.qkv_bias), x, p, windows)
-    branch = product(_rows(attention.attended), p.proj_weight.t())
+    attention = _attend(forward_product(rows, p.qkv_weight, p.qkv_bias), x, p, windows)
+    branch = forward_product(_rows(attention.attended), p.proj_weight)
     out, *norm = triton_norms.add_normalised(
         branch, rows, p.proj_bias, p.norm_weight, p.norm_bias, branch_scale, eps
     )
@@ -101,18 +113,23 @@ def post_norm_attention_backward(
 ) -> Gradients:
     """Gradients of x and of the parameters."""
     p, grad_rows = parameters, _rows(grad_out)
-    grad_branch, grad_proj_bias, *of_norm = triton_norms.add_normalised_backward(
+    grad_branch, of_norm = triton_norms.add_normalised_backward(
         grad_rows, *norm, p.proj_bias, p.norm_weight, branch_scale, of_parameters
     )
-    grad_qkv, *of_attention = _attention_gradient(
-        product(grad_branch, p.proj_weight), attention, p, windows, of_parameters
+    grad_qkv, of_attention, of_columns = _attention_gradient(
+        backward_product(grad_branch, p.proj_weight), attention, p, windows, of_parameters
     )
     grad_x = _added(grad_rows, grad_qkv, p.qkv_weight).view(x.shape)
     if not of_parameters:
         return grad_x, *(None,) * len(p)
-    of_qkv = product(grad_qkv.t(), _rows(x)), _bias_gradient(p.qkv_bias, grad_qkv), *of_attention
-    of_proj = product(grad_branch.t(), _rows(attention.attended)), grad_proj_bias, None
-    return grad_x, *of_norm, *of_qkv, *of_proj
+    proj_bias, norm_weight, norm_bias, *qkv_bias = added(of_norm, of_columns)
+    of_qkv = (
+        weight_gradient(grad_qkv, _rows(x), p.qkv_weight),
+        qkv_bias[0] if qkv_bias else None,
+        *of_attention,
+    )
+    of_weight = weight_gradient(grad_branch, _rows(attention.attended), p.proj_weight)
+    return grad_x, norm_weight, norm_bias, *of_qkv, of_weight, proj_bias, None
 
 
 def residual_mlp_forward(
@@ -121,9 +138,9 @@ def residual_mlp_forward(
     """The output, that of fc1 without its bias [T, M], mean and rstd; inputs contiguous."""
     p, rows = parameters, _rows(x)
     y, *norm = triton_norms.layer_norm(rows, p.norm_weight, p.norm_bias, eps)
-    hidden = product(y, p.fc1_weight.t())
+    hidden = forward_product(y, p.fc1_weight)
     del y
-    out = product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight.t())
+    out = forward_product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight)
     triton_rows.add_branch(out, rows, p.fc2_bias, p.gamma, branch_scale)
     return out.view(x.shape), hidden, Statistics(*norm)
 
@@ -139,23 +156,24 @@ def residual_mlp_backward(
 ) -> Gradients:
     """Gradients of x and of the parameters."""
     p, grad_rows = parameters, _rows(grad_out)
-    folded, unit = _fold(p.gamma, p.fc2_weight)
+    folded, unit = _fold(p.gamma, p.fc2_weight, x.dtype)
     grad_hidden = product(grad_rows, folded)
     # both factors of the products below come with branch_scale, so grad_out stays as it is
-    activated, grad_fc1_bias = triton_rows.gelu_backward(
+    activated, of_fc1_bias = triton_rows.gelu_backward(
         grad_hidden, hidden, p.fc1_bias, branch_scale, of_parameters
     )
-    of_weight = product(grad_rows.t(), activated) if of_parameters else activated
+    of_weight = weight_gradient(grad_rows, activated, p.fc2_weight) if of_parameters else activated
     del activated
-    grad_y = product(grad_hidden, p.fc1_weight)
-    grad_x, y, *of_norm, branch_sum = _norm_gradient(
+    grad_y = backward_product(grad_hidden, p.fc1_weight)
+    grad_x, y, of_norm = _norm_gradient(
         grad_rows, grad_y, x, p, norm, branch_scale, unit, of_parameters
     )
     if not of_parameters:
         return grad_x, *(None,) * len(p)
-    of_fc1 = _with_unit(unit, product(grad_hidden.t(), y), grad_fc1_bias)
+    norm_weight, norm_bias, branch_sum, fc1_bias = added(of_norm, of_fc1_bias)
+    of_fc1 = _with_unit(unit, weight_gradient(grad_hidden, y, p.fc1_weight), fc1_bias)
     of_fc2 = _layer_scale_backward(of_weight, branch_sum, p.gamma, p.fc2_weight, p.fc2_bias)
-    return grad_x, *of_norm, *of_fc1, *of_fc2
+    return grad_x, norm_weight, norm_bias, *of_fc1, *of_fc2
 
 
 def post_norm_mlp_forward(
@@ -163,8 +181,8 @@ def post_norm_mlp_forward(
 ) -> tuple[Tensor, Tensor, NormalisedBranch]:
     """The output, that of fc1 without its bias [T, M], and what was normalised."""
     p, rows = parameters, _rows(x)
-    hidden = product(rows, p.fc1_weight.t())
-    branch = product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight.t())
+    hidden = forward_product(rows, p.fc1_weight)
+    branch = forward_product(triton_rows.gelu(hidden, p.fc1_bias), p.fc2_weight)
     out, *norm = triton_norms.add_normalised(
         branch, rows, p.fc2_bias, p.norm_weight, p.norm_bias, branch_scale, eps
     )
@@ -182,19 +200,20 @@ def post_norm_mlp_backward(
 ) -> Gradients:
     """Gradients of x and of the parameters."""
     p, grad_rows = parameters, _rows(grad_out)
-    grad_branch, grad_fc2_bias, *of_norm = triton_norms.add_normalised_backward(
+    grad_branch, of_norm = triton_norms.add_normalised_backward(
         grad_rows, *norm, p.fc2_bias, p.norm_weight, branch_scale, of_parameters
     )
-    grad_hidden = product(grad_branch, p.fc2_weight)
-    activated, grad_fc1_bias = triton_rows.gelu_backward(
+    grad_hidden = backward_product(grad_branch, p.fc2_weight)
+    activated, of_fc1_bias = triton_rows.gelu_backward(
         grad_hidden, hidden, p.fc1_bias, None, of_parameters
     )
     grad_x = _added(grad_rows, grad_hidden, p.fc1_weight).view(x.shape)
     if not of_parameters:
         return grad_x, *(None,) * len(p)
-    of_fc1 = product(grad_hidden.t(), _rows(x)), grad_fc1_bias
-    of_fc2 = product(grad_branch.t(), activated), grad_fc2_bias, None
-    return grad_x, *of_norm, *of_fc1, *of_fc2
+    fc2_bias, norm_weight, norm_bias, fc1_bias = added(of_norm, of_fc1_bias)
+    of_fc1 = weight_gradient(grad_hidden, _rows(x), p.fc1_weight), fc1_bias
+    of_fc2 = weight_gradient(grad_branch, activated, p.fc2_weight), fc2_bias, None
+    return grad_x, norm_weight, norm_bias, *of_fc1, *of_fc2
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -214,8 +233,8 @@ def _attention_gradient(
     parameters: AttentionParameters,
     windows: Windows,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of qkv [T, 3C], of the factors and of the bias."""
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """Gradients of qkv [T, 3C], and of factors and bias; partial sums of that of qkv's bias."""
     qkv, attended, log_sums = attention
     grad_qkv, grad_bias, grad_factors = window_attention.backward(
         grad_attended.view(attended.shape),
@@ -227,7 +246,10 @@ def _attention_gradient(
         of_parameters and parameters.bias is not None,
         parameters.factors,
     )
-    return _rows(grad_qkv), grad_factors, grad_bias
+    rows, columns = _rows(grad_qkv), None
+    if of_parameters and parameters.qkv_bias is not None:
+        columns = triton_rows.column_partial(rows)
+    return rows, (grad_factors, grad_bias), columns
 
 
 def _norm_gradient(
@@ -239,41 +261,36 @@ def _norm_gradient(
     branch_scale: Tensor | None,
     unit: Tensor | None,
     of_parameters: bool,
-) -> tuple[Tensor, ...]:
-    """Gradient of x; y in the place of grad_y; gradients of weight and bias, and the branch's sum.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x; y in the place of grad_y; partial sums of `layer_norm_backward`.
 
     All but the first are there with `of_parameters` only.
     """
     affine = parameters.norm_weight, parameters.norm_bias
-    grad_x, *sums = triton_norms.layer_norm_backward(
+    grad_x, partial = triton_norms.layer_norm_backward(
         grad_rows, grad_y, _rows(x), *norm, *affine, branch_scale, unit, of_parameters
     )
-    return grad_x.view(x.shape), grad_y, *sums
-
-
-def _bias_gradient(bias: Tensor | None, grad: Tensor) -> Tensor | None:
-    return None if bias is None else triton_rows.column_sum(grad)
+    return grad_x.view(x.shape), grad_y, partial
 
 
 def _added(grad_out: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """The gradient that reaches x past the branch, and the one through its first product."""
-    with torch.autocast(grad.device.type, enabled=False):
-        return torch.addmm(grad_out, grad, weight)
+    return torch.addmm(grad_out, grad, in_dtype(weight, grad.dtype))
 
 
-def _fold(gamma: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """gamma · weight for the backward of `weight`'s product, so that no pass over tokens needs it.
+def _fold(gamma: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """gamma · weight in `dtype`, for the backward of its product: no pass over tokens needs gamma.
 
     float16 cannot hold a weight times 1e-6, a usual gamma: there the factor misses max |gamma|,
     which is then the second tensor and has to come with everything that the gradient leads to.
     """
     if gamma is None:
-        return weight, None
+        return in_dtype(weight, dtype), None
     unit = None
-    if weight.dtype == torch.float16:
+    if dtype == torch.float16:
         unit = gamma.abs().amax().clamp(min=1e-30)
         gamma = gamma / unit
-    return (gamma.unsqueeze(1) * weight).to(weight.dtype), unit
+    return (gamma.unsqueeze(1) * weight).to(dtype), unit
 
 
 def _with_unit(unit: Tensor | None, *grads: Tensor | None) -> Gradients:

@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simmim_kernels.transformer_block.triton_rows import added, rows_per_program, whole_rows
+from simmim_kernels.transformer_block.triton_rows import rows_per_program, whole_rows
+from simmim_kernels.triton_launch import cdiv, kernel
 
 
+@kernel
 @triton.jit
 def _layer_norm(
     p_x,
@@ -44,6 +46,7 @@ def _layer_norm(
     tl.store(p_rstd + o_row, rstd, mask=m_row)
 
 
+@kernel
 @triton.jit
 def _layer_norm_backward(
     p_grad_out,
@@ -113,6 +116,7 @@ def _layer_norm_backward(
         tl.store(p_partial + 2 * size + o_partial, tl.sum(b_branch, axis=0), mask=m_column)
 
 
+@kernel
 @triton.jit
 def _add_normalised(
     p_branch,
@@ -155,6 +159,7 @@ def _add_normalised(
     tl.store(p_rstd + o_row, rstd, mask=m_row)
 
 
+@kernel
 @triton.jit
 def _add_normalised_backward(
     p_grad_out,
@@ -219,11 +224,11 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised rows of x [T, C], and the mean and reciprocal deviation of each."""
     T, C = x.shape
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     if T:
         R, K, num_warps = whole_rows(C, 16)
-        _layer_norm[(triton.cdiv(T, R),)](
+        _layer_norm[(cdiv(T, R),)](
             x, weight, bias, y, mean, rstd, T, C, eps, R=R, K=K, num_warps=num_warps
         )
     return y, mean, rstd
@@ -240,7 +245,7 @@ def layer_norm_backward(
     branch_scale: Tensor | None,
     unit: Tensor | None,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradient of x, to which grad_out goes both directly and by the branch.
 
     Args:
@@ -253,16 +258,17 @@ def layer_norm_backward(
         bias: [C].
         branch_scale: [B]; T/B rows share one.
         unit: a factor of dy that it does not contain yet.
-        of_parameters: whether the last three are wanted ([0] if not).
+        of_parameters: whether the sums are wanted ([0] if not).
 
     Returns:
-        Gradients of x, weight and bias, and the column sums of branch_scale · grad_out.
+        The gradient of x, and for `added` partial sums [3, programs, C]: gradients of weight and
+        bias, and the column sums of branch_scale · grad_out.
     """
     T, C = x.shape
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x)
     R, K, num_warps = whole_rows(C, 8)
     per_program = rows_per_program(T, 1)
-    programs = triton.cdiv(T, per_program)
+    programs = cdiv(T, per_program)
     partial = x.new_empty((3, programs, C) if of_parameters else 0, dtype=torch.float32)
     if T:
         _layer_norm_backward[(programs,)](
@@ -288,10 +294,7 @@ def layer_norm_backward(
             K=K,
             num_warps=num_warps,
         )
-    if not of_parameters:
-        return dx, partial, partial, partial
-    first, second, third = added(partial)
-    return dx, first, second, third
+    return dx, partial
 
 
 def add_normalised(
@@ -305,11 +308,11 @@ def add_normalised(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + branch_scale · norm(branch + bias), all [T, C], and the norm's mean and rstd [T]."""
     T, C = x.shape
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x)
     mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
     if T:
         R, K, num_warps = whole_rows(C, 16)
-        _add_normalised[(triton.cdiv(T, R),)](
+        _add_normalised[(cdiv(T, R),)](
             branch,
             x,
             bias,
@@ -340,16 +343,16 @@ def add_normalised_backward(
     weight: Tensor,
     branch_scale: Tensor | None,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the branch [T, C], of its bias and of the norm's weight and bias.
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the branch [T, C], and partial sums [3, programs, C] for `added`.
 
-    The last three are [0] each unless `of_parameters`.
+    They are the gradients of its bias and of the norm's weight and bias; [0] if not wanted.
     """
     T, C = branch.shape
-    grad = branch.new_empty(branch.shape)
+    grad = torch.empty_like(branch)
     R, K, num_warps = whole_rows(C, 8)
     per_program = rows_per_program(T, 1)
-    programs = triton.cdiv(T, per_program)
+    programs = cdiv(T, per_program)
     partial = branch.new_empty((3, programs, C) if of_parameters else 0, dtype=torch.float32)
     if T:
         _add_normalised_backward[(programs,)](
@@ -372,7 +375,4 @@ def add_normalised_backward(
             K=K,
             num_warps=num_warps,
         )
-    if not of_parameters:
-        return grad, partial, partial, partial
-    first, second, third = added(partial)
-    return grad, first, second, third
+    return grad, partial

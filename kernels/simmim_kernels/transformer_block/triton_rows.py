@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simmim_kernels.triton_launch import cdiv, kernel, next_power_of_2
+from simmim_kernels.weight_copies import in_dtype
+
 # Elements of a tile; 16-byte accesses for each of 128 threads in every dtype.
 _TILE = 2048
 # Rows of a tile at most, and rows that a program sums at least: partial sums are then a small part
@@ -36,6 +39,7 @@ def _normal(x, EXACT: tl.constexpr):
     return b_below, b_exp
 
 
+@kernel
 @triton.jit
 def _gelu(p_hidden, p_bias, p_out, rows, M, R: tl.constexpr, K: tl.constexpr):
     o_row = tl.program_id(0) * R + tl.arange(0, R)
@@ -50,6 +54,7 @@ def _gelu(p_hidden, p_bias, p_out, rows, M, R: tl.constexpr, K: tl.constexpr):
     tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
 
 
+@kernel
 @triton.jit
 def _gelu_backward(
     p_grad,
@@ -96,6 +101,7 @@ def _gelu_backward(
         tl.store(p_partial + o_partial, tl.sum(b_sum, axis=0), mask=m_column)
 
 
+@kernel
 @triton.jit
 def _add_branch(
     p_branch,
@@ -127,6 +133,7 @@ def _add_branch(
     tl.store(p_branch + o_tile, (b_x + b_branch).to(p_branch.dtype.element_ty), mask=m_tile)
 
 
+@kernel
 @triton.jit
 def _scale_images(
     p_x, p_branch_scale, p_out, rows, tokens_per_image, C, R: tl.constexpr, K: tl.constexpr
@@ -141,6 +148,7 @@ def _scale_images(
     tl.store(p_out + o_tile, b_out.to(p_out.dtype.element_ty), mask=m_tile)
 
 
+@kernel
 @triton.jit
 def _column_sum(p_x, p_partial, rows, rows_per_program, C, R: tl.constexpr, K: tl.constexpr):
     o_column = tl.program_id(1) * K + tl.arange(0, K)
@@ -155,32 +163,48 @@ def _column_sum(p_x, p_partial, rows, rows_per_program, C, R: tl.constexpr, K: t
     tl.store(p_partial + o_partial, tl.sum(b_sum, axis=0), mask=m_column)
 
 
+@kernel
 @triton.jit
-def _add_partials(p_partial, p_first, p_second, p_third, rows, C, R: tl.constexpr, K: tl.constexpr):
-    """Adds [sums, rows, C] over the rows, each sum to a tensor of its own."""
-    o_column = tl.program_id(0) * K + tl.arange(0, K)
+def _add_partials(
+    p_first,
+    p_second,
+    p_out,
+    first_blocks,
+    first_sums,
+    first_rows,
+    first_C,
+    second_rows,
+    second_C,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Adds [sums, rows, C] over the rows, of two tensors; a program adds K columns of one sum."""
+    in_first = tl.program_id(0) < first_blocks
+    block = tl.program_id(0) - tl.where(in_first, 0, first_blocks)
+    rows, C = tl.where(in_first, first_rows, second_rows), tl.where(in_first, first_C, second_C)
+    p_out += tl.where(in_first, 0, first_sums * first_C)
+    across = tl.cdiv(C, K)
+    i_sum = block // across
+    o_column = block % across * K + tl.arange(0, K)
     m_column = o_column < C
-    i_sum = tl.program_id(1)
-    p_partial += i_sum.to(tl.int64) * rows * C
+    o_sum = i_sum.to(tl.int64) * rows * C
     b_sum = tl.zeros((R, K), dtype=tl.float32)
     for start in range(0, rows, R):
         o_row = start + tl.arange(0, R)
         m_tile = (o_row < rows)[:, None] & m_column[None, :]
-        o_tile = o_row[:, None].to(tl.int64) * C + o_column[None, :]
-        b_sum += tl.load(p_partial + o_tile, mask=m_tile, other=0.0)
-    total = tl.sum(b_sum, axis=0)
-    tl.store(p_first + o_column, total, mask=m_column & (i_sum == 0))
-    tl.store(p_second + o_column, total, mask=m_column & (i_sum == 1))
-    tl.store(p_third + o_column, total, mask=m_column & (i_sum == 2))
+        o_tile = o_sum + o_row[:, None].to(tl.int64) * C + o_column[None, :]
+        b_sum += tl.load(p_first + o_tile, mask=m_tile & in_first, other=0.0)
+        b_sum += tl.load(p_second + o_tile, mask=m_tile & (in_first == 0), other=0.0)
+    tl.store(p_out + i_sum * C + o_column, tl.sum(b_sum, axis=0), mask=m_column)
 
 
 def gelu(hidden: Tensor, bias: Tensor) -> Tensor:
     """GELU of hidden + bias, [T, M]."""
     T, M = hidden.shape
-    out = hidden.new_empty(hidden.shape)
+    out = torch.empty_like(hidden)
     if T:
         R, K = tile(M)
-        grid = (triton.cdiv(T, R), triton.cdiv(M, K))
+        grid = (cdiv(T, R), cdiv(M, K))
         _gelu[grid](hidden, bias, out, T, M, R=R, K=K, num_warps=4)
     return out
 
@@ -195,17 +219,17 @@ def gelu_backward(
     """Turns the gradient of `gelu`'s output, [T, M], into branch_scale · that of its input.
 
     Returns:
-        branch_scale · the output, computed again, and the gradient of the bias; [0] each unless
-        `of_parameters`.
+        branch_scale · the output, computed again, and partial sums of the gradient of the bias,
+        [1, programs, M], for `added`; [0] each unless `of_parameters`.
     """
     T, M = hidden.shape
     R, K = tile(M)
-    per_program = rows_per_program(T, triton.cdiv(M, K))
-    programs = triton.cdiv(T, per_program)
+    per_program = rows_per_program(T, cdiv(M, K))
+    programs = cdiv(T, per_program)
     out = hidden.new_empty(hidden.shape if of_parameters else 0)
     partial = hidden.new_empty((1, programs, M) if of_parameters else 0, dtype=torch.float32)
     if T:
-        _gelu_backward[(programs, triton.cdiv(M, K))](
+        _gelu_backward[(programs, cdiv(M, K))](
             grad,
             hidden,
             bias,
@@ -222,7 +246,7 @@ def gelu_backward(
             K=K,
             num_warps=4,
         )
-    return out, added(partial)[0] if of_parameters else partial
+    return out, partial
 
 
 def add_branch(
@@ -232,7 +256,7 @@ def add_branch(
     T, C = x.shape
     if T:
         R, K = tile(C)
-        _add_branch[(triton.cdiv(T, R), triton.cdiv(C, K))](
+        _add_branch[(cdiv(T, R), cdiv(C, K))](
             branch,
             x,
             bias,
@@ -252,36 +276,49 @@ def add_branch(
 def scale_images(x: Tensor, branch_scale: Tensor) -> Tensor:
     """branch_scale [B] · x [T, C]; T/B rows share one."""
     T, C = x.shape
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x)
     if T:
         R, K = tile(C)
-        grid = (triton.cdiv(T, R), triton.cdiv(C, K))
+        grid = (cdiv(T, R), cdiv(C, K))
         per_image = T // branch_scale.numel()
         _scale_images[grid](x, branch_scale, out, T, per_image, C, R=R, K=K, num_warps=4)
     return out
 
 
-def column_sum(x: Tensor) -> Tensor:
-    """Sum over the rows of x [T, C], float32 [C]."""
+def column_partial(x: Tensor) -> Tensor:
+    """Partial sums over the rows of x [T, C], float32 [1, programs, C], for `added`."""
     T, C = x.shape
     R, K = tile(C)
-    across = triton.cdiv(C, K)
+    across = cdiv(C, K)
     per_program = rows_per_program(T, across)
-    programs = triton.cdiv(T, per_program)
+    programs = cdiv(T, per_program)
     partial = x.new_empty((1, programs, C), dtype=torch.float32)
     if T:
         _column_sum[(programs, across)](x, partial, T, per_program, C, R=R, K=K, num_warps=4)
-    return added(partial)[0]
+    return partial
 
 
-def added(partial: Tensor) -> list[Tensor]:
-    """The sums over the rows of up to three partial sums, [sums, rows, C]."""
-    sums, rows, C = partial.shape
-    total = [partial.new_empty(C) for _ in range(sums)]
-    _add_partials[(triton.cdiv(C, 16), sums)](
-        partial, total[0], total[sums // 2], total[-1], rows, C, R=128, K=16, num_warps=4
+def added(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
+    """All sums over the rows of one or two tensors of partial sums, [sums, rows, C], one by one."""
+    sums, rows, C = first.shape
+    blocks = sums * cdiv(C, 16)
+    more, more_rows, more_C = (0, rows, C) if second is None else second.shape
+    out = first.new_empty(sums * C + more * more_C)
+    _add_partials[(blocks + more * cdiv(more_C, 16),)](
+        first,
+        first if second is None else second,
+        out,
+        blocks,
+        sums,
+        rows,
+        C,
+        more_rows,
+        more_C,
+        R=128,
+        K=16,
+        num_warps=4,
     )
-    return total
+    return out.split_with_sizes([C] * sums + [more_C] * more)
 
 
 def rows_per_program(rows: int, across: int) -> int:
@@ -291,21 +328,21 @@ def rows_per_program(rows: int, across: int) -> int:
     H100.
     """
     per_program = 256
-    while per_program > _ROWS and triton.cdiv(rows, per_program) * across < 400:
+    while per_program > _ROWS and cdiv(rows, per_program) * across < 400:
         per_program //= 2
     return per_program
 
 
 def whole_rows(C: int, per_thread: int) -> tuple[int, int, int]:
     """Rows and columns of a tile as wide as a row, and warps that hold `per_thread` elements."""
-    columns = max(triton.next_power_of_2(C), 16)
+    columns = max(next_power_of_2(C), 16)
     rows = max(min(128 * per_thread // columns, _ROWS), 1)
     return rows, columns, min(max(columns // (32 * per_thread), 4), 32)
 
 
 def tile(C: int) -> tuple[int, int]:
     """Rows and columns of a tile: columns that divide the width where a power of two does."""
-    columns = triton.next_power_of_2(C)
+    columns = next_power_of_2(C)
     while columns > 512 or (columns > 64 and C % columns):
         columns //= 2
     columns = max(columns, 16)
@@ -313,6 +350,24 @@ def tile(C: int) -> tuple[int, int]:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a · b, in their dtype also under autocast."""
-    with torch.autocast(a.device.type, enabled=False):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+    """a · b, in their dtype; autocast is out of the way in an op's launcher."""
+    return torch.mm(a, b) if bias is None else torch.addmm(in_dtype(bias, a.dtype), a, b)
+
+
+def forward_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias in the dtype of x; weight [M, C] as the op got it."""
+    return product(x, in_dtype(weight, x.dtype).t(), bias)
+
+
+def backward_product(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad · weight in the dtype of grad; weight [M, C] as the op got it."""
+    return torch.mm(grad, in_dtype(weight, grad.dtype))
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """gradᵀ · x in the dtype of `weight`: of float32 weights it is not rounded on the way."""
+    if weight.dtype == grad.dtype:
+        return torch.mm(grad.t(), x)
+    if grad.is_cuda and torch.version.hip is None:
+        return torch.mm(grad.t(), x, out_dtype=weight.dtype)
+    return torch.mm(grad.t().to(weight.dtype), x.to(weight.dtype))

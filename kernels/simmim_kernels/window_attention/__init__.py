@@ -86,7 +86,7 @@ def window_attention(
     if not qkv.dtype.is_floating_point:
         raise error("expected floating point qkv")
     if bias is not None:
-        bias = pair_bias(bias, num_heads, window, error)
+        check_bias(bias, num_heads, window, error)
         if bias.device != qkv.device or bias.dtype not in (qkv.dtype, torch.float32):
             raise error("bias must be float32 or of the dtype of qkv, on its device")
     backends, factors = BACKENDS, None
@@ -96,6 +96,7 @@ def window_attention(
         backends, factors = COSINE_BACKENDS, cosine_factors(logit_scale, num_heads, qkv, error)
     scale = scale or (qkv.shape[3] // (3 * num_heads)) ** -0.5
     chosen = choose("window_attention", backends, (qkv, bias, factors), backend)
+    bias = bias_of_kernels(bias, chosen, window)
     if chosen == "xformers":
         return xformers_kernel.window_attention(qkv, bias, num_heads, window, shift, scale)
     if chosen == "reference":
@@ -129,14 +130,18 @@ def check_window(
         raise error("the shift must be below the window")
 
 
-def pair_bias(bias: Tensor, num_heads: int, window: tuple[int, int], error: Any) -> Tensor:
-    """[N, S, S] from either form of a position bias; `error` makes the exception of a wrong one."""
+def check_bias(bias: Tensor, num_heads: int, window: tuple[int, int], error: Any) -> None:
+    """Raises `error` unless a position bias has either of its forms."""
     h, w = window
-    if bias.shape == ((2 * h - 1) * (2 * w - 1), num_heads):
-        return relative_position_bias(bias, window)
-    if bias.shape != (num_heads, h * w, h * w):
+    if bias.shape not in (((2 * h - 1) * (2 * w - 1), num_heads), (num_heads, h * w, h * w)):
         raise error("expected a bias of [(2h-1)·(2w-1), N] or [N, h·w, h·w]")
-    return bias
+
+
+def bias_of_kernels(bias: Tensor | None, backend: str, window: tuple[int, int]) -> Tensor | None:
+    """The bias of every pair [N, S, S], where the backend does not read tables by itself."""
+    if bias is None or bias.dim() == 3 or backend == "triton":
+        return bias
+    return relative_position_bias(bias, window)
 
 
 def cosine_factors(logit_scale: Tensor, num_heads: int, beside: Tensor, error: Any) -> Tensor:
@@ -168,7 +173,7 @@ def _shapes(
     factors: Tensor | None,
     windows: Windows,
 ) -> Attended:
-    """The bias of pairs and the factors of cosines come as float32."""
+    """The bias, of pairs or the table, and the factors of cosines come as float32."""
     B, H, W, C3 = qkv.shape
     log_sums = qkv.new_empty((B, H, W, windows.num_heads), dtype=torch.float32)
     return Attended(qkv.new_empty((B, H, W, C3 // 3)), log_sums)
@@ -184,8 +189,9 @@ def _gradient_shapes(
     windows: Windows,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    N, S = windows.num_heads, math.prod(windows.window)
-    grad_bias = qkv.new_empty((N, S, S), dtype=torch.float32) if of_bias else None
+    grad_bias = None
+    if of_bias and bias is not None:
+        grad_bias = qkv.new_empty(bias.shape, dtype=torch.float32)
     grad_factors = None if factors is None else torch.empty_like(factors)
     return qkv.new_empty(qkv.shape), grad_bias, grad_factors
 

@@ -19,6 +19,7 @@ of a token in its window.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from simmim_kernels.substitute_mask_tokens.triton_kernel import _sum_rows
+from simmim_kernels.triton_backend import product_precision
+from simmim_kernels.triton_launch import cdiv, kernel, next_power_of_2
 from simmim_kernels.window_attention.arguments import Windows
 
 # Programs that share the windows of a launch where the gradient of the bias is summed: enough to
@@ -184,6 +187,7 @@ def _weights(score, high, COSINE: tl.constexpr):
     return weight
 
 
+@kernel
 @triton.jit
 def _attend_window(
     p_qkv,
@@ -240,6 +244,7 @@ def _attend_window(
     tl.store(p_log_sums + token * N + i_head, highest + tl.log2(total) * _LN2, mask=o < S)
 
 
+@kernel
 @triton.jit
 def _attend_window_backward(
     p_grad_out,
@@ -330,6 +335,7 @@ def _attend_window_backward(
         tl.store(p_partial + o_partial, grad_bias, mask=(o < S)[:, None] & (o < S)[None, :])
 
 
+@kernel
 @triton.jit
 def _attend_tile(
     p_qkv,
@@ -400,6 +406,7 @@ def _attend_tile(
     tl.store(p_log_sums + token * N + i_head, highest + tl.log2(total) * _LN2, mask=o_query < S)
 
 
+@kernel
 @triton.jit
 def _attend_tile_backward(
     p_grad_out,
@@ -553,6 +560,7 @@ def _attend_tile_backward(
     tl.store(p_grad_q, grad_q.to(q.dtype), mask=m_query)
 
 
+@kernel
 @triton.jit
 def _grad_bias_tile(
     p_grad_out,
@@ -621,26 +629,72 @@ def _grad_bias_tile(
     tl.store(p_partial + o_partial, grad_bias, mask=m_pair)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """That of torch's own float32 matrix products; it does not matter for 16-bit ones."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 or dtype != torch.float32 else "ieee"
+@kernel
+@triton.jit
+def _spread_table(
+    p_table, p_bias, N, ROW: tl.constexpr, h: tl.constexpr, w: tl.constexpr, T: tl.constexpr
+):
+    """The row of one query and head, of the bias of pairs."""
+    i_head, i_query = tl.program_id(0) // (h * w), tl.program_id(0) % (h * w)
+    o_key = tl.arange(0, T)
+    row = i_query // w - o_key // w + (h - 1)
+    column = i_query % w - o_key % w + (w - 1)
+    o_table = (row * (2 * w - 1) + column) * N + i_head
+    value = tl.load(p_table + o_table, mask=o_key < h * w, other=0.0)
+    o_bias = tl.program_id(0).to(tl.int64) * ROW + o_key
+    tl.store(p_bias + o_bias, value.to(p_bias.dtype.element_ty), mask=o_key < ROW)
 
 
-def _plain_bias(bias: Tensor | None, qkv: Tensor) -> tuple[Tensor, int]:
-    """The bias for the many programs that read it, and the length of its rows (0 if there is none).
+@kernel
+@triton.jit
+def _sum_to_table(
+    p_partial,
+    p_grad,
+    programs,
+    N,
+    h: tl.constexpr,
+    w: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The gradient of one entry of the table: of all pairs that are as far apart, a key each."""
+    S: tl.constexpr = h * w
+    i_head = tl.program_id(1)
+    down = tl.program_id(0) // (2 * w - 1) - (h - 1)
+    right = tl.program_id(0) % (2 * w - 1) - (w - 1)
+    total = tl.zeros((R, T), dtype=tl.float32)
+    for first_key in range(0, S, T):
+        o_key = first_key + tl.arange(0, T)
+        row, column = o_key // w + down, o_key % w + right
+        m_key = (o_key < S) & (row >= 0) & (row < h) & (column >= 0) & (column < w)
+        o_pair = (row * w + column) * S + o_key
+        for first in range(0, programs, R):
+            o_program = first + tl.arange(0, R)
+            o_partial = (o_program * N + i_head).to(tl.int64)[:, None] * (S * S) + o_pair[None, :]
+            m_pair = (o_program < programs)[:, None] & m_key[None, :]
+            total += tl.load(p_partial + o_partial, mask=m_pair, other=0.0)
+    tl.store(p_grad + tl.program_id(0) * N + i_head, tl.sum(tl.sum(total, axis=1), axis=0))
+
+
+def _plain_bias(bias: Tensor | None, qkv: Tensor, windows: Windows) -> tuple[Tensor, int]:
+    """The bias of pairs for the programs that read it, and the length of its rows, 0 without one.
 
     It gets the dtype of qkv, as under autocast, and rows of whole 16 bytes: wide loads need that.
     """
     if bias is None:
         return qkv, 0
-    N, S, _ = bias.shape
+    N, S = windows.num_heads, math.prod(windows.window)
     wide = 16 // qkv.element_size()
-    row = triton.cdiv(S, wide) * wide
-    if row == S and bias.dtype == qkv.dtype:
+    row = cdiv(S, wide) * wide
+    if bias.dim() == 3 and row == S and bias.dtype == qkv.dtype:
         return bias, row
     plain = torch.empty(N, S, row, dtype=qkv.dtype, device=qkv.device)
-    plain[..., :S] = bias
+    if bias.dim() == 2:
+        h, w = windows.window
+        T = max(next_power_of_2(row), 16)
+        _spread_table[(N * S,)](bias, plain, N, ROW=row, h=h, w=w, T=T, num_warps=1)
+    else:
+        plain[..., :S] = bias
     return plain, row
 
 
@@ -650,18 +704,24 @@ def _settings(
     windows: Windows,
     factors: Tensor | None,
 ) -> dict[str, Any]:
-    num_heads, window, shift, _ = windows
-    D = qkv.shape[3] // (3 * num_heads)
+    width = qkv.shape[3] // (3 * windows.num_heads)
+    return _constants(width, row, windows, factors is not None, product_precision(qkv.dtype))
+
+
+@cache
+def _constants(D: int, row: int, windows: Windows, cosine: bool, precision: str) -> dict[str, Any]:
+    """What kernels know when they are compiled; not to be changed."""
+    _, window, shift, _ = windows
     return {
         "SHIFT_ROWS": shift[0],
         "SHIFT_COLUMNS": shift[1],
         "ROW": row,
-        "COSINE": factors is not None,
-        "PRECISION": _precision(qkv.dtype),
+        "COSINE": cosine,
+        "PRECISION": precision,
         "h": window[0],
         "w": window[1],
         "D": D,
-        "K": max(16, triton.next_power_of_2(D)),
+        "K": max(16, next_power_of_2(D)),
     }
 
 
@@ -681,12 +741,30 @@ def bias_programs(windows: int, num_heads: int, S: int, dtype: torch.dtype) -> i
     tiles = 1
     if is_tiled(S, dtype):
         M, T = _tile_sides(dtype)
-        tiles = triton.cdiv(S, M) * triton.cdiv(S, T)
+        tiles = cdiv(S, M) * cdiv(S, T)
     return min(windows, max(PROGRAMS // (num_heads * tiles), 1))
 
 
-def _partial(grad_bias: Tensor, programs: int) -> Tensor:
-    return grad_bias if programs == 1 else grad_bias.new_empty((programs, *grad_bias.shape))
+def _partial(grad_bias: Tensor, programs: int, windows: Windows) -> Tensor:
+    """Room for the bias's gradient of each program; that itself if one is all of it."""
+    if grad_bias.dim() == 3 and programs == 1:
+        return grad_bias
+    S = math.prod(windows.window)
+    return grad_bias.new_empty((programs, windows.num_heads, S, S))
+
+
+def _add_partial(partial: Tensor, grad_bias: Tensor, windows: Windows) -> None:
+    if partial is grad_bias:
+        return
+    programs, N, S, _ = partial.shape
+    if grad_bias.dim() == 2:
+        h, w = windows.window
+        T = min(max(next_power_of_2(S), 16), 256)
+        grid = ((2 * h - 1) * (2 * w - 1), N)
+        _sum_to_table[grid](partial, grad_bias, programs, N, h=h, w=w, R=8, T=T, num_warps=2)
+    else:
+        pairs = N * S * S
+        _sum_rows[(cdiv(pairs, 64),)](partial, grad_bias, programs, pairs, R=32, K=64, num_warps=4)
 
 
 def forward(
@@ -702,20 +780,20 @@ def forward(
     log_sums = qkv.new_empty((B, H, W, N), dtype=torch.float32)
     if out.numel() == 0:
         return out, log_sums
-    plain_bias, row = _plain_bias(bias, qkv)
+    plain_bias, row = _plain_bias(bias, qkv, windows)
     given = log_sums if factors is None else factors
     tensors = (qkv, plain_bias, given, out, log_sums, H, W, N, scale)
     settings = _settings(qkv, row, windows, factors)
     num_windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
-        T = max(16, triton.next_power_of_2(S))
+        T = max(16, next_power_of_2(S))
         _attend_window[(num_windows * N,)](
             *tensors, **settings, T=T, num_warps=T // 8 if exact else max(T // 32, 1), num_stages=1
         )
     else:
         M = 64
-        _attend_tile[(num_windows * N * triton.cdiv(S, M),)](
+        _attend_tile[(num_windows * N * cdiv(S, M),)](
             *tensors, **settings, M=M, T=32, num_warps=8 if exact else 4, num_stages=1
         )
     return out, log_sums
@@ -730,18 +808,21 @@ def backward(
     windows: Windows,
     of_bias: bool,
     factors: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of qkv [B, H, W, 3C], the bias and the factors, the last two in float32.
 
-    [N, S, S] or [0] if it is not wanted; [N] or [0] without factors.
+    Those that are not wanted or of what is None are None.
     """
     B, H, W, _ = qkv.shape
     N, scale, S = windows.num_heads, windows.scale, math.prod(windows.window)
     grad_qkv = torch.empty_like(qkv)
-    grad_bias = qkv.new_empty((N, S, S) if of_bias else (0,), dtype=torch.float32)
+    grad_bias = None
+    if of_bias and bias is not None:
+        grad_bias = qkv.new_empty(bias.shape, dtype=torch.float32)
     if qkv.numel() == 0:
-        return grad_qkv, grad_bias.zero_(), qkv.new_zeros(0 if factors is None else N).float()
-    plain_bias, row = _plain_bias(bias, qkv)
+        none = None if grad_bias is None else grad_bias.zero_()
+        return grad_qkv, none, None if factors is None else torch.zeros_like(factors)
+    plain_bias, row = _plain_bias(bias, qkv, windows)
     settings = _settings(qkv, row, windows, factors)
     given, along = log_sums, log_sums
     if factors is not None:
@@ -749,9 +830,11 @@ def backward(
     num_windows = B * H * W // S
     exact = qkv.dtype == torch.float32
     if not is_tiled(S, qkv.dtype):
-        T = max(16, triton.next_power_of_2(S))
-        programs = bias_programs(num_windows, N, S, qkv.dtype) if of_bias else num_windows
-        partial = _partial(grad_bias, programs) if of_bias else grad_bias
+        T = max(16, next_power_of_2(S))
+        programs, partial = num_windows, log_sums
+        if grad_bias is not None:
+            programs = bias_programs(num_windows, N, S, qkv.dtype)
+            partial = _partial(grad_bias, programs, windows)
         _attend_window_backward[(programs * N,)](
             grad_out,
             qkv,
@@ -776,7 +859,7 @@ def backward(
     else:
         M, T = _tile_sides(qkv.dtype)
         delta = torch.empty_like(log_sums)
-        _attend_tile_backward[(num_windows * N * triton.cdiv(S, M),)](
+        _attend_tile_backward[(num_windows * N * cdiv(S, M),)](
             grad_out,
             qkv,
             plain_bias,
@@ -798,10 +881,10 @@ def backward(
             num_warps=8 if exact and settings["K"] > 32 else 4,
             num_stages=1,
         )
-        if of_bias:
-            tiles = (triton.cdiv(S, M), triton.cdiv(S, T))
+        if grad_bias is not None:
+            tiles = (cdiv(S, M), cdiv(S, T))
             programs = bias_programs(num_windows, N, S, qkv.dtype)
-            partial = _partial(grad_bias, programs)
+            partial = _partial(grad_bias, programs, windows)
             _grad_bias_tile[(programs * N, *tiles)](
                 grad_out,
                 qkv,
@@ -822,11 +905,8 @@ def backward(
                 num_warps=4,
                 num_stages=1,
             )
-    if of_bias and programs > 1:
-        pairs = N * S * S
-        _sum_rows[(triton.cdiv(pairs, 64),)](
-            partial, grad_bias, programs, pairs, R=32, K=64, num_warps=4
-        )
+    if grad_bias is not None:
+        _add_partial(partial, grad_bias, windows)
     if factors is None:
-        return grad_qkv, grad_bias, qkv.new_empty(0, dtype=torch.float32)
+        return grad_qkv, grad_bias, None
     return grad_qkv, grad_bias, along.sum((0, 1, 2)) / factors

@@ -34,11 +34,11 @@ def test_a_block_adds_its_gained_branch() -> None:
     block = SPEC.build().eval().blocks_in_order()[0]
     x = torch.randn(2, 4, 8, 8)
     branch = block.mlp(block.norm(block.conv_dw(x).permute(0, 2, 3, 1))) * 0.3
-    torch.testing.assert_close(block(x), x + branch.permute(0, 3, 1, 2))
+    torch.testing.assert_close(block(x, None), x + branch.permute(0, 3, 1, 2))
     block.drop_path.rate = 0.5
     block.train()
     for _ in range(4):
-        out = block(x)
+        out = block(x, block.drop_path(x))
         kept = (out != x).flatten(1).any(1).view(-1, 1, 1, 1)
         expected = torch.where(kept, x + 2 * branch.permute(0, 3, 1, 2), x)
         torch.testing.assert_close(out, expected)

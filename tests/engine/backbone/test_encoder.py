@@ -10,8 +10,9 @@ import torch
 from simmim.backbone import swin, swinv2, vit
 from simmim.backbone.convnext import ConvNeXtSpec
 from simmim.backbone.encoder import EncoderSpec
-from simmim.backbone.layers import Backends, DropPath
+from simmim.backbone.layers import Backends
 from simmim.backbone.resnet import ResNetSpec
+from simmim.backbone.stochastic_depth import DropPath
 from simmim.backbone.swin import SwinSpec
 from simmim.backbone.swinv2 import SwinV2Spec
 from simmim.backbone.vit import ViTSpec

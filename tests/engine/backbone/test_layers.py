@@ -8,31 +8,12 @@ from torch import Tensor, nn
 
 from simmim.backbone import layers
 from simmim.backbone.layers import (
-    DropPath,
     Mlp,
     check_image,
-    drop_path_rates,
     init_linear,
     run_block,
     scale_branch,
 )
-
-
-def test_rates_grow_linearly_from_nothing_to_the_configured_one() -> None:
-    assert drop_path_rates(0.4, 5) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert drop_path_rates(0.4, 1) == [0.0]
-
-
-def test_branches_are_dropped_at_their_rate_and_the_others_scaled() -> None:
-    torch.manual_seed(0)
-    drop = DropPath(0.25)
-    scale = drop(torch.zeros(4000, 2))
-    assert scale is not None
-    assert scale.shape == (4000,)
-    assert scale.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    assert (scale == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert drop.eval()(torch.zeros(4, 2)) is None
-    assert DropPath(0.0)(torch.zeros(4, 2)) is None
 
 
 def test_a_branch_is_scaled_image_by_image_in_its_own_type() -> None:
@@ -46,16 +27,23 @@ def test_a_branch_is_scaled_image_by_image_in_its_own_type() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_block_is_computed_again_only_where_that_is_wanted(recompute: bool) -> None:
     runs: list[int] = []
+    drawn: list[Tensor] = []
 
-    def block(x: Tensor, factor: int) -> Tensor:
-        runs.append(factor)
-        return (x * factor).exp()
+    class Block(nn.Module):
+        def drop_path(self, x: Tensor) -> Tensor:
+            drawn.append(torch.rand(1, len(x)))
+            return drawn[-1]
+
+        def forward(self, x: Tensor, factor: int, scales: Tensor) -> Tensor:
+            runs.append(factor)
+            return (x * factor * scales[0]).exp()
 
     x = torch.ones(2, requires_grad=True)
-    run_block(block, recompute, x, 3).sum().backward()
+    run_block(Block(), recompute, x, 3).sum().backward()
     assert runs == [3] * (2 if recompute else 1)
+    ((scales,),) = drawn  # once, although the block ran again
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, 3 * torch.full((2,), 3.0).exp())
+    torch.testing.assert_close(x.grad, 3 * scales * (3 * scales).exp())
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 1, 8, 16), (3, 8, 16), (1, 3, 16, 8)])
@@ -63,6 +51,28 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     check_image(torch.zeros(1, 3, 8, 16), 3, (8, 16))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, 8, 16\]"):
         check_image(torch.zeros(shape), 3, (8, 16))
+
+
+@pytest.mark.parametrize("draws", [None, True, False])
+def test_what_a_block_draws_is_drawn_again_unless_it_says_that_it_draws_nothing(
+    draws: bool | None,
+) -> None:
+    factors: list[Tensor] = []
+
+    class Block(nn.Module):
+        def drop_path(self, x: Tensor) -> None:
+            return None
+
+        def forward(self, x: Tensor, scales: None) -> Tensor:
+            factors.append(torch.rand(2))
+            return (x * factors[-1]).exp()
+
+    block = Block()
+    if draws is not None:
+        block.draws = draws
+    run_block(block, True, torch.ones(2, requires_grad=True)).sum().backward()
+    first, second = factors
+    assert torch.equal(first, second) == (draws is not False)
 
 
 def test_linear_layers_start_as_published() -> None:

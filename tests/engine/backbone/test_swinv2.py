@@ -101,7 +101,7 @@ def test_a_fresh_encoder_adds_nothing_to_its_tokens() -> None:
     image = torch.randn(1, 3, 48, 96)
     first = encoder.layers[0].blocks[0]
     tokens = torch.randn(1, 12, 24, 8)
-    assert torch.equal(first(tokens, encoder.backends), tokens)
+    assert torch.equal(first(tokens, encoder.backends, None), tokens)
     assert encoder(image).shape == (1, 16, 6, 12)
 
 
@@ -310,8 +310,8 @@ def test_a_dropped_branch_is_nothing_and_a_kept_one_scaled() -> None:
     tokens = torch.randn(64, 6, 12, 16)
     for parameter in block.norm2.parameters():
         parameter.data.zero_()  # one branch alone
-    moved = block.train()(tokens, Backends()) - tokens
-    whole = block.eval()(tokens, Backends()) - tokens
+    moved = block(tokens, Backends(), block.drop_path.train()(tokens)) - tokens
+    whole = block(tokens, Backends(), None) - tokens
     dropped = moved.flatten(1).abs().amax(1) == 0
     assert 10 < dropped.sum() < 54
     torch.testing.assert_close(moved[~dropped], 2 * whole[~dropped], rtol=1e-4, atol=1e-4)

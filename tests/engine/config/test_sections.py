@@ -55,6 +55,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.activation_checkpointing": (False, ""),
     "train.sync_batch_norm": (True, ""),
     "train.compile": (False, ""),
+    "train.cuda_graph": ("auto", "auto on off"),
     "train.max_bad_steps": (10, "[1, inf]"),
     "optim.name": ("adamw", "adamw sgd"),
     "optim.lr": (0.0002, "(0, inf]"),

@@ -13,7 +13,7 @@ from simmim.config.sections import Config, DataConfig, TrainConfig
 from simmim.data import build
 from simmim.data.augment import Augmentation
 from simmim.data.build import make_loader
-from simmim.data.dali import backend
+from simmim.data.dali import backend, pipeline
 from simmim.data.dali.crops import DaliCrops
 from simmim.data.dali.pipeline import DaliPipeline
 from simmim.data.loader import Loader
@@ -120,6 +120,9 @@ def test_what_is_configured_arrives_at_dali(
         def __init__(self, *arguments: object, **named: object) -> None:
             told.update(named, arguments=arguments)
 
+        def build(self) -> None:
+            told["built"] = True
+
     monkeypatch.setattr(build, "choose_backend", lambda *arguments: ("dali", "for a test"))
     monkeypatch.setattr(build, "DaliPipeline", Pipeline)
     data = DataConfig(
@@ -150,7 +153,30 @@ def test_what_is_configured_arrives_at_dali(
         "max_pixels": 99,
         "value_range": (1.0, 2.0),
         "timeout_s": 33,
+        "built": True,
     }
+
+
+@pytest.mark.parametrize("chosen", ["auto", "dali"])
+def test_dali_that_cannot_build_its_pipeline_is_told(
+    chosen: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_pipeline(decoder: object) -> None:
+        raise RuntimeError("CUDA runtime API error (36):\nthe driver is too old, error code 36\n")
+
+    monkeypatch.setattr(build, "choose_backend", lambda *arguments: ("dali", "for a test"))
+    monkeypatch.setattr(pipeline, "choose_backend", lambda *arguments: ("dali", "for a test"))
+    monkeypatch.setattr(pipeline.Decoder, "_build", build_pipeline)
+    view = CroppedView(AUGMENTATION, 11)
+    why = "DALI cannot build its pipeline on cpu: the driver is too old, error code 36"
+    if chosen == "dali":
+        with pytest.raises(DataError) as raised:
+            loader_of(photos, chosen, view)
+        assert str(raised.value) == f"data.backend=dali: {why}; use data.backend=cpu"
+        return
+    loader = loader_of(photos, chosen, view)
+    assert loader.backend == f"cpu ({why})"
+    assert next(loader.steps(0, 1))[0].image.any()
 
 
 def test_the_decoder_is_chosen_for_the_channels_of_the_view(

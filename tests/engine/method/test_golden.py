@@ -17,7 +17,7 @@ from numerics import (
 )
 from simmim import SimMIM, load_model
 from simmim.backbone.build import PRESETS, build_encoder, spec_to_dict
-from simmim.backbone.layers import drop_path_rates
+from simmim.backbone.stochastic_depth import drop_path_rates
 from simmim.config.sections import OptimConfig
 from simmim.model.masking import sample_mask
 from simmim.training.optim import build_optimizer, parameter_groups

@@ -71,7 +71,8 @@ def test_a_state_is_built_as_configured(monkeypatch: pytest.MonkeyPatch, chosen:
         parameter_groups=lambda m: parameter_groups(m, 0.5), loss_of=loss_of,
         ema_decay=0.75, mask=mask,
     )  # fmt: skip
-    assert asked == [{"sync_batch_norm": chosen, "compile": not chosen}]
+    told = {"sync_batch_norm": chosen, "compile": not chosen, "for_graph": chosen}
+    assert asked == [told]  # by default a graph is wanted of what is not compiled
     assert (state.model, state.wrapped, state.loss_of) == (model, wrapped, loss_of)
     assert (state.ema_decay, state.mask) == (0.75, mask)
     assert state.averaged is not None

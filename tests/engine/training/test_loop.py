@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from simmim.data.unreadable import MOST_NAMED, UnreadableImages
 from simmim.distributed import World
 from simmim.errors import DataError
-from simmim.training import checkpoint, loop
+from simmim.training import checkpoint, graphed_steps, loop
 from simmim.training.interrupts import StopWaiting
 from simmim.training.loop import WAIT_WARNING_INTERVAL, Loop, RunStopped, train
 from small_loop import ALONE, NAMES, Signals, Small
@@ -35,7 +35,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def build(*flags: str) -> Small:
         made.append(Small(tmp_path, *flags))
-        monkeypatch.setattr(loop, "train_step", made[-1].step)
+        monkeypatch.setattr(graphed_steps, "train_step", made[-1].step)
         return made[-1]
 
     yield build

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simmim.backbone.stochastic_depth import DropPath
 from simmim.data.batch import Batch
 from simmim.distributed import World
 from simmim.method import simsiam
@@ -330,14 +331,35 @@ def test_random_state_is_a_function_of_the_step(case: Case, make: Make) -> None:
     resumed.optimizer.load_state_dict(copy.deepcopy(straight.optimizer.state_dict()))
     resumed.step = 3
     torch.rand(17)  # whatever else drew numbers in between
-    other = make(*flags)
+    other = make(*flags, "--model.drop_path=0.0")
     other.model.load_state_dict(straight.model.state_dict())
-    other.step = 4
+    other.step = 3
     last = make_batch(0, 8, 3, case.views)
     a, b, c = (train_step(state, [last]) for state in (straight, resumed, other))
     assert torch.equal(a.loss, b.loss)
     assert all(torch.equal(weights(straight)[k], v) for k, v in weights(resumed).items())
-    assert not torch.equal(a.loss, c.loss)  # the same weights and images in another step
+    assert not torch.equal(a.loss, c.loss)  # it was at work
+
+
+@every_case
+def test_stochastic_depth_is_that_of_the_images_however_a_batch_is_split(
+    case: Case, make: Make
+) -> None:
+    if case.batch_norms:
+        pytest.skip("its batch norms see the parts")
+    flags = ["--model.drop_path=0.5", "--train.steps=10"]
+    if "convnext" in case.model.get("name", ""):
+        flags += ["--model.layer_scale=1.0"]
+    whole, parts, other = make(*flags), make(*flags), make(*flags)
+    a = train_step(whole, [make_batch(0, 8, 0, case.views)])
+    b = train_step(parts, [make_batch(start, 4, 0, case.views) for start in (0, 4)])
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=2e-5, atol=0)
+    for module in other.model.modules():
+        if isinstance(module, DropPath):
+            module.block += 1
+    c = train_step(other, [make_batch(0, 8, 0, case.views)])
+    assert not torch.isclose(a.grad_norm, c.grad_norm, rtol=5e-5, atol=0)
 
 
 def test_every_seed_step_and_process_has_draws_of_its_own() -> None:

@@ -20,7 +20,7 @@ from simmim.data.augment import Augmentation
 from simmim.data.dali.backend import choose_backend
 from simmim.data.dali.batches import Pass
 from simmim.data.dali.comparison import agreeing_orientations
-from simmim.data.dali.decoder import Decoder
+from simmim.data.dali.decoder import FAILURES, Decoder, reason_of
 from simmim.data.dali.memory import LARGEST_SHARE, largest_sub_batch
 from simmim.data.dali.readers import Readers
 from simmim.data.dali.samples import Preparation, PreparedSample
@@ -28,6 +28,7 @@ from simmim.data.decode import MAX_PIXELS
 from simmim.data.producer import Filled
 from simmim.data.source import Source
 from simmim.data.views import RandomCrops
+from simmim.errors import DataError
 
 
 class DaliPipeline:
@@ -84,6 +85,15 @@ class DaliPipeline:
         self.largest_pixels = int(self.sub_batch_pixels * LARGEST_SHARE)
         crops = RandomCrops(augmentation, seed, max_pixels, value_range)
         self.preparation = Preparation(source, crops, self.largest_pixels)
+        self._built: Decoder | None = None
+
+    def build(self) -> None:
+        """Have DALI build what the first batches need.
+
+        Raises:
+            DataError: it cannot, such as with a driver that is too old for it.
+        """
+        self._built = self._decoder()
 
     def batches(self, places: Iterable[list[tuple[int, int]]]) -> Generator[Filled, None, None]:
         """See `Producer`.
@@ -109,10 +119,17 @@ class DaliPipeline:
             readers.close()
 
     def _decoder(self) -> Decoder:
-        return Decoder(
-            self.augmentation,
-            self.device,
-            micro_batch=self.micro_batch,
-            threads=self.threads,
-            largest_pixels=self.largest_pixels,
-        )
+        if self._built is not None:
+            decoder, self._built = self._built, None
+            return decoder
+        try:
+            return Decoder(
+                self.augmentation,
+                self.device,
+                micro_batch=self.micro_batch,
+                threads=self.threads,
+                largest_pixels=self.largest_pixels,
+            )
+        except FAILURES as error:
+            why = reason_of(error)
+            raise DataError(f"DALI cannot build its pipeline on {self.device}: {why}") from error

@@ -1,0 +1,23 @@
+// The card that torch is told of: an H200, by NVIDIA's data sheet and what its driver reports.
+#pragma once
+
+#define CARD_NAME "NVIDIA H200 (stand-in: nothing runs)"
+enum {
+    CARD_MAJOR = 9,
+    CARD_MINOR = 0,
+    CARD_MULTIPROCESSORS = 132,
+    CARD_CLOCK_KHZ = 1980000,
+    CARD_MEMORY_CLOCK_KHZ = 3201000,
+    CARD_BUS_BITS = 6144,
+    CARD_L2_BYTES = 60 << 20,
+    CARD_WARP = 32,
+    CARD_THREADS_OF_BLOCK = 1024,
+    CARD_THREADS_OF_MULTIPROCESSOR = 2048,
+    CARD_BLOCKS_OF_MULTIPROCESSOR = 32,
+    CARD_REGISTERS = 65536,
+    CARD_SHARED_OF_BLOCK = 48 << 10,
+    CARD_SHARED_OF_BLOCK_AT_MOST = 227 << 10,
+    CARD_SHARED_OF_MULTIPROCESSOR = 228 << 10,
+    CARD_DRIVER = 13000,
+};
+#define CARD_MEMORY_BYTES (139ull << 30)
