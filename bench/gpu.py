@@ -1,126 +1,160 @@
-"""Measures on a GPU and writes one JSON file to send back: `make bench-gpu`.
+"""Measures on a GPU, stage by stage, within a number of minutes: `make bench-gpu`.
 
-It runs the tests marked `gpu` and reports those that failed or were skipped. It times every op
-through its Triton kernels against eager PyTorch and torch.compile, and the training step of Swin-B
-with each backend. Backends are named, so that nothing falls back to the reference silently: a
-backend that cannot run ends the script with the reasons.
+    python bench/gpu.py --minutes 14
+
+Stages run in the order of what they are worth, each in a process of its own with its own limit.
+Every result is a line of the record as soon as it is there: a stage that hangs, crashes or finds no
+time costs its own results only. Nothing is downloaded; peers that are not installed are left out.
 """
 
 import argparse
-import platform
+import importlib
+import json
+import os
 import re
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.measuring.record import write_record
-from bench.measuring.timing import interleaved, peak_bytes
-from bench.op_cases.catalogue import CASES, make_case
-from bench.op_cases.measurement import measure_case
-from simmim.config.sections import Config, ModelConfig
+from bench.gpu_stages.stage import PRELOAD, TINY, append, is_tiny
 from simmim.environment import git_commit, package_versions
-from simmim.pretrain import build_model
-from simmim_kernels import random_patch_mask
 
 ROOT = Path(__file__).parents[1]
 
 
-def device_tests() -> dict[str, Any]:
-    """The result of `pytest -m gpu`: its last line, and the tests that failed or were skipped."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfsE", "-q", "tests"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    return {
-        "exit_code": done.returncode,
-        "summary": lines[-1] if lines else done.stderr[-500:],
-        "not_passed": [line for line in lines if re.match(r"(FAILED|ERROR|SKIPPED)", line)],
-    }
+@dataclass(frozen=True)
+class Stage:
+    """A part of the measurements.
+
+    Attributes:
+        name: of the stage.
+        function: module of bench.gpu_stages, and the function in it.
+        seconds: that it is given at most; less where less is left.
+    """
+
+    name: str
+    function: str
+    seconds: int
 
 
-def op_timings(device: torch.device, backend: str) -> dict[str, Any]:
-    """Times of every op, after a check that all sides are equal."""
-    timings = {}
-    for name in CASES:
-        timings[name] = measure_case(make_case(name, device, backend), device)
-        print(name, {k: f"{v:.2f}x" for k, v in timings[name]["ratio"].items()}, flush=True)
-    return timings
-
-
-def step_timings(device: torch.device, backend: str, batch: int, tiny: bool) -> dict[str, Any]:
-    """Images per second and peak memory of Swin-B's forward and backward pass in bf16 autocast."""
-    model_config = ModelConfig(depths=[1, 1, 1, 1], embed_dim=32) if tiny else ModelConfig()
-    config = Config(model=model_config)
-    model = build_model(config, device)
-    side = model.encoder.spec.image_size[0]
-    image = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, device=device)
-    cells = side // config.mask.unit
-    mask = random_patch_mask(batch, (cells, cells), seed=0, device=device)
-
-    def step(name: str) -> Tensor:
-        model.use_backend(name)
-        model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(image, mask)
-        loss.backward()
-        return loss.detach()
-
-    sides = {name: (lambda name=name: step(name)) for name in (backend, "reference")}
-    first, second = (side().float() for side in sides.values())
-    torch.testing.assert_close(first, second, rtol=2e-2, atol=0)
-    milliseconds = interleaved(sides, device, seconds=20, least_rounds=5)
-    return {
-        "batch": batch,
-        "milliseconds": milliseconds,
-        "images_per_second": {name: batch / t * 1e3 for name, t in milliseconds.items()},
-        "peak_bytes": {name: peak_bytes(side, device) for name, side in sides.items()},
-    }
+# The most valuable first; their limits add up to a little less than 14 minutes.
+STAGES = (
+    Stage("environment", "environment.run", 30),
+    Stage("exact-steps", "exact_steps.run", 90),
+    Stage("steps", "whole_steps.run", 150),
+    Stage("device-tests", "device_tests.run", 120),
+    Stage("profile", "profiled.run", 40),
+    Stage("kernels", "kernels.run", 70),
+    Stage("photos", "photos.run", 60),
+    Stage("attention-sweep", "attention_sweep.run", 70),
+    Stage("compiled-peers", "whole_steps.compiled", 120),
+    Stage("other-models", "whole_steps.others", 80),
+    Stage("counters", "profiled.counters", 60),
+)
+# A stage with less than this left is not begun.
+LEAST_SECONDS = 10
 
 
 def main() -> int:
+    """0 if every stage that ran succeeded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", default="cuda", help="cpu only tries the script (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=64, help="images of the training step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="JSON file (default: bench/results/gpu-NAME.json)"
-    )
-    parser.add_argument("--skip-tests", action="store_true", help="do not run the tests")
+    parser.add_argument("--minutes", type=float, default=14.0, help="for all stages together")
+    parser.add_argument("--only", help="stages, separated by commas; default: all")
+    parser.add_argument("--output", type=Path, help="default: bench/results/gpu-NAME.jsonl")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if options.stage:
+        return run_stage(options.stage, options.seconds, options.output)
+    known = [stage.name for stage in STAGES]
+    chosen = options.only.split(",") if options.only else known
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+    if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU here (CUDA {torch.version.cuda})")
-    backend = "triton" if device.type == "cuda" else "native"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    else:
-        name = platform.machine()
-    result = {
-        "label": "measured" if device.type == "cuda" else "dry run on the CPU",
-        "device": name,
-        "backend": backend,
-        "versions": package_versions(),
-        "commit": git_commit(),
-        "tests": None if options.skip_tests else device_tests(),
-        "ops": op_timings(device, backend),
-        "step": step_timings(device, backend, options.batch, tiny=device.type != "cuda"),
-    }
+    return run_all([stage for stage in STAGES if stage.name in chosen], options)
+
+
+def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
+    """Run stages until the time is up; print and record how each ended."""
+    name = torch.cuda.get_device_name()
     slug = re.sub(r"\W+", "-", name).strip("-").lower()
-    output = options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json"
-    write_record(output, result)
+    output = options.output or ROOT / "bench" / "results" / f"gpu-{slug}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists():
+        print(f"gpu.py: {output} is there already: name another --output", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    host_run = "CUDA_HOST" in os.environ
+    append(output, {
+        "label": "host-run" if host_run else "measured", "device": name,
+        "versions": package_versions(), "commit": git_commit(), "minutes": options.minutes,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    })  # fmt: skip
+    ended = []
+    for stage in stages:
+        left = options.minutes * 60 - (time.monotonic() - begin)
+        status, why, seconds = "no time left", "", 0.0
+        if left >= LEAST_SECONDS:
+            limit, started = min(stage.seconds, left), time.monotonic()
+            print(f"[{started - begin:5.0f} s] {stage.name}, {limit:.0f} s at most", flush=True)
+            status, why = run_apart(stage, limit, output, options.tiny)
+            seconds = time.monotonic() - started
+        end = {"stage": stage.name, "status": status, "seconds": round(seconds, 1), "why": why}
+        append(output, end)
+        print(f"          {stage.name}: {status} after {seconds:.0f} s {why[-300:]}", flush=True)
+        ended.append(status)
     print(f"written: {output}; please send it back")
-    failed = result["tests"] is not None and result["tests"]["exit_code"] != 0
-    return 1 if failed else 0
+    return 0 if all(status in ("done", "no time left") for status in ended) else 1
+
+
+def run_apart(stage: Stage, limit: float, output: Path, tiny: bool) -> tuple[str, str]:
+    """How a stage ended in its own process, and the last of what it said if it failed."""
+    command = [sys.executable, str(Path(__file__)), "--stage", stage.name,
+               "--seconds", str(limit), "--output", str(output)]  # fmt: skip
+    environment = os.environ | {TINY: "1" if tiny else "0"}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or ""
+        text = said if isinstance(said, str) else said.decode(errors="replace")
+        return "out of time", text[-800:]
+    if done.returncode:
+        return "failed", (done.stderr.strip() or done.stdout.strip())[-1500:]
+    return "done", ""
+
+
+def run_stage(name: str, seconds: float, output: Path) -> int:
+    """Run one stage here, and record its results as they come."""
+    if PRELOAD in os.environ:
+        importlib.import_module(os.environ[PRELOAD])
+    (stage,) = [stage for stage in STAGES if stage.name == name]
+    module, _, function = stage.function.partition(".")
+
+    def emit(what: str, **values: Any) -> None:
+        append(output, {"stage": name, "what": what} | values)
+
+    # the results must be there before the limit ends the process
+    given = 4.0 if is_tiny() else 0.8 * seconds
+    getattr(importlib.import_module(f"bench.gpu_stages.{module}"), function)(emit, given)
+    return 0
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The stages of bench/gpu.py, one file each: a function `run(emit, seconds)` in its own process."""
