@@ -299,7 +299,7 @@ def test_native_sources_are_listed_and_only_under_kernels() -> None:
     listed = (ROOT / "CMakeLists.txt").read_text()
     for path in ROOT.rglob("*.cpp"):
         relative = path.relative_to(ROOT)
-        if relative.parts[0] in ("build", ".venv"):
+        if relative.parts[0] in ("build", ".venv", ".venv-cuda"):
             continue
         assert relative.parts[0] == "kernels"
         assert str(relative) in listed
