@@ -9,7 +9,6 @@ time costs its own results only. Nothing is downloaded; peers that are not insta
 
 import argparse
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,7 @@ import torch
 if not __package__:  # run as a file, from any folder
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.gpu_stages.stage import PRELOAD, TINY, append, is_tiny
+from bench.gpu_stages.stage import PRELOAD, TINY, append, is_tiny, values_are_real
 from simmim.environment import git_commit, package_versions
 
 ROOT = Path(__file__).parents[1]
@@ -96,9 +95,8 @@ def run_all(stages: list[Stage], options: argparse.Namespace) -> int:
         print(f"gpu.py: {output} is there already: name another --output", file=sys.stderr)
         return 2
     begin = time.monotonic()
-    host_run = "CUDA_HOST" in os.environ
     append(output, {
-        "label": "host-run" if host_run else "measured", "device": name,
+        "label": "measured" if values_are_real() else "host-run", "device": name,
         "versions": package_versions(), "commit": git_commit(), "minutes": options.minutes,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
@@ -151,11 +149,6 @@ def run_stage(name: str, seconds: float, output: Path) -> int:
     given = 4.0 if is_tiny() else 0.8 * seconds
     getattr(importlib.import_module(f"bench.gpu_stages.{module}"), function)(emit, given)
     return 0
-
-
-def read_record(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

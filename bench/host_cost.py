@@ -11,8 +11,6 @@ where this time is longer than the device's. The rows are those of bench/through
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,17 +32,15 @@ from bench.steps.options import parse_options
 from bench.steps.progress import print_progress
 from bench.steps.row import Row
 from gpu_sim.cuda_host import convolutions
-from gpu_sim.cuda_host.stand_in import KINDS, VARIABLE, Counts, environment, missing_reason
+from gpu_sim.cuda_host.stand_in import KINDS, Counts, begin_again
 from simmim.training.graphed_steps import GraphedSteps
 
 
 def main() -> int:
     """The exit code."""
-    if VARIABLE not in os.environ:
-        if reason := missing_reason():
-            print(f"host_cost.py: {reason}", file=sys.stderr)
-            return 2
-        return subprocess.run([sys.executable, *sys.argv], env=environment()).returncode
+    if reason := begin_again():
+        print(f"host_cost.py: {reason}", file=sys.stderr)
+        return 2
     options = parse_options([*sys.argv[1:], "--device=cuda"])
     found = measure(options)
     print_table(found)

@@ -62,7 +62,7 @@ def look_at(model: str, batch: int) -> dict[str, Any]:
 def build(model: str, batch: int, options: dict[str, Any]) -> tuple[EngineRow, Images]:
     """The same model and images for every run."""
     torch.manual_seed(0)
-    config = config_of(model, batch, **{"precision": "bf16"} | options)
+    config = config_of(model, batch, **options)
     row = EngineRow("ours", config, torch.device("cuda", 0))
     return row, Images.make(batch, row.model, config)
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -67,10 +68,7 @@ def milliseconds(call: Callable[[], object], seconds: float, least: int = 5) -> 
         end.record()
         end.synchronize()
         device.append(float(start.elapsed_time(end)))
-    device.sort()
-    host.sort()
-    middle = len(device) // 2
-    return {"device_ms": device[middle], "host_ms": host[middle], "calls": len(device)}
+    return {"device_ms": median(device), "host_ms": median(host), "calls": len(device)}
 
 
 def queued_milliseconds(call: Callable[[], object], calls: int) -> float:

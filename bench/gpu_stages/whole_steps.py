@@ -22,7 +22,6 @@ from bench.steps.peer_row import PeerRow
 from simmim.training.graphed_steps import GraphedSteps
 
 BATCHES = (64, 128, 256, 512)
-COMPILED = "compiled"
 
 
 def run(emit: Emit, seconds: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.gpu import STAGES, Stage, main, read_record, run_all, run_apart, run_stage
+from bench.gpu import STAGES, Stage, main, run_all, run_apart, run_stage
 from bench.gpu_stages import stage as stage_module
 
 
@@ -20,6 +20,10 @@ from bench.gpu_stages import stage as stage_module
 def _card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def options(output: Path, minutes: float = 1.0) -> argparse.Namespace:
@@ -117,8 +121,7 @@ def test_a_stage_records_each_result_as_it_comes(
     with pytest.raises(RuntimeError, match="later"):
         run_stage("environment", 10.0, output)
     assert given == [8.0]
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines == [
+    assert read_record(output) == [
         {"stage": "environment", "what": "first", "value": 1},
         {"stage": "environment", "what": "second", "value": 2},
     ]

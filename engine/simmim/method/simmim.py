@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from simmim.backbone.build import Encoder
 from simmim.backbone.stochastic_depth import of_samples
@@ -21,6 +20,7 @@ from simmim.errors import ConfigError
 from simmim.method.method import MaskingMethod
 from simmim.model.image_model import MaskedImageModel
 from simmim.model.masking import sample_mask
+from simmim.training.running_statistics import has_batch_norm
 from simmim_kernels import linear_masked_l1_loss
 
 
@@ -155,8 +155,3 @@ class SimMIMMethod(MaskingMethod):
         with of_samples(self.config.seed, batch.epochs, batch.ids):
             loss: Tensor = model(image, mask)
         return loss
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether the images of a batch influence one another."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())

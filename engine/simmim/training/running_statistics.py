@@ -40,8 +40,8 @@ def settle(model: nn.Module, before: list[Tensor], finite: Tensor, world: World)
         torch._foreach_copy_(group, [part.view(b.shape) for part, b in zip(parts, group)])
 
 
-def has_any(model: nn.Module) -> bool:
-    """Whether a model has batch norms."""
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the images of a batch influence one another."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 

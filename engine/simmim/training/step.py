@@ -118,7 +118,7 @@ class TrainState:
         self.bad_in_a_row = torch.zeros((), device=world.device)
         self.longest_bad_run = torch.zeros((), device=world.device)
         self._inputs: dict[int, StepInputs] = {}
-        self.has_batch_norms = running_statistics.has_any(model)
+        self.has_batch_norms = running_statistics.has_batch_norm(model)
 
     def inputs(self, accumulation_steps: int) -> StepInputs:
         """What the host tells a step of so many micro-batches."""

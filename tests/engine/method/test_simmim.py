@@ -17,8 +17,9 @@ from simmim.data.batch import Batch
 from simmim.errors import ConfigError
 from simmim.method import simmim as file
 from simmim.method.build import find_method
-from simmim.method.simmim import SimMIMMethod, has_batch_norm
+from simmim.method.simmim import SimMIMMethod
 from simmim.model.masking import sample_mask
+from simmim.training.running_statistics import has_batch_norm
 
 SWIN = SwinSpec(image_size=(64, 64), embed_dim=8, depths=(1, 1), num_heads=(2, 4), window_size=4)
 RESNET = ResNetSpec(image_size=(64, 64), depths=(1, 1, 1, 1), bottleneck=False, width=4)

@@ -1,6 +1,5 @@
 """The `simmim` command over the stand-in for CUDA: python command.py pretrain smoke …"""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,8 @@ def send_objects_by_gloo() -> None:
 
 
 if __name__ == "__main__":
-    if stand_in.VARIABLE not in os.environ:
-        if reason := stand_in.missing_reason():
-            sys.exit(f"command.py: {reason}")
-        given = [sys.executable, *sys.argv]
-        os.execve(sys.executable, given, stand_in.environment())
+    if reason := stand_in.begin_again():
+        sys.exit(f"command.py: {reason}")
     installed = convolutions.install()
     send_objects_by_gloo()
     from simmim import cli

@@ -129,6 +129,22 @@ def environment(devices: int = 1, memory_mib: int | None = None) -> dict[str, st
     return found
 
 
+def begin_again(**of_cards: Any) -> str | None:
+    """Begin this process again over the stand-in, with the same arguments, unless it runs there.
+
+    Args:
+        of_cards: what `environment` takes.
+
+    Returns:
+        Why it cannot; None where it runs there already.
+    """
+    if VARIABLE in os.environ:
+        return None
+    if reason := missing_reason():
+        return reason
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment(**of_cards))
+
+
 class Counts:
     """What the process asked its stand-in for: a difference of two readings is what lies between.
 
